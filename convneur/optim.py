@@ -48,9 +48,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps_per_epoch: int
-) -> CosineLRScheduler:
+def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps_per_epoch: int) -> CosineLRScheduler:
     """A schedule without state: `step_update(t)` sets the learning rate of optimizer step t = 0, 1, ..."""
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     return CosineLRScheduler(
