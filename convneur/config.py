@@ -12,13 +12,14 @@ from convneur.optim import OptimizerConfig, ScheduleConfig
 class RunConfig:
     """Where a run lives and how often it speaks.
 
-    name: name of the run's folder.
-    root: folder that holds the runs.
-    seed: the one seed; initial weights, order, augmentation and drop path all derive from it.
-    log_every: optimizer steps between two lines of metrics.
-    eval_every: epochs between two evaluations; the last epoch is always evaluated.
-    checkpoint_every: epochs between two checkpoints; the last epoch is always kept.
-    keep: newest checkpoints that are kept.
+    Attributes:
+        name: name of the run's folder.
+        root: folder that holds the runs.
+        seed: the one seed; initial weights, order, augmentation and drop path all derive from it.
+        log_every: optimizer steps between two lines of metrics.
+        eval_every: epochs between two evaluations; the last epoch is always evaluated.
+        checkpoint_every: epochs between two checkpoints; the last epoch is always kept.
+        keep: newest checkpoints that are kept.
     """
 
     name: str = "convneur"
@@ -34,9 +35,10 @@ class RunConfig:
 class TrainConfig:
     """The training step.
 
-    accumulation: micro-batches an optimizer step and rank.
-    label_smoothing: probability mass spread over all classes.
-    ema_decay: decay of the exponential moving average of the weights, per step; 0 for none.
+    Attributes:
+        accumulation: micro-batches an optimizer step and rank.
+        label_smoothing: probability mass spread over all classes.
+        ema_decay: decay of the exponential moving average of the weights, per step; 0 for none.
     """
 
     accumulation: int = 1
@@ -48,8 +50,9 @@ class TrainConfig:
 class Config:
     """Everything a run depends on; saved as `config.yaml` in its folder.
 
-    deepspeed: goes to DeepSpeed as it is. Batch sizes, accumulation and clipping are filled in from the sections
-        above and may not be contradicted.
+    Attributes:
+        deepspeed: goes to DeepSpeed as it is. Batch sizes, accumulation and clipping are filled in from the sections
+            above and may not be contradicted.
     """
 
     run: RunConfig = field(default_factory=RunConfig)

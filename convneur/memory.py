@@ -26,11 +26,12 @@ HIDDEN_RATIO = 4
 class MemoryConfig:
     """Settings of the neural memory.
 
-    chunk_length: tokens a chunk, L (paper: 196 for classification, 4096 for detection).
-    inner_lr: scale of the inner step size theta (paper: 1 for classification, 1e-3 for detection).
-    read: what chunk t reads. "before_update" (paper): the state left by chunk t-1. "after_update": the state that
-        chunk t itself just wrote. "final_state": the state after the last chunk, so that every position sees the
-        whole image.
+    Attributes:
+        chunk_length: tokens a chunk, L (paper: 196 for classification, 4096 for detection).
+        inner_lr: scale of the inner step size theta (paper: 1 for classification, 1e-3 for detection).
+        read: what chunk t reads. "before_update" (paper): the state left by chunk t-1. "after_update": the state that
+            chunk t itself just wrote. "final_state": the state after the last chunk, so that every position sees the
+            whole image.
     """
 
     chunk_length: int = 196

@@ -48,14 +48,15 @@ VARIANTS = {
 class ModelConfig:
     """What to build.
 
-    variant: a row of VARIANTS, n1..n3 or m1..m9.
-    num_classes: outputs of the head.
-    in_chans: channels of the input image.
-    placement: where memory branches sit: in no block (the local-only control), in the first block of every stage
-        (paper's default), or in every block.
-    memory: settings of the neural memory.
-    drop_path: stochastic-depth rate of the last block; rises linearly from 0 at the first.
-    layer_scale: initial value of the per-channel scale of a block's local features.
+    Attributes:
+        variant: a row of VARIANTS, n1..n3 or m1..m9.
+        num_classes: outputs of the head.
+        in_chans: channels of the input image.
+        placement: where memory branches sit: in no block (the local-only control), in the first block of every stage
+            (paper's default), or in every block.
+        memory: settings of the neural memory.
+        drop_path: stochastic-depth rate of the last block; rises linearly from 0 at the first.
+        layer_scale: initial value of the per-channel scale of a block's local features.
     """
 
     variant: str = "m4"

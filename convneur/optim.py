@@ -12,11 +12,12 @@ from torch import nn
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101).
 
-    lr: peak learning rate.
-    weight_decay: decoupled decay; biases, norms and other vectors are exempt.
-    betas: decay rates of the first and second moment.
-    eps: added to the root of the second moment.
-    clip_grad: largest global gradient norm; 0 for no clipping.
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: decoupled decay; biases, norms and other vectors are exempt.
+        betas: decay rates of the first and second moment.
+        eps: added to the root of the second moment.
+        clip_grad: largest global gradient norm; 0 for no clipping.
     """
 
     lr: float = 1e-3
@@ -30,10 +31,11 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Linear warm-up, then half a cosine, set anew at every optimizer step.
 
-    epochs: length of the run.
-    warmup_epochs: length of the warm-up; it is part of epochs.
-    warmup_lr: learning rate that the warm-up starts from.
-    min_lr: learning rate at the end of the cosine.
+    Attributes:
+        epochs: length of the run.
+        warmup_epochs: length of the warm-up; it is part of epochs.
+        warmup_lr: learning rate that the warm-up starts from.
+        min_lr: learning rate at the end of the cosine.
     """
 
     epochs: int = 300

@@ -10,18 +10,19 @@ Interpolation = Literal["bilinear", "bicubic"]
 class AugmentConfig:
     """Random changes to a training image, made by timm's transforms in this order.
 
-    scale: range of the random crop's area, as a fraction of the image.
-    ratio: range of the random crop's aspect ratio.
-    hflip: probability of a horizontal flip.
-    vflip: probability of a vertical flip.
-    randaugment: timm's RandAugment string, such as "rand-m9-mstd0.5-inc1"; empty for none.
-    color_jitter: strength of brightness, contrast and saturation jitter; 0 for none. RandAugment replaces it.
-    erase_prob: probability of random erasing.
-    erase_mode: what an erased rectangle is filled with: zeros, one random colour, or random pixels.
-    mixup: alpha of mixup's Beta distribution; 0 for none.
-    cutmix: alpha of cutmix's Beta distribution; 0 for none.
-    mix_prob: probability that a group of samples is mixed at all.
-    mix_switch_prob: probability of cutmix where both are on.
+    Attributes:
+        scale: range of the random crop's area, as a fraction of the image.
+        ratio: range of the random crop's aspect ratio.
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
+        randaugment: timm's RandAugment string, such as "rand-m9-mstd0.5-inc1"; empty for none.
+        color_jitter: strength of brightness, contrast and saturation jitter; 0 for none. RandAugment replaces it.
+        erase_prob: probability of random erasing.
+        erase_mode: what an erased rectangle is filled with: zeros, one random colour, or random pixels.
+        mixup: alpha of mixup's Beta distribution; 0 for none.
+        cutmix: alpha of cutmix's Beta distribution; 0 for none.
+        mix_prob: probability that a group of samples is mixed at all.
+        mix_switch_prob: probability of cutmix where both are on.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -42,21 +43,22 @@ class AugmentConfig:
 class DataConfig:
     """What is read, in which order, and how it is shown to the model.
 
-    root: folder that `convneur prepare` wrote.
-    train_split: split that is trained on.
-    val_split: split that is evaluated on.
-    image_size: side in pixels of the square that the model sees.
-    interpolation: resampling of resized images.
-    mean: per-channel mean of pixels scaled to 0..1, taken off them.
-    std: per-channel standard deviation they are then divided by.
-    global_batch_size: images an optimizer step, over all ranks and accumulated micro-batches.
-    lanes: parallel streams the epoch's order is cut into; a step takes global_batch_size / lanes images from each.
-        Every rank and micro-batch reads whole lanes, so world size times accumulation must divide it.
-    window: spans of contiguous samples that are shuffled together within a lane.
-    workers: decoding processes a rank; 0 decodes in the training process.
-    eval_batch_size: images a rank evaluates at once.
-    eval_crop: fraction of the resized image's side that evaluation's centre crop keeps.
-    augment: random changes to training images.
+    Attributes:
+        root: folder that `convneur prepare` wrote.
+        train_split: split that is trained on.
+        val_split: split that is evaluated on.
+        image_size: side in pixels of the square that the model sees.
+        interpolation: resampling of resized images.
+        mean: per-channel mean of pixels scaled to 0..1, taken off them.
+        std: per-channel standard deviation they are then divided by.
+        global_batch_size: images an optimizer step, over all ranks and accumulated micro-batches.
+        lanes: parallel streams the epoch's order is cut into; a step takes global_batch_size / lanes images from each.
+            Every rank and micro-batch reads whole lanes, so world size times accumulation must divide it.
+        window: spans of contiguous samples that are shuffled together within a lane.
+        workers: decoding processes a rank; 0 decodes in the training process.
+        eval_batch_size: images a rank evaluates at once.
+        eval_crop: fraction of the resized image's side that evaluation's centre crop keeps.
+        augment: random changes to training images.
     """
 
     root: str = "datasets/imagenet"
