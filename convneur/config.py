@@ -16,19 +16,19 @@ class RunConfig:
         name: name of the run's folder.
         root: folder that holds the runs.
         seed: the one seed; initial weights, order, augmentation and drop path all derive from it.
-        log_every: optimizer steps between two lines of metrics.
-        eval_every: epochs between two evaluations; the last epoch is always evaluated.
-        checkpoint_every: epochs between two checkpoints; the last epoch is always kept.
-        keep: newest checkpoints that are kept.
+        log_every_steps: optimizer steps between two lines of metrics.
+        eval_every_epochs: epochs between two evaluations; the end of the run is always evaluated.
+        checkpoint_every_steps: optimizer steps between two checkpoints; the end of the run is always kept.
+        keep_checkpoints: newest checkpoints that are kept.
     """
 
     name: str = "convneur"
     root: str = "runs"
     seed: int = 0
-    log_every: int = 50
-    eval_every: int = 1
-    checkpoint_every: int = 1
-    keep: int = 3
+    log_every_steps: int = 50
+    eval_every_epochs: int = 1
+    checkpoint_every_steps: int = 500
+    keep_checkpoints: int = 3
 
 
 @dataclass(frozen=True)
