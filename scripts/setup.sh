@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# The work of `make setup`: scripts/setup.sh VENV CONSTRAINTS
+#
+# Makes the virtual environment VENV with everything that ConvNeur needs, at the versions of the file CONSTRAINTS.
+# Every step may be repeated, so an interrupted set-up goes on where it stopped. When nothing has changed since the
+# last one, it says so and ends.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1
+constraints=$2
+python=${PYTHON:-python3}
+stamp=$venv/setup.sha256
+
+say() { printf 'setup: %s\n' "$*"; }
+die() {
+    say "$*" >&2
+    exit 1
+}
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+# The Debian packages that this machine lacks, in the array `missing`.
+find_missing() {
+    missing=()
+    need() { "${@:2}" >/dev/null 2>&1 || missing+=("$1"); }
+    need python3-venv "$python" -c 'import ensurepip'
+    need python3-dev test -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
+    need g++ command -v g++
+    need pkg-config command -v pkg-config
+    need libopencv-dev pkg-config --exists opencv4
+    need libturbojpeg0-dev pkg-config --exists libturbojpeg
+}
+
+fingerprint() {
+    {
+        echo "$PWD" "$("$python" -c 'import sys; print(sys.executable, sys.version)')" "${missing[@]}"
+        cat "$constraints" constraints/base.txt setup.cfg pyproject.toml scripts/setup.sh
+    } | sha256sum
+}
+
+[ -f "$constraints" ] || die "$constraints does not exist; TORCH is one of: $(cd constraints && echo torch-*.txt)"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    die "$python is not Python 3.11 or newer; install one and name it: make setup PYTHON=python3.11"
+
+find_missing
+if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "installing system packages: ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    # The first command finishes what an interrupted installation left behind.
+    { dpkg --configure -a && apt-get update -qq && apt-get install -qq --no-install-recommends "${missing[@]}"; } \
+        >/dev/null || say "apt-get failed (its messages are above)" >&2
+    find_missing
+fi
+case " ${missing[*]} " in
+*" python3-venv "*) die "Python's venv module is missing and nothing works without it: apt-get install python3-venv" ;;
+"  ") ;;
+*) say "missing system packages: ${missing[*]} (apt-get install them as root, then make setup again)." \
+    "Without them: no FFCV engine; without g++ and python3-dev also no torch.compile and no compiled DeepSpeed ops." ;;
+esac
+
+if [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ]; then
+    say "$venv is up to date"
+    exit
+fi
+
+[ ! -e "$venv" ] || [ -e "$venv/pyvenv.cfg" ] || die "$venv exists and is not a virtual environment; move it away"
+rm -f "$stamp"
+# pip writes INSTALLER when a package's files are in place: one without it was interrupted and must not count as there.
+for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
+    [ -e "$info/INSTALLER" ] || rm -rf "$info"
+done
+pip --version >/dev/null 2>&1 || "$python" -m venv "$venv"
+say "installing the versions of $constraints into $venv (several GB the first time: allow some minutes)"
+pip install -q -c "$constraints" pip setuptools wheel
+# setuptools is pinned above; without isolation the few source packages are built by it and not by the newest one.
+pip install -q -c "$constraints" --no-build-isolation -e '.[dev]'
+
+if [ ${#missing[@]} -gt 0 ]; then
+    say "$venv is ready, without FFCV"
+elif pip install -q -c "$constraints" --no-build-isolation -e '.[ffcv]' && "$venv/bin/python" -c 'import ffcv'; then
+    say "$venv is ready, with FFCV"
+else
+    # No stamp: the next set-up tries again.
+    say "FFCV does not build or load here (its messages are above); $venv is ready, without the FFCV engine" >&2
+    exit
+fi
+fingerprint >"$stamp"
