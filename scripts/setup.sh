@@ -70,13 +70,13 @@ for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
 done
 pip --version >/dev/null 2>&1 || "$python" -m venv "$venv"
 say "installing the versions of $constraints into $venv (several GB the first time: allow some minutes)"
-pip install -q -c "$constraints" pip setuptools wheel
+pip install -qq -c "$constraints" pip setuptools wheel
 # setuptools is pinned above; without isolation the few source packages are built by it and not by the newest one.
-pip install -q -c "$constraints" --no-build-isolation -e '.[dev]'
+pip install -qq -c "$constraints" --no-build-isolation -e '.[dev]'
 
 if [ ${#missing[@]} -gt 0 ]; then
     say "$venv is ready, without FFCV"
-elif pip install -q -c "$constraints" --no-build-isolation -e '.[ffcv]' && "$venv/bin/python" -c 'import ffcv'; then
+elif pip install -qq -c "$constraints" --no-build-isolation -e '.[ffcv]' && "$venv/bin/python" -c 'import ffcv'; then
     say "$venv is ready, with FFCV"
 else
     # No stamp: the next set-up tries again.
