@@ -1,9 +1,24 @@
-"""The configuration of a run: dataclass defaults, then YAML files, then `--section.key value`."""
+"""The configuration of a run: dataclass defaults, then YAML files, then `--section.key value`.
 
-from dataclasses import dataclass, field
-from typing import Any
+A key is written with dots, `section.key`. Sections are dataclasses beside the code they configure; every value is
+checked against its field's type before anything is built from it. Only `deepspeed` is a free mapping.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import SequenceMatcher
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
+
+import jsonargparse
+import yaml
 
 from convneur.data.config import DataConfig
+from convneur.data.errors import InputError
+from convneur.data.files import atomic_write
 from convneur.model import ModelConfig
 from convneur.optim import OptimizerConfig, ScheduleConfig
 
@@ -62,3 +77,214 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
+
+
+Tree = dict[str, Any]
+_Section = TypeVar("_Section")
+
+
+def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+    """Resolves a configuration: the dataclasses' defaults, then the files, then the overrides; the last one wins.
+
+    config_files: YAML files, each with any part of the sections.
+    overrides: words of a command line, `--section.key value` or `--section.key=value`.
+
+    Raises InputError where a file can't be read, a key is unknown or a value doesn't fit its type.
+    """
+    merged: Tree = {}
+    for where, tree in (*_read_files(config_files), *_parse_overrides(overrides)):
+        merged = _merge(merged, _typed(tree, Config, where))
+    return _build(Config, merged, "")
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes every key of a configuration to a YAML file that `load_config` reads back to an equal one."""
+    text = yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def config_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
+    """All keys, in the order of their fields, each section before its own keys."""
+    for name, hint in get_type_hints(section).items():
+        yield prefix + name
+        if _is_section(hint):
+            yield from config_keys(hint, f"{prefix}{name}.")
+
+
+def nearest_key(key: str, keys: Iterable[str]) -> str | None:
+    """The key that was probably meant, if any is close; a right name in the wrong section counts as close."""
+
+    def closeness(candidate: str) -> tuple[float, float]:
+        whole = SequenceMatcher(None, key, candidate).ratio()
+        name = SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return max(whole, name), whole
+
+    best = max(keys, key=closeness)
+    return best if closeness(best) > (0.6,) else None
+
+
+# Reading sources. Each is a tree of raw values and a prefix that makes its keys findable: "FILE: " or "--".
+
+
+def _read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, Tree]]:
+    for path in paths:
+        try:
+            tree = yaml.load(Path(path).read_text(), _Loader)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: can't be read ({error}), expected a YAML file") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
+        if not isinstance(tree, dict | None):
+            raise InputError(f"{path}: holds {tree!r}, expected sections such as 'model:' with keys below them")
+        yield f"{path}: ", tree or {}
+
+
+def _parse_overrides(words: Iterable[str]) -> Iterator[tuple[str, Tree]]:
+    words = iter(words)
+    for word in words:
+        if not word.startswith("--"):
+            raise InputError(f"{word!r} belongs to no flag, expected --section.key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            text = next(words, "--")
+            if text.startswith("--"):
+                raise InputError(f"--{key} has no value, expected --{key} VALUE, or --{key}=VALUE if it starts with --")
+        first, *rest = key.split(".")
+        if first != "deepspeed" and key not in config_keys():
+            raise _unknown("--", key)
+        value: Any = text
+        if first == "deepspeed":  # free values have no type to read them by
+            try:
+                value = yaml.load(text, _Loader)
+            except yaml.YAMLError as error:
+                raise InputError(f"--{key} is {text!r}, which is not valid YAML ({_one_line(error)})") from error
+        for name in reversed(rest):
+            value = {name: value}
+        yield "--", {first: value}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where `1e-3` is a number, as in YAML 1.2, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys, as they are written, are all different."""
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{name!r} is given twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or " ".join(str(error).split())
+    return f"line {mark.line + 1}: {problem}" if mark else problem
+
+
+def _merge(base: Tree, extra: Tree) -> Tree:
+    """`base` with the values of `extra`, mapping by mapping."""
+    merged = dict(base)
+    for key, value in extra.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+# Types.
+
+
+def _is_section(hint: Any) -> TypeGuard[type]:
+    return isinstance(hint, type) and is_dataclass(hint)
+
+
+def _typed(tree: Tree, section: type, where: str, prefix: str = "") -> Tree:
+    """The tree with every value converted to the type of its field; InputError for the first one that can't be."""
+    hints = get_type_hints(section)
+    typed: Tree = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise _unknown(where, key)
+        hint = hints[name]
+        if _is_section(hint) or get_origin(hint) is dict:
+            if not isinstance(value, dict | None):
+                raise InputError(f"{where}{key} is {value!r}, expected keys below it, such as {_example(key, hint)}")
+            value = value or {}
+            typed[name] = _typed(value, hint, where, f"{key}.") if _is_section(hint) else value
+        else:
+            typed[name] = _converted(value, hint, where + key)
+    _build(section, typed, where)
+    return typed
+
+
+def _converted(value: Any, hint: Any, label: str) -> Any:
+    try:
+        converted = _converter(hint).parse_object({"value": value}).value
+        fits = converted is not None or NoneType in get_args(hint)  # jsonargparse takes null for any type
+    except (jsonargparse.ArgumentError, OverflowError):
+        fits = False
+    if not fits:
+        raise InputError(f"{label} is {value!r}, expected {_expected(hint)}")
+    return converted
+
+
+@cache
+def _converter(hint: Any) -> jsonargparse.ArgumentParser:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    return parser
+
+
+def _build(section: type[_Section], tree: Tree, where: str) -> _Section:
+    """The dataclass of a section from typed values; what its own checks say is bad input."""
+    hints = get_type_hints(section)
+    values = {
+        name: _build(hints[name], value, where) if _is_section(hints[name]) else value for name, value in tree.items()
+    }
+    try:
+        return section(**values)
+    except ValueError as error:
+        raise InputError(f"{where}{error}") from error
+
+
+def _unknown(where: str, key: str) -> InputError:
+    nearest = nearest_key(key, config_keys())
+    hint = (
+        f"did you mean {'--' if where == '--' else ''}{nearest}?" if nearest else "`convneur train --help` lists them"
+    )
+    return InputError(f"{where}{key} is not a configuration key; {hint}")
+
+
+def _expected(hint: Any) -> str:
+    """A type in words."""
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text, in quotes if YAML takes it for something else",
+        NoneType: "null",
+    }
+    if hint in words:
+        return words[hint]
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(repr(choice) for choice in get_args(hint))}"
+    if get_origin(hint) is tuple:
+        return f"a list of {len(get_args(hint))}, each {_expected(get_args(hint)[0])}"
+    return " or ".join(_expected(part) for part in get_args(hint))
+
+
+def _example(key: str, hint: Any) -> str:
+    return f"{key}.{fields(hint)[0].name}" if _is_section(hint) else f"{key}.zero_optimization.stage"
