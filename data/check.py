@@ -1,0 +1,87 @@
+"""Checks of the data settings that need nothing but the dataset's manifest and index."""
+
+from convneur.data.config import AugmentConfig, DataConfig
+from convneur.data.errors import InputError
+from convneur.data.store import TarStore
+
+
+def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumulation: int) -> None:
+    """Check that the settings are possible, fit each other, and fit the data.
+
+    Args:
+        config: settings to check.
+        num_classes: classes that the model tells apart.
+        world_size: ranks.
+        accumulation: micro-batches an optimizer step and rank.
+
+    Raises:
+        InputError: the first setting that is wrong, and what to do.
+    """
+    _check_values(config)
+    _check_augment(config.augment)
+    _check_batches(config, world_size, accumulation)
+    train = TarStore(config.root, config.train_split)
+    TarStore(config.root, config.val_split)
+    if len(train.classes) != num_classes:
+        raise InputError(
+            f"model.num_classes is {num_classes} but {config.root} has {len(train.classes)} classes: "
+            f"set model.num_classes to {len(train.classes)}"
+        )
+    if len(train) < config.global_batch_size:
+        raise InputError(
+            f"data.global_batch_size is {config.global_batch_size} but {config.root} has only {len(train)} samples in "
+            f"split '{config.train_split}': make it smaller"
+        )
+
+
+def _check_values(config: DataConfig) -> None:
+    for name in ("image_size", "global_batch_size", "lanes", "window", "eval_batch_size"):
+        _require(getattr(config, name) >= 1, f"data.{name}", getattr(config, name), "at least 1")
+    _require(config.workers >= 0, "data.workers", config.workers, "at least 0")
+    _require(0 < config.eval_crop <= 1, "data.eval_crop", config.eval_crop, "above 0 and at most 1")
+    _require(min(config.std) > 0, "data.std", config.std, "above 0")
+
+
+def _check_augment(augment: AugmentConfig) -> None:
+    (smallest, largest), (narrowest, widest) = augment.scale, augment.ratio
+    _require(0 < smallest <= largest <= 1, "data.augment.scale", augment.scale, "a range within 0 (not included) to 1")
+    _require(0 < narrowest <= widest, "data.augment.ratio", augment.ratio, "a range above 0")
+    for name in ("hflip", "vflip", "erase_prob", "mix_prob", "mix_switch_prob"):
+        _require(0 <= getattr(augment, name) <= 1, f"data.augment.{name}", getattr(augment, name), "within 0 to 1")
+    for name in ("color_jitter", "mixup", "cutmix"):
+        _require(getattr(augment, name) >= 0, f"data.augment.{name}", getattr(augment, name), "at least 0")
+    if augment.randaugment:
+        _check_randaugment(augment.randaugment)
+
+
+def _check_randaugment(text: str) -> None:
+    from timm.data.auto_augment import rand_augment_transform  # slow to import, and often not needed
+
+    try:
+        _require(text.startswith("rand-"), "data.augment.randaugment", text, "like rand-m9-mstd0.5-inc1")
+        rand_augment_transform(text, {})
+    except (AssertionError, ValueError):
+        _require(False, "data.augment.randaugment", text, "like rand-m9-mstd0.5-inc1")
+
+
+def _check_batches(config: DataConfig, world_size: int, accumulation: int) -> None:
+    batch, lanes, readers = config.global_batch_size, config.lanes, world_size * accumulation
+    if batch % lanes:
+        raise InputError(
+            f"data.global_batch_size {batch} is not a multiple of data.lanes {lanes}: change one of the two"
+        )
+    if lanes % readers:
+        raise InputError(
+            f"data.lanes {lanes} is not a multiple of {readers} ({world_size} ranks times train.accumulation "
+            f"{accumulation}): change one of the three"
+        )
+    if (config.augment.mixup or config.augment.cutmix) and batch // lanes % 2:
+        raise InputError(
+            f"data.global_batch_size {batch} / data.lanes {lanes} is odd, but mixup and cutmix need pairs: "
+            f"halve data.lanes or set data.augment.mixup and data.augment.cutmix to 0"
+        )
+
+
+def _require(holds: bool, key: str, value: object, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{key} is {value}: it must be {expected}")

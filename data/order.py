@@ -1,0 +1,104 @@
+"""The order of an epoch: a pure function of (seed, epoch), the same for every number of ranks and workers.
+
+Legend: N samples, L lanes, B global batch size, W window, n = N // L samples a lane.
+
+1. The shards are permuted and laid end to end on a ring, which is entered at a random place.
+2. The ring is cut into L lanes of n samples (the N - L n samples left over sit this epoch out). Cuts split shards, so a
+   lane consists of spans: contiguous pieces of shards.
+3. In each lane the spans are permuted and, within windows of W spans, the samples. A reader thus touches about L W
+   shards at a time, each nearly in sequence.
+4. Step t takes samples t B/L to (t+1) B/L of each lane. Ranks own whole lanes, so the step is the same for any number
+   of ranks.
+
+The up to B - 1 samples that don't fill a last batch differ from epoch to epoch.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from convneur.data.keys import key, permutation, raw_bits
+
+
+class LaneOrder:
+    """Which sample is read at which epoch, step and lane.
+
+    Samples are numbered 0..N-1 shard by shard. Nothing but the current epoch's lanes is kept in memory, and only those
+    that were asked for: 8 bytes a sample. Building all lanes of 1,282 shards and 1.28 million samples takes 0.12 s.
+
+    Args:
+        shard_sizes: samples in each shard, (shards,); their sum is N.
+        seed: the run's seed.
+        lanes: L; divides `batch_size`.
+        batch_size: B, samples an optimizer step; not above N.
+        window: W, spans that are shuffled together.
+
+    Raises:
+        ValueError: the arguments contradict each other; `check_data` finds it earlier and says what to do.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, *, seed: int, lanes: int, batch_size: int, window: int):
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._firsts = np.cumsum(self._sizes) - self._sizes
+        self._samples = int(self._sizes.sum())
+        if lanes < 1 or window < 1 or batch_size % lanes or not 0 < batch_size <= self._samples:
+            raise ValueError(
+                f"no order of {self._samples} samples with batch size {batch_size}, {lanes} lanes and window {window}"
+            )
+        self._seed, self._num_lanes, self._window = seed, lanes, window
+        self._lane_size = self._samples // lanes
+        self._share = batch_size // lanes
+        self.steps_per_epoch = self._samples // batch_size
+        self._epoch = -1
+        self._lanes: dict[int, np.ndarray] = {}
+
+    def samples(self, epoch: int, step: int, lanes: range) -> np.ndarray:
+        """The samples that `lanes` contribute to a step.
+
+        Args:
+            epoch: counted from 0.
+            step: optimizer step within the epoch, 0..steps_per_epoch-1.
+            lanes: lanes to read, each in 0..L-1.
+
+        Returns:
+            (len(lanes), B/L) int64 sample numbers.
+        """
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
+        if epoch != self._epoch:
+            self._epoch, self._lanes = epoch, {}
+        for lane in lanes:
+            if lane not in self._lanes:
+                self._lanes[lane] = self._lane(epoch, lane)
+        taken = slice(step * self._share, (step + 1) * self._share)
+        return np.stack([self._lanes[lane][taken] for lane in lanes])
+
+    def _lane(self, epoch: int, lane: int) -> np.ndarray:
+        """All n samples of a lane in the order of reading."""
+        firsts, lengths = self._spans(epoch, lane)
+        spans = permutation(len(firsts), self._seed, "spans", epoch, lane)
+        firsts, ends = firsts[spans], np.cumsum(lengths[spans])
+        # Position p of the lane lies in span s and is sample firsts[s] + p - (end of the span before).
+        samples = np.arange(self._lane_size) + np.repeat(firsts - (ends - lengths[spans]), lengths[spans])
+        bits = raw_bits(self._lane_size, self._seed, "samples", epoch, lane)
+        edges = [0, *ends[self._window - 1 : -1 : self._window], self._lane_size]
+        for begin, end in pairwise(edges):
+            samples[begin:end] = samples[begin:end][np.argsort(bits[begin:end], kind="stable")]
+        return samples
+
+    def _spans(self, epoch: int, lane: int) -> tuple[np.ndarray, np.ndarray]:
+        """First samples and lengths of a lane's spans, each (spans,) int64, in the order of the ring."""
+        shards = permutation(len(self._sizes), self._seed, "shards", epoch)
+        ends = np.cumsum(self._sizes[shards])
+        begins = ends - self._sizes[shards]
+        entry = key(self._seed, "entry", epoch) % self._samples
+        start = (entry + lane * self._lane_size) % self._samples
+        stop = start + self._lane_size
+        pieces = []
+        for low, high in ((start, min(stop, self._samples)), (0, stop - self._samples)):  # the second where it wraps
+            lows, highs = np.maximum(begins, low), np.minimum(ends, high)
+            cut = lows < highs
+            pieces.append((self._firsts[shards[cut]] + (lows - begins)[cut], (highs - lows)[cut]))
+        (firsts, lengths), (wrapped_firsts, wrapped_lengths) = pieces
+        return np.concatenate([firsts, wrapped_firsts]), np.concatenate([lengths, wrapped_lengths])

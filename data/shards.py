@@ -1,0 +1,259 @@
+"""WebDataset shards with an index beside them.
+
+A dataset is a folder:
+
+    train-000000.tar ...   shards in WebDataset's naming: KEY.png (jpg, jpeg, webp) and KEY.cls for each sample
+    train.index.npy        one `INDEX_FIELDS` row a sample, shard by shard
+    manifest.json          classes, splits, shards, sizes and checksums; written last, so it vouches for the rest
+
+While it is being written, the file `preparing` stands there instead of the manifest.
+Offsets are positions in the tar files, so that any sample is one `pread` away.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+import webdataset
+from webdataset.tariterators import base_plus_ext
+
+from convneur.data.errors import InputError
+from convneur.data.files import TEMPORARY, atomic_write, fsync_folder
+
+MANIFEST = "manifest.json"
+UNFINISHED = "preparing"
+FORMAT = 1
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
+LABEL_EXTENSION = "cls"
+INDEX_FIELDS = [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32c", "<u4")]
+
+
+class Sample(NamedTuple):
+    """An encoded image, its class, and the name it goes by within its split."""
+
+    key: str
+    image: bytes
+    label: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: its name in the dataset's folder, its size in bytes, and how many samples it holds."""
+
+    name: str
+    size: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of a dataset.
+
+    shards: in the order of the index.
+    index_crc32c: checksum of the index file.
+    index_hash: what a stream of samples depends on, 32 hexadecimal digits; see `content_hash`.
+    """
+
+    shards: tuple[Shard, ...]
+    index_crc32c: int
+    index_hash: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset's folder holds.
+
+    source: what it was prepared from.
+    classes: class names; a label is a position among them.
+    """
+
+    source: str
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest into `folder`, which makes the dataset complete."""
+        with atomic_write(folder / MANIFEST) as file:
+            file.write(json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode())
+        (folder / UNFINISHED).unlink()
+        fsync_folder(folder)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest of the dataset in `folder`.
+
+        Raises:
+            InputError: there is no folder, no manifest in it, or one of another format.
+        """
+        path = folder / MANIFEST
+        try:
+            fields = json.loads(path.read_bytes())
+            if fields.pop("format") != FORMAT:
+                raise InputError(
+                    f"{path} has another format than {FORMAT}: write the dataset again, `convneur prepare`"
+                )
+            splits = {
+                name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+                for name, split in fields.pop("splits").items()
+            }
+            return cls(source=fields["source"], classes=tuple(fields["classes"]), splits=splits)
+        except FileNotFoundError:
+            what = "is not a complete dataset: it has no manifest.json" if folder.is_dir() else "does not exist"
+            raise InputError(f"{folder} {what}; write it with `convneur prepare ... --out {folder}`") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({error!r}): write the dataset again, `convneur prepare`") from None
+
+
+def claim_folder(folder: Path, source: str) -> bool:
+    """Make `folder` ready for a dataset prepared from `source`; `Manifest.write` ends what this begins.
+
+    Returns:
+        False if the folder holds that dataset already; True if it is to be written, from the start.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    other = InputError(f"{folder} holds something else than a dataset of {source}: give --out a new or an empty folder")
+    if folder.exists() and not folder.is_dir():
+        raise other
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MANIFEST).is_file():
+        if Manifest.read(folder).source != source:
+            raise other
+        return False
+    leftovers = set(folder.glob(TEMPORARY))
+    marker = folder / UNFINISHED
+    if marker.read_text() != source if marker.is_file() else set(folder.iterdir()) - leftovers:
+        raise other
+    for leftover in leftovers:
+        leftover.unlink()
+    with atomic_write(marker) as file:
+        file.write(source.encode())
+    return True
+
+
+def index_path(folder: Path, split: str) -> Path:
+    """Where the index of `split` lies."""
+    return folder / f"{split}.index.npy"
+
+
+def write_split(folder: Path, split: str, samples: Iterable[Sample], *, extension: str, shard_samples: int) -> Split:
+    """Write `samples` as shards of `shard_samples` each, and their index. The same samples give the same bytes.
+
+    Args:
+        folder: the dataset's folder, which exists.
+        split: name of the split, the first part of the shards' names.
+        samples: in the order they shall have; at least one.
+        extension: file extension of the images, one of `IMAGE_EXTENSIONS`.
+        shard_samples: samples a shard; the last has the rest.
+
+    Returns:
+        The split's entry in the manifest.
+    """
+    iterator = iter(samples)
+    paths = []
+    while chunk := list(islice(iterator, shard_samples)):
+        path = folder / f"{split}-{len(paths):06d}.tar"
+        with (
+            atomic_write(path) as file,
+            webdataset.TarWriter(file, user="root", group="root", mtime=0, compress=False, encoder=False) as writer,
+        ):
+            for sample in chunk:
+                label = str(sample.label).encode()
+                writer.write({"__key__": sample.key, extension: sample.image, LABEL_EXTENSION: label})
+        paths.append(path)
+    return index_split(folder, split, paths)
+
+
+def index_split(folder: Path, split: str, paths: Sequence[Path]) -> Split:
+    """Write the index of `split` from the shards themselves, which lie at `paths` in `folder`.
+
+    Returns:
+        The split's entry in the manifest.
+
+    Raises:
+        InputError: a shard can't be read to its end, or a sample in it lacks its image or its label.
+    """
+    per_shard = [_read_rows(path) for path in paths]
+    rows = [(number, *row) for number, found in enumerate(per_shard) for row in found]
+    longest = max(len(row[-1]) for row in rows)
+    index = np.array(rows, dtype=[*INDEX_FIELDS, ("key", f"S{longest}")])
+    with atomic_write(index_path(folder, split)) as file:
+        np.save(file, index)
+    shards = tuple(
+        Shard(path.name, path.stat().st_size, len(found)) for path, found in zip(paths, per_shard, strict=True)
+    )
+    return Split(shards, _file_crc32c(index_path(folder, split)), content_hash(index))
+
+
+def read_index(folder: Path, name: str, split: Split) -> np.ndarray:
+    """Map the index of `split`, called `name`, into memory, which ranks of a node then share.
+
+    Returns:
+        (samples,) structured array, read-only, of `INDEX_FIELDS` and "key" (UTF-8).
+
+    Raises:
+        InputError: the file is missing, or isn't the one that the manifest vouches for.
+    """
+    path = index_path(folder, name)
+    if not path.is_file():
+        raise InputError(f"{path} is missing: write the dataset again, `convneur prepare ... --out {folder}`")
+    if _file_crc32c(path) != split.index_crc32c:
+        raise InputError(
+            f"{path} does not match {MANIFEST}: write the dataset again, `convneur prepare ... --out {folder}`"
+        )
+    return np.load(path, mmap_mode="r")
+
+
+def content_hash(index: np.ndarray) -> str:
+    """Hash what a stream of samples depends on: shards, keys, labels and images, but not their places in the files."""
+    digest = blake2b(digest_size=16)
+    for name in ("shard", "label", "crc32c", "key"):
+        digest.update(np.ascontiguousarray(index[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _file_crc32c(path: Path) -> int:
+    return int(google_crc32c.value(path.read_bytes()))
+
+
+def _read_rows(path: Path) -> list[tuple[int, int, int, int, bytes]]:
+    """Offset, size, label, crc32c and key of every sample in a shard, in the order of the images."""
+    images: dict[str, tuple[int, int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, extension = base_plus_ext(member.name)
+                if not member.isfile() or extension is None:
+                    continue
+                stream = tar.extractfile(member)
+                assert stream is not None  # it is for a regular file
+                content = stream.read()
+                if extension.lower() in IMAGE_EXTENSIONS:
+                    images[key] = (member.offset_data, member.size, google_crc32c.value(content))
+                elif extension == LABEL_EXTENSION:
+                    labels[key] = int(content)
+            _require_end(path, tar.offset)
+    except (tarfile.TarError, ValueError) as error:
+        raise InputError(f"{path} is not a whole WebDataset shard ({error}): write it again") from None
+    if not images or images.keys() != labels.keys():
+        odd = min(images.keys() ^ labels.keys(), default="no sample at all")
+        raise InputError(f"{path} needs an image and a .{LABEL_EXTENSION} file for each sample, but see {odd}")
+    return [(*image[:2], labels[key], image[2], key.encode()) for key, image in images.items()]
+
+
+def _require_end(path: Path, offset: int) -> None:
+    """Check that a tar ends where its reader stopped, as the reader also stops, in silence, at a damaged header."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        rest = file.read()
+    if len(rest) < 2 * tarfile.BLOCKSIZE or any(rest):
+        raise tarfile.ReadError(f"damaged or cut off at byte {offset} of {offset + len(rest)}")

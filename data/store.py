@@ -1,0 +1,130 @@
+"""Where encoded samples come from: random access by number, whatever the files look like."""
+
+import os
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import google_crc32c
+import numpy as np
+
+from convneur.data.errors import InputError
+from convneur.data.shards import Manifest, Sample, read_index
+
+OPEN_SHARDS = 64
+
+
+class Store(Protocol):
+    """A split of N encoded images in shards, which only say what lies together on disk."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is a position among them."""
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples in each shard, (shards,) int64; the sum is N."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of all samples, (N,) int64."""
+
+    @property
+    def index_hash(self) -> str:
+        """Equal where the samples are the same, in the same order and shards."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def read(self, sample: int) -> Sample:
+        """Read a sample, 0..N-1; an `InputError` says which one is damaged."""
+
+    def where(self, sample: int) -> str:
+        """Name the split, shard and key of a sample, for messages."""
+
+
+class TarStore:
+    """A split of WebDataset shards with their index, as `convneur prepare` writes them.
+
+    Reads are one `pread` and a checksum. File descriptors carry no position, so forked workers may share them; a
+    pickled store opens its files anew.
+
+    Args:
+        root: folder of the dataset.
+        split: "train", "val" or whatever was prepared.
+
+    Raises:
+        InputError: the folder, the split, the index or a shard is missing, or has another size or checksum than the
+            manifest says.
+    """
+
+    def __init__(self, root: str | Path, split: str):
+        self._root, self._split = Path(root), split
+        manifest = Manifest.read(self._root)
+        if split not in manifest.splits:
+            raise InputError(f"{root} has no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
+        entry = manifest.splits[split]
+        self._shards = entry.shards
+        for shard in self._shards:
+            path = self._root / shard.name
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.size:
+                what = "is missing" if size is None else f"has {size} bytes, not {shard.size}"
+                raise InputError(f"{path} {what}: write the dataset again, {self._remedy}")
+        self._index = read_index(self._root, split, entry)
+        self.classes = manifest.classes
+        self.index_hash = entry.index_hash
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type["TarStore"], tuple[Path, str]]:
+        return TarStore, (self._root, self._split)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @cached_property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples in each shard, (shards,) int64."""
+        return np.array([shard.samples for shard in self._shards], dtype=np.int64)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Labels of all samples, (N,) int64."""
+        return self._index["label"].astype(np.int64)
+
+    def read(self, sample: int) -> Sample:
+        """Read a sample.
+
+        Raises:
+            InputError: its bytes aren't those that were indexed.
+            OSError: the shard can't be opened or read.
+        """
+        row = self._index[sample]
+        image = os.pread(self._descriptor(int(row["shard"])), int(row["size"]), int(row["offset"]))
+        if len(image) != row["size"] or google_crc32c.value(image) != row["crc32c"]:
+            raise InputError(f"{self.where(sample)}: checksum mismatch, the file is damaged; {self._remedy}")
+        return Sample(row["key"].decode(), image, int(row["label"]))
+
+    def where(self, sample: int) -> str:
+        """Name the split, shard and key of a sample."""
+        row = self._index[sample]
+        return f"{self._root / self._shards[row['shard']].name}, split {self._split}, key {row['key'].decode()}"
+
+    @property
+    def _remedy(self) -> str:
+        return f"remove {self._root} and run `convneur prepare` again"
+
+    def _descriptor(self, shard: int) -> int:
+        """Descriptor of an open shard; the least recently read one is closed for it."""
+        if shard in self._descriptors:
+            self._descriptors.move_to_end(shard)
+        else:
+            if len(self._descriptors) == OPEN_SHARDS:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[shard] = os.open(self._root / self._shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[shard]
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)

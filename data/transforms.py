@@ -1,0 +1,67 @@
+"""From encoded bytes to uint8 pixels, on the CPU, through timm's transforms."""
+
+import io
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from timm.data.auto_augment import RandAugment, posterize
+from timm.data.transforms_factory import create_transform
+from torchvision.transforms import Compose
+
+from convneur.data.config import DataConfig
+
+Transform = Callable[[Image.Image], torch.Tensor]
+"""RGB image to (3, H, W) uint8."""
+
+
+def decode(image: bytes) -> Image.Image:
+    """Decode an image file to RGB.
+
+    Raises:
+        OSError, ValueError, SyntaxError, Image.DecompressionBombError: Pillow can't.
+    """
+    return Image.open(io.BytesIO(image)).convert("RGB")
+
+
+def train_transform(config: DataConfig) -> Transform:
+    """The random changes of `config.augment`, drawn from the global generators that `seed_libraries` seeds.
+
+    Erasing and mixing come later, on the device.
+    """
+    augment = config.augment
+    transform: Compose = create_transform(
+        config.image_size,
+        is_training=True,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.randaugment or None,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        use_prefetcher=True,
+    )
+    for part in transform.transforms:
+        if isinstance(part, RandAugment):
+            for operation in part.ops:
+                if operation.aug_fn is posterize:
+                    operation.aug_fn = _posterize
+    return transform
+
+
+def eval_transform(config: DataConfig) -> Transform:
+    """Resize the shorter side to image_size / eval_crop, then cut out the centre."""
+    transform: Transform = create_transform(
+        config.image_size,
+        interpolation=config.interpolation,
+        crop_pct=config.eval_crop,
+        use_prefetcher=True,
+    )
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """At full strength timm keeps 0 bits: black, which Pillow 13 refuses to make where older versions did."""
+    return posterize(image, bits) if bits else Image.new(image.mode, image.size)
