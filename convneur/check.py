@@ -1,0 +1,64 @@
+"""What types can't say about a configuration: ranges, and how its sections fit together.
+
+Sections check themselves where they can (`ModelConfig`), and `convneur.data.check` holds the data section against the
+data; this is the rest.
+"""
+
+from collections.abc import Callable
+from math import inf
+from operator import attrgetter
+
+from convneur.config import Config
+from convneur.data.errors import InputError
+from convneur.deepspeed_config import deepspeed_config
+
+Range = tuple[str, Callable[[float], bool]]
+COUNT: Range = ("at least 1", lambda x: x >= 1)
+POSITIVE: Range = ("a finite number above 0", lambda x: 0 < x < inf)
+NOT_NEGATIVE: Range = ("a finite number of at least 0", lambda x: 0 <= x < inf)
+FRACTION: Range = ("a number in [0, 1)", lambda x: 0 <= x < 1)
+
+RANGES = {
+    "run.seed": NOT_NEGATIVE,
+    "run.log_every_steps": COUNT,
+    "run.eval_every_epochs": COUNT,
+    "run.checkpoint_every_steps": COUNT,
+    "run.keep_checkpoints": COUNT,
+    "train.accumulation": COUNT,
+    "train.label_smoothing": FRACTION,
+    "train.ema_decay": FRACTION,
+    "optimizer.lr": POSITIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.eps": POSITIVE,
+    "optimizer.clip_grad": NOT_NEGATIVE,
+    "schedule.epochs": COUNT,
+    "schedule.warmup_epochs": NOT_NEGATIVE,
+    "schedule.warmup_lr": NOT_NEGATIVE,
+    "schedule.min_lr": NOT_NEGATIVE,
+}
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Holds a configuration against a run on `world_size` ranks; InputError for the first thing that can't work.
+
+    Looks at no file and allocates nothing.
+    """
+    for key, (expected, holds) in RANGES.items():
+        value = attrgetter(key)(config)
+        if not holds(value):
+            raise InputError(f"{key} is {value}, expected {expected}")
+    for beta in config.optimizer.betas:
+        if not FRACTION[1](beta):
+            raise InputError(f"optimizer.betas is {list(config.optimizer.betas)}, expected each {FRACTION[0]}")
+    if config.schedule.warmup_epochs >= config.schedule.epochs:
+        raise InputError(
+            f"schedule.warmup_epochs is {config.schedule.warmup_epochs}, expected less than schedule.epochs,"
+            f" {config.schedule.epochs}: the cosine follows the warm-up"
+        )
+    for key in ("warmup_lr", "min_lr"):
+        if (value := getattr(config.schedule, key)) > config.optimizer.lr:
+            raise InputError(f"schedule.{key} is {value}, expected at most optimizer.lr, {config.optimizer.lr}")
+    name = config.run.name
+    if name in {"", ".", ".."} or "/" in name or "\0" in name:
+        raise InputError(f"run.name is {name!r}, expected the name of one folder; run.root says where it lies")
+    deepspeed_config(config, world_size)
