@@ -5,19 +5,26 @@ the totals of M1-M4, not widths and depths: `VARIANTS` is a reconstruction. It t
 from ConvNeXt (arXiv 2201.03545), halves the channels for the memory, and is the one assignment found that explains
 all four published parameter counts (4.3, 6.1, 10.6 and 18.1 M). N1-N3 and M5-M9 continue it below and above.
 
-Shape legend: B images, C channels of a stage, H x W positions, N = H*W tokens, d = C/2 memory width.
+Shape legend: B images, C channels of a stage, H x W positions, d bottleneck width of the global branch (C/2 for the
+neural memory).
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, trunc_normal_
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from convneur.memory import MemoryConfig, NeuralMemory
+from convneur.branches import MIXERS, MixerKind
+from convneur.memory import MemoryConfig
 
 Placement = Literal["none", "per_stage", "per_layer"]
+Fusion = Literal["gate", "add", "concat"]
+GlobalPool = Literal["avg", "max", "avgmax", ""]
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,11 @@ class Variant:
 
     depths: tuple[int, int, int, int]
     base_width: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels C of the four stages."""
+        return tuple(self.base_width << stage for stage in range(4))
 
 
 VARIANTS = {
@@ -48,85 +60,176 @@ VARIANTS = {
 class ModelConfig:
     """What to build.
 
-    Attributes:
-        variant: a row of VARIANTS, n1..n3 or m1..m9.
-        num_classes: outputs of the head.
-        in_chans: channels of the input image.
-        placement: where memory branches sit: in no block (the local-only control), in the first block of every stage
-            (paper's default), or in every block.
-        memory: settings of the neural memory.
-        drop_path: stochastic-depth rate of the last block; rises linearly from 0 at the first.
-        layer_scale: initial value of the per-channel scale of a block's local features.
+    variant: a row of VARIANTS, n1..n3 or m1..m9.
+    num_classes: outputs of the head; 0 for no classifier.
+    in_chans: channels of the input image.
+    placement: where global branches sit: in no block (the local-only control), in the first block of every stage
+        (paper's default), or in every block.
+    branch: what the global branch computes; `convneur.branches` has them all.
+    fusion: how the global context G meets the local features: "gate" (paper's default) multiplies them by sigmoid(G),
+        "add" adds G, "concat" concatenates G and projects back to C.
+    memory: settings of the neural memory.
+    chunk_lengths: chunk length of each stage, where the stages differ; null for memory.chunk_length in all.
+    inner_lrs: scale of the inner step size in each stage, where the stages differ; null for memory.inner_lr in all.
+    branch_widths: bottleneck width d of each stage; null for the branch's own fraction of C.
+    global_pool: pooling before the head; "" for none (a map of logits).
+    drop_rate: dropout before the classifier.
+    drop_path: stochastic-depth rate of the last block; rises linearly from 0 at the first.
+    layer_scale: initial value of the per-channel scale of a block's residual.
     """
 
     variant: str = "m4"
     num_classes: int = 1000
     in_chans: int = 3
     placement: Placement = "per_stage"
+    branch: MixerKind = "neural_memory"
+    fusion: Fusion = "gate"
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    chunk_lengths: tuple[int, int, int, int] | None = None
+    inner_lrs: tuple[float, float, float, float] | None = None
+    branch_widths: tuple[int, int, int, int] | None = None
+    global_pool: GlobalPool = "avg"
+    drop_rate: float = 0.0
     drop_path: float = 0.0
     layer_scale: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"model.variant is {self.variant!r}, expected one of {', '.join(VARIANTS)}")
+        choices = {
+            "variant": tuple(VARIANTS),
+            "placement": get_args(Placement),
+            "branch": get_args(MixerKind),
+            "fusion": get_args(Fusion),
+            "global_pool": get_args(GlobalPool),
+        }
+        for key, allowed in choices.items():
+            if (value := getattr(self, key)) not in allowed:
+                raise ValueError(f"model.{key} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+        for key, least in {"num_classes": 0, "in_chans": 1}.items():
+            if (value := getattr(self, key)) < least:
+                raise ValueError(f"model.{key} is {value}, expected at least {least}")
+        for key in ("drop_rate", "drop_path"):
+            if not 0 <= (value := getattr(self, key)) < 1:
+                raise ValueError(f"model.{key} is {value}, expected a rate in [0, 1)")
+        for key in ("chunk_lengths", "inner_lrs", "branch_widths"):
+            values = getattr(self, key)
+            if values is not None and (len(values) != 4 or min(values) <= 0):
+                raise ValueError(f"model.{key} is {list(values)}, expected four numbers above 0, one a stage")
 
+    def branch_width(self, stage: int) -> int:
+        """Bottleneck width d of a stage's global branch."""
+        if self.branch_widths is not None:
+            return self.branch_widths[stage]
+        return round(VARIANTS[self.variant].widths[stage] * MIXERS[self.branch].width_ratio)
 
-class GlobalBranch(nn.Module):
-    """Global context G of the whole image at a fraction of its width.
-
-    Bottleneck C -> d, tokens in raster order, neural memory, recomposition, d -> C. (B, H, W, C) -> (B, H, W, C).
-    """
-
-    def __init__(self, dim: int, config: MemoryConfig) -> None:
-        super().__init__()
-        width = dim // 2
-        self.reduce = nn.Linear(dim, width)
-        self.norm = nn.LayerNorm(width)
-        self.memory = NeuralMemory(width, config)
-        self.expand = nn.Linear(width, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(self.reduce(x.flatten(1, 2)))  # (B, N, d)
-        return self.expand(self.memory(tokens)).view_as(x)
+    def stage_memory(self, stage: int) -> MemoryConfig:
+        """Settings of a stage's neural memory."""
+        return replace(
+            self.memory,
+            chunk_length=self.chunk_lengths[stage] if self.chunk_lengths else self.memory.chunk_length,
+            inner_lr=self.inner_lrs[stage] if self.inner_lrs else self.memory.inner_lr,
+        )
 
 
 class LocalBranch(nn.Module):
-    """F_loc: large-kernel depthwise convolution, then channel mixing, as a ConvNeXt block. (B, C, H, W) in, NHWC out."""
+    """F_loc: large-kernel depthwise convolution, then channel mixing, as in a ConvNeXt block."""
 
-    def __init__(self, dim: int, layer_scale: float) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.up = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()
         self.down = nn.Linear(4 * dim, dim)
-        self.scale = nn.Parameter(torch.full((dim,), layer_scale))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H, W, C)."""
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        return self.scale * self.down(self.act(self.up(y)))
+        return self.down(self.act(self.up(y)))
+
+
+class GlobalBranch(nn.Module):
+    """G: context of the whole image, computed at a fraction of its width.
+
+    Bottleneck C -> d, mixing of positions (the neural memory, or one of the alternatives it is compared with),
+    recomposition d -> C. A mixer that works at full width, d = C, has no bottleneck to enter.
+    """
+
+    def __init__(self, dim: int, width: int, mixer: nn.Module) -> None:
+        super().__init__()
+        self.reduce = nn.Linear(dim, width) if width != dim else nn.Identity()
+        self.norm = nn.LayerNorm(width)
+        self.mixer = mixer  # (B, H, W, d) -> (B, H, W, d)
+        self.expand = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        return self.expand(self.mixer(self.norm(self.reduce(x))))
 
 
 class Block(nn.Module):
-    """F_out = X + DropPath(A * F_loc), with the gate A = sigmoid(G) where the block has a global branch."""
+    """F_out = X + DropPath(gamma * A * F_loc), with the gate A = sigmoid(G) where the block has a global branch.
 
-    def __init__(self, dim: int, memory: MemoryConfig | None, drop_path: float, layer_scale: float) -> None:
+    gamma is ConvNeXt's layer scale. The ablations of the gate put F_loc + G or W[F_loc, G] in the place of A * F_loc.
+    """
+
+    def __init__(
+        self, dim: int, global_branch: GlobalBranch | None, fusion: Fusion, drop_path: float, layer_scale: float
+    ) -> None:
         super().__init__()
-        self.local_branch = LocalBranch(dim, layer_scale)
-        self.global_branch = GlobalBranch(dim, memory) if memory is not None else None
+        self.local_branch = LocalBranch(dim)
+        self.global_branch = global_branch
+        self.fusion = fusion
+        self.project = nn.Linear(2 * dim, dim) if global_branch is not None and fusion == "concat" else nn.Identity()
+        self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         features = self.local_branch(x)
         if self.global_branch is not None:
-            gate = self.global_branch(x.permute(0, 2, 3, 1)).sigmoid()
-            features = gate * features
-        return x + self.drop_path(features.permute(0, 3, 1, 2))
+            context = self.global_branch(x.permute(0, 2, 3, 1))
+            if self.fusion == "gate":
+                features = context.sigmoid() * features
+            elif self.fusion == "add":
+                features = features + context
+            else:
+                features = self.project(torch.cat([features, context], dim=-1))
+        return x + self.drop_path((self.gamma * features).permute(0, 3, 1, 2))
+
+
+class Stage(nn.Module):
+    """A run of blocks at one resolution; all but the first stage halve it before."""
+
+    def __init__(self, config: ModelConfig, stage: int, drop_path: Sequence[float]) -> None:
+        super().__init__()
+        dim = VARIANTS[config.variant].widths[stage]
+        self.grad_checkpointing = False
+        self.downsample = (
+            nn.Sequential(LayerNorm2d(dim // 2), nn.Conv2d(dim // 2, dim, kernel_size=2, stride=2))
+            if stage > 0
+            else nn.Identity()
+        )
+
+        def global_branch(block: int) -> GlobalBranch | None:
+            if config.placement == "none" or (config.placement == "per_stage" and block > 0):
+                return None
+            width = config.branch_width(stage)
+            return GlobalBranch(dim, width, MIXERS[config.branch].build(width, config.stage_memory(stage)))
+
+        self.blocks = nn.Sequential(
+            *(Block(dim, global_branch(i), config.fusion, rate, config.layer_scale) for i, rate in enumerate(drop_path))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C/2, 2H, 2W) -> (B, C, H, W); in the first stage (B, C, H, W) -> (B, C, H, W)."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
 
 
 class ConvNeur(nn.Module):
-    """Four stages of blocks between a patchifying stem and a linear head. (B, in_chans, H, W) -> (B, num_classes).
+    """Four stages of blocks between a patchifying stem and a linear head.
 
     Takes any input of at least 32 x 32 pixels; give it channels_last images, its blocks then move no data.
     """
@@ -134,39 +237,107 @@ class ConvNeur(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.in_chans = config.in_chans
+        self.num_classes = config.num_classes
         variant = VARIANTS[config.variant]
-        widths = [variant.base_width << stage for stage in range(4)]
-        total = sum(variant.depths)
-        drop_rates = [config.drop_path * i / (total - 1) for i in range(total)]
+        widths, depth = variant.widths, sum(variant.depths)
+        drop_path = [config.drop_path * block / (depth - 1) for block in range(depth)]
 
-        self.downsample = nn.ModuleList(
-            [nn.Sequential(nn.Conv2d(config.in_chans, widths[0], kernel_size=4, stride=4), LayerNorm2d(widths[0]))]
+        self.stem = nn.Sequential(
+            nn.Conv2d(config.in_chans, widths[0], kernel_size=4, stride=4), LayerNorm2d(widths[0])
         )
-        for narrow, wide in zip(widths[:3], widths[1:], strict=True):
-            self.downsample.append(nn.Sequential(LayerNorm2d(narrow), nn.Conv2d(narrow, wide, kernel_size=2, stride=2)))
-
-        self.stages = nn.ModuleList()
-        for width, depth in zip(widths, variant.depths, strict=True):
-            blocks = []
-            for i in range(depth):
-                has_memory = config.placement == "per_layer" or (config.placement == "per_stage" and i == 0)
-                blocks.append(
-                    Block(width, config.memory if has_memory else None, drop_rates.pop(0), config.layer_scale)
-                )
-            self.stages.append(nn.Sequential(*blocks))
-
-        self.norm = nn.LayerNorm(widths[-1], eps=1e-6)
-        self.head = nn.Linear(widths[-1], config.num_classes)
+        first = [sum(variant.depths[:stage]) for stage in range(5)]
+        self.stages = nn.Sequential(
+            *(Stage(config, stage, drop_path[first[stage] : first[stage + 1]]) for stage in range(4))
+        )
+        self.feature_info = [
+            {"num_chs": width, "reduction": 4 << stage, "module": f"stages.{stage}"}
+            for stage, width in enumerate(widths)
+        ]
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.head = NormMlpClassifierHead(
+            self.num_features, config.num_classes, pool_type=config.global_pool, drop_rate=config.drop_rate
+        )
         self.apply(_init_weights)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, 8 C_1, H/32, W/32)."""
-        for downsample, stage in zip(self.downsample, self.stages, strict=True):
-            x = stage(downsample(x))
-        return x
+        """(B, in_chans, H, W) -> (B, num_features, H/32, W/32)."""
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools, normalises and classifies features, (B, num_features, H/32, W/32) -> (B, num_classes).
+
+        With pre_logits it stops short of the classifier: (B, num_features).
+        """
+        return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.forward_features(x).mean((-2, -1))))
+        """(B, in_chans, H, W) -> (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    # The rest is timm's interface to a backbone.
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Also returns what stages put out, finest first: all, the last n, or those at the given indices.
+
+        norm changes nothing, because the only norm after the stages follows the pooling. stop_early leaves out the
+        stages after the last one asked for.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}, expected 'NCHW'")
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        intermediates = []
+        for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if index in wanted:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the stages behind the last of the indices, and then the head too. Returns the indices, from 0."""
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if shortened or prune_head:
+            self.num_classes = 0
+            self.head.reset(0, "", reset_other=True, in_features=self.num_features)
+        return wanted
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer, or an identity where there is none."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier by a new one, and the pooling if one is given; 0 classes removes it."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, object]:
+        """Patterns that sort parameters into layers, for layer-wise learning rates: a layer is a block, or a stage."""
+        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        """Matrices that are no weights: tokens that a mixer learns. Vectors are exempt from decay anyway."""
+        return {name for name, _ in self.named_parameters() if name.endswith("persistent_tokens")}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes every block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
 
 def _init_weights(module: nn.Module) -> None:

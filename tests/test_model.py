@@ -5,8 +5,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from convneur.branches import MemoryMixer
 from convneur.memory import MemoryConfig
-from convneur.model import VARIANTS, Block, ConvNeur, ModelConfig
+from convneur.model import VARIANTS, Block, ConvNeur, GlobalBranch, ModelConfig
 
 # Parameters in M and GMACs at 224 x 224: what the paper prints (two digits), and what the derivation gives.
 PAPER = {"m1": (4.3, 0.71), "m2": (6.1, 1.0), "m3": (10.6, 1.8), "m4": (18.1, 3.06)}
@@ -63,7 +64,8 @@ def test_any_input_size(size: tuple[int, int], read: str) -> None:
 def test_block_is_the_equation_of_the_paper() -> None:
     """F_out = X + sigmoid(G) * F_loc."""
     torch.manual_seed(0)
-    block = Block(8, MemoryConfig(chunk_length=5), drop_path=0.0, layer_scale=1.0).eval()
+    branch = GlobalBranch(8, 4, MemoryMixer(4, MemoryConfig(chunk_length=5)))
+    block = Block(8, branch, "gate", drop_path=0.0, layer_scale=1.0).eval()
     x = torch.randn(2, 8, 6, 7)
     gate = block.global_branch(x.permute(0, 2, 3, 1)).sigmoid().permute(0, 3, 1, 2)
     local = block.local_branch(x).permute(0, 3, 1, 2)
@@ -83,7 +85,7 @@ def test_local_only_control_has_no_memory() -> None:
 
 
 def test_unknown_variant() -> None:
-    with pytest.raises(ValueError, match="model.variant is 'm10', expected one of n1, "):
+    with pytest.raises(ValueError, match=r"model\.variant is 'm10', expected one of 'n1', "):
         ModelConfig("m10")
 
 
