@@ -32,12 +32,13 @@ T = TypeVar("T")
 class Batch:
     """A micro-batch.
 
-    images: (b, 3, H, W) uint8, lane by lane.
-    labels: (b,) int64.
-    indices: (b,) int64, the samples' numbers in the store.
-    epoch: counted from 0.
-    step: optimizer steps before this one, over all epochs.
-    lanes: lanes that contributed, b / len(lanes) samples each.
+    Attributes:
+        images: (b, 3, H, W) uint8, lane by lane.
+        labels: (b,) int64.
+        indices: (b,) int64, the samples' numbers in the store.
+        epoch: counted from 0.
+        step: optimizer steps before this one, over all epochs.
+        lanes: lanes that contributed, b / len(lanes) samples each.
     """
 
     images: torch.Tensor
@@ -53,11 +54,12 @@ class Batch:
 
 
 class EvalBatch(NamedTuple):
-    """Samples to evaluate.
+    """Samples to evaluate, b = eval_batch_size of them on each rank.
 
-    images: (b, 3, H, W) uint8; zeros where masked.
-    labels: (b,) int64; zeros where masked.
-    mask: (b,) bool, False for padding.
+    Attributes:
+        images: (b, 3, H, W) uint8; zeros where masked.
+        labels: (b,) int64; zeros where masked.
+        mask: (b,) bool, False for padding.
     """
 
     images: torch.Tensor

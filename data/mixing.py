@@ -27,9 +27,9 @@ class Normalize:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """(b, 3, H, W) uint8 to (b, 3, H, W) float32 in channels_last memory format."""
-        images = images.to(self.device, non_blocking=True)
-        images = images.to(torch.float32, memory_format=torch.channels_last)
-        return images.sub_(self._mean).div_(self._std)
+        pixels = images.to(self.device, non_blocking=True).float()
+        # Reordered last: on the CPU the arithmetic takes three times as long in channels_last.
+        return pixels.sub_(self._mean).div_(self._std).contiguous(memory_format=torch.channels_last)
 
 
 class DeviceTransform:

@@ -80,7 +80,7 @@ class LaneOrder:
         spans = permutation(len(firsts), self._seed, "spans", epoch, lane)
         firsts, ends = firsts[spans], np.cumsum(lengths[spans])
         # Position p of the lane lies in span s and is sample firsts[s] + p - (end of the span before).
-        samples = np.arange(self._lane_size) + np.repeat(firsts - (ends - lengths[spans]), lengths[spans])
+        samples: np.ndarray = np.arange(self._lane_size) + np.repeat(firsts - (ends - lengths[spans]), lengths[spans])
         bits = raw_bits(self._lane_size, self._seed, "samples", epoch, lane)
         edges = [0, *ends[self._window - 1 : -1 : self._window], self._lane_size]
         for begin, end in pairwise(edges):

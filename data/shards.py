@@ -45,7 +45,13 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file: its name in the dataset's folder, its size in bytes, and how many samples it holds."""
+    """A tar file.
+
+    Attributes:
+        name: in the dataset's folder.
+        size: in bytes.
+        samples: how many it holds.
+    """
 
     name: str
     size: int
@@ -56,9 +62,10 @@ class Shard:
 class Split:
     """A part of a dataset.
 
-    shards: in the order of the index.
-    index_crc32c: checksum of the index file.
-    index_hash: what a stream of samples depends on, 32 hexadecimal digits; see `content_hash`.
+    Attributes:
+        shards: in the order of the index.
+        index_crc32c: checksum of the index file.
+        index_hash: what a stream of samples depends on, 32 hexadecimal digits; see `content_hash`.
     """
 
     shards: tuple[Shard, ...]
@@ -70,8 +77,10 @@ class Split:
 class Manifest:
     """What a dataset's folder holds.
 
-    source: what it was prepared from.
-    classes: class names; a label is a position among them.
+    Attributes:
+        source: what it was prepared from, a subcommand of `convneur prepare`.
+        classes: class names; a label is a position among them.
+        splits: the parts by name.
     """
 
     source: str
@@ -95,20 +104,18 @@ class Manifest:
         path = folder / MANIFEST
         try:
             fields = json.loads(path.read_bytes())
-            if fields.pop("format") != FORMAT:
-                raise InputError(
-                    f"{path} has another format than {FORMAT}: write the dataset again, `convneur prepare`"
-                )
+            if fields["format"] != FORMAT:
+                raise InputError(f"{path} has format {fields['format']}, not {FORMAT}: prepare the dataset again")
             splits = {
                 name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
-                for name, split in fields.pop("splits").items()
+                for name, split in fields["splits"].items()
             }
             return cls(source=fields["source"], classes=tuple(fields["classes"]), splits=splits)
-        except FileNotFoundError:
-            what = "is not a complete dataset: it has no manifest.json" if folder.is_dir() else "does not exist"
-            raise InputError(f"{folder} {what}; write it with `convneur prepare ... --out {folder}`") from None
+        except (FileNotFoundError, NotADirectoryError):
+            what = f"holds no complete dataset (no {MANIFEST})" if folder.exists() else "does not exist"
+            raise InputError(f"{folder} {what}: write one with `convneur prepare SOURCE --out {folder}`") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({error!r}): write the dataset again, `convneur prepare`") from None
+            raise InputError(f"{path} is damaged ({error!r}): remove {folder} and prepare it again") from None
 
 
 def claim_folder(folder: Path, source: str) -> bool:
@@ -158,7 +165,7 @@ def write_split(folder: Path, split: str, samples: Iterable[Sample], *, extensio
         The split's entry in the manifest.
     """
     iterator = iter(samples)
-    paths = []
+    paths: list[Path] = []
     while chunk := list(islice(iterator, shard_samples)):
         path = folder / f"{split}-{len(paths):06d}.tar"
         with (
@@ -204,12 +211,11 @@ def read_index(folder: Path, name: str, split: Split) -> np.ndarray:
     """
     path = index_path(folder, name)
     if not path.is_file():
-        raise InputError(f"{path} is missing: write the dataset again, `convneur prepare ... --out {folder}`")
+        raise InputError(f"{path} is missing: remove {folder} and prepare it again")
     if _file_crc32c(path) != split.index_crc32c:
-        raise InputError(
-            f"{path} does not match {MANIFEST}: write the dataset again, `convneur prepare ... --out {folder}`"
-        )
-    return np.load(path, mmap_mode="r")
+        raise InputError(f"{path} does not match {MANIFEST}: remove {folder} and prepare it again")
+    index: np.ndarray = np.load(path, mmap_mode="r")
+    return index
 
 
 def content_hash(index: np.ndarray) -> str:

@@ -65,13 +65,14 @@ class TarStore:
         if split not in manifest.splits:
             raise InputError(f"{root} has no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
         entry = manifest.splits[split]
+        self._remedy = f"remove {self._root} and run `convneur prepare {manifest.source} --out {self._root}`"
         self._shards = entry.shards
         for shard in self._shards:
             path = self._root / shard.name
             size = path.stat().st_size if path.is_file() else None
             if size != shard.size:
                 what = "is missing" if size is None else f"has {size} bytes, not {shard.size}"
-                raise InputError(f"{path} {what}: write the dataset again, {self._remedy}")
+                raise InputError(f"{path} {what}: {self._remedy}")
         self._index = read_index(self._root, split, entry)
         self.classes = manifest.classes
         self.index_hash = entry.index_hash
@@ -103,17 +104,13 @@ class TarStore:
         row = self._index[sample]
         image = os.pread(self._descriptor(int(row["shard"])), int(row["size"]), int(row["offset"]))
         if len(image) != row["size"] or google_crc32c.value(image) != row["crc32c"]:
-            raise InputError(f"{self.where(sample)}: checksum mismatch, the file is damaged; {self._remedy}")
+            raise InputError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
         return Sample(row["key"].decode(), image, int(row["label"]))
 
     def where(self, sample: int) -> str:
         """Name the split, shard and key of a sample."""
         row = self._index[sample]
         return f"{self._root / self._shards[row['shard']].name}, split {self._split}, key {row['key'].decode()}"
-
-    @property
-    def _remedy(self) -> str:
-        return f"remove {self._root} and run `convneur prepare` again"
 
     def _descriptor(self, shard: int) -> int:
         """Descriptor of an open shard; the least recently read one is closed for it."""

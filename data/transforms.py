@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from PIL import Image
@@ -37,7 +38,7 @@ def train_transform(config: DataConfig) -> Transform:
         ratio=augment.ratio,
         hflip=augment.hflip,
         vflip=augment.vflip,
-        color_jitter=augment.color_jitter or None,
+        color_jitter=augment.color_jitter,
         auto_augment=augment.randaugment or None,
         interpolation=config.interpolation,
         mean=config.mean,
@@ -48,7 +49,7 @@ def train_transform(config: DataConfig) -> Transform:
             for operation in part.ops:
                 if operation.aug_fn is posterize:
                     operation.aug_fn = _posterize
-    return transform
+    return cast(Transform, transform)
 
 
 def eval_transform(config: DataConfig) -> Transform:
