@@ -1,0 +1,48 @@
+"""DeepSpeed around the model: building the engine, and reading full weights back out of it under any ZeRO stage."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+
+
+def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
+    """Hands the model and its optimizer to DeepSpeed; the process group exists already.
+
+    The model keeps its contiguous (NCHW) weights: ZeRO 1 and above can't flatten channels_last ones.
+    """
+    # On CPUs DeepSpeed compiles a shared-memory all-reduce at start-up. That takes a minute, and a build that was
+    # killed leaves a lock on which every later run hangs; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def zero_stage(engine: DeepSpeedEngine) -> int:
+    """The ZeRO stage, 0 to 3: which of optimizer state (1), gradients (2) and parameters (3) are partitioned."""
+    return int(engine.zero_optimization_stage())
+
+
+def autocast(engine: DeepSpeedEngine) -> torch.autocast:
+    """The autocast under which the engine runs its forward pass, for use outside of the engine."""
+    enabled = bool(engine.torch_autocast_enabled())
+    return torch.autocast(engine.device.type, engine.torch_autocast_dtype() if enabled else None, enabled)
+
+
+def full_weights(engine: DeepSpeedEngine) -> Weights:
+    """Every parameter, whole and in float32, on every rank. Collective: all ranks call it together."""
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        master = safe_get_full_fp32_param(parameter)  # None where nothing is partitioned: the parameter is the master
+        weights[name] = parameter.detach() if master is None else master.detach().view(true_shape(parameter))
+    return weights
+
+
+def true_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of a parameter that ZeRO 3 may have emptied."""
+    return getattr(parameter, "ds_shape", parameter.shape)

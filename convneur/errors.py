@@ -1,0 +1,5 @@
+"""What can go wrong in training; bad input is `convneur.data.errors.InputError`."""
+
+
+class NonFiniteError(Exception):
+    """The loss or the weights became NaN or infinite. Checkpoints that exist are from before that."""

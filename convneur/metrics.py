@@ -1,0 +1,204 @@
+"""What a run says of itself: metrics.jsonl, TensorBoard events and a display of its progress."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from convneur.data.files import atomic_write
+from convneur.errors import NonFiniteError
+from convneur.evaluate import Scores
+from convneur.world import World
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run in order of step; a last line that a kill cut short is left out."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class TrainingLog:
+    """Collects a run's metrics on all ranks; rank 0 writes and shows them.
+
+    Losses stay on the device until a line is due, so logging doesn't stall the steps in between.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        start_step: int,
+        total_steps: int,
+        steps_per_epoch: int,
+        images_per_step: int,
+        every_steps: int,
+    ) -> None:
+        self.total_steps = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._images_per_step = images_per_step
+        self._every_steps = every_steps
+        self._world_size = world.size
+        self._loss_sum = torch.zeros((), device=world.device)
+        self._mark_step, self._mark_time = start_step, time.monotonic()
+        self._records = Records(folder, start_step) if world.is_main else None
+        self._display = Display(total_steps, start_step) if world.is_main else None
+
+    def step(self, done: int, loss: Tensor, learning_rate: float) -> None:
+        """Takes in the loss of step number `done - 1`; writes a line where one is due. Collective then."""
+        self._loss_sum += loss
+        if self._display:
+            self._display.advance(done)
+        if done % self._every_steps and done < self.total_steps:
+            return
+        steps = done - self._mark_step
+        dist.all_reduce(self._loss_sum)
+        mean = self._loss_sum.item() / (steps * self._world_size)
+        now = time.monotonic()
+        values = {
+            "train/loss": mean,
+            "train/lr": learning_rate,
+            "train/images_per_second": steps * self._images_per_step / max(now - self._mark_time, 1e-9),
+        }
+        self._loss_sum.zero_()
+        self._mark_step, self._mark_time = done, now
+        self._add(done, values)
+        if not math.isfinite(mean):
+            raise NonFiniteError(f"the loss is {mean} within steps {done - steps} to {done - 1}")
+
+    def scores(self, done: int, raw: Scores, averaged: Scores | None) -> None:
+        """Writes an evaluation after `done` steps."""
+        values = {"eval/top1": raw.top1, "eval/top5": raw.top5, "eval/loss": raw.loss}
+        if averaged:
+            values |= {
+                "eval/top1_ema": averaged.top1,
+                "eval/top5_ema": averaged.top5,
+                "eval/loss_ema": averaged.loss,
+            }
+        self._add(done, values)
+
+    def say(self, line: str) -> None:
+        """Shows a line on rank 0."""
+        if self._display:
+            self._display.say(line)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of a block out of images per second: it went into something else than training."""
+        start = time.monotonic()
+        yield
+        self._mark_time += time.monotonic() - start
+
+    def close(self) -> None:
+        """Flushes and closes files and display."""
+        if self._records and self._display:
+            self._records.close()
+            self._display.close()
+
+    def _add(self, done: int, values: dict[str, float]) -> None:
+        epoch = done / self._steps_per_epoch
+        if self._records and self._display:
+            self._records.add(done, epoch, values)
+            self._display.show(done, epoch, values)
+
+
+class Records:
+    """metrics.jsonl and TensorBoard events.
+
+    Records of an earlier start are kept up to `step` and dropped after it: those steps are made anew.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        kept = [record for record in read_metrics(folder) if record["step"] <= step]
+        with atomic_write(folder / METRICS_FILE) as file:
+            file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
+        self._file = (folder / METRICS_FILE).open("a")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def add(self, done: int, epoch: float, values: dict[str, float]) -> None:
+        """Records values, named like "train/loss", as they are after `done` optimizer steps."""
+        self._file.write(json.dumps({"step": done, "epoch": epoch, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, done)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._events.close()
+
+
+class Display:
+    """Progress of a run: a live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._total_steps = total_steps
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, rate="")
+            self._bar.start()
+        self._start = (start_step, time.monotonic())
+
+    def advance(self, done: int) -> None:
+        """Moves the bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+
+    def show(self, done: int, epoch: float, values: dict[str, float]) -> None:
+        """Prints a line of metrics."""
+        parts = [f"epoch {epoch:.2f}", f"step {done}/{self._total_steps}"]
+        if "train/loss" in values:
+            rate = f"{values['train/images_per_second']:,.0f} images/s"
+            if self._bar:
+                self._bar.update(self._task, rate=rate)
+                return
+            parts += [f"loss {values['train/loss']:.4f}", f"lr {values['train/lr']:.2e}", rate, self._time_left(done)]
+        else:
+            parts += [f"{name.removeprefix('eval/')} {value:.4f}" for name, value in values.items()]
+        self.say("  ".join(parts))
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        self._console.print(line, markup=False)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar:
+            self._bar.stop()
+
+    def _time_left(self, done: int) -> str:
+        start_step, start_time = self._start
+        seconds = (time.monotonic() - start_time) / max(done - start_step, 1) * (self._total_steps - done)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d} left"

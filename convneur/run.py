@@ -1,0 +1,283 @@
+"""A run: what the training loop uses, how it is put together, resumed and finished."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from timm.scheduler.scheduler import Scheduler
+
+from convneur.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_intact,
+    read_state,
+    save_checkpoint,
+)
+from convneur.config import Config, save_config
+from convneur.data.errors import InputError
+from convneur.data.files import atomic_write
+from convneur.data.loader import Batch, EvalLoader, TrainLoader
+from convneur.data.mixing import DeviceTransform, Normalize
+from convneur.data.store import TarStore
+from convneur.deepspeed_config import deepspeed_config
+from convneur.ema import Ema
+from convneur.engine import Weights, autocast, build_engine, full_weights, zero_stage
+from convneur.evaluate import Scores, evaluate
+from convneur.metrics import TrainingLog
+from convneur.model import ConvNeur
+from convneur.optim import build_optimizer, build_schedule
+from convneur.plot import plot_run
+from convneur.world import World
+
+CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended; `summary.json` in its folder.
+
+    Attributes:
+        top1: fraction of held-out images classified rightly by the raw weights.
+        top1_ema: the same by the averaged weights; None where no average was kept.
+        epochs: length of the run.
+        images: training images seen, repetitions counted.
+        seconds: time spent, evaluation and checkpoints included, over all starts of the run.
+        checkpoint: folder of the last checkpoint.
+    """
+
+    top1: float
+    top1_ema: float | None
+    epochs: int
+    images: int
+    seconds: float
+    checkpoint: str
+
+
+def read_summary(run_dir: Path) -> Summary | None:
+    """The summary of a finished run; None where the run has not ended."""
+    path = run_dir / SUMMARY_FILE
+    return Summary(**json.loads(path.read_text())) if path.is_file() else None
+
+
+@dataclass
+class Run:
+    """What one rank holds of a run in progress."""
+
+    config: Config
+    world: World
+    folder: Path
+    loader: TrainLoader
+    eval_loader: EvalLoader
+    eval_images: int
+    prepare: DeviceTransform
+    normalize: Normalize
+    engine: DeepSpeedEngine
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    ema: Ema | None
+    log: TrainingLog
+    start_step: int
+    seconds_before: float
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.schedule.epochs * self.loader.steps_per_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate that the optimizer is set to."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, over all its starts."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def steps(self) -> Iterator[tuple[int, list[Batch]]]:
+        """The optimizer steps that remain, each with this rank's micro-batches."""
+        return enumerate(self.loader.iterate(self.start_step, self.total_steps), self.start_step)
+
+    def checkpoint_if_due(self, done: int) -> None:
+        """Saves a checkpoint after every `checkpoint_every_steps` steps and after the last. Collective."""
+        if done % self.config.run.checkpoint_every_steps and done < self.total_steps:
+            return
+        with self.log.paused():
+            state = TrainState(
+                step=done,
+                seconds=self.seconds,
+                data=self.loader.state(done),
+                model=asdict(self.config.model),
+                engine=engine_settings(self.engine, self.config),
+            )
+            save_checkpoint(
+                self.folder / CHECKPOINTS, self.engine, self.ema, state, keep=self.config.run.keep_checkpoints
+            )
+
+    def evaluate_if_due(self, done: int) -> None:
+        """Evaluates raw and averaged weights after every `eval_every_epochs` epochs; the end of the run is `finish`'s."""
+        if done % (self.config.run.eval_every_epochs * self.loader.steps_per_epoch) == 0 and done < self.total_steps:
+            self._evaluate(done)
+
+    def finish(self) -> Summary:
+        """Evaluates the final weights, draws the curves and writes the summary. Collective."""
+        raw, averaged = self._evaluate(self.total_steps)
+        summary = Summary(
+            top1=raw.top1,
+            top1_ema=averaged.top1 if averaged else None,
+            epochs=self.config.schedule.epochs,
+            images=self.total_steps * self.config.data.global_batch_size,
+            seconds=round(self.seconds, 1),
+            checkpoint=str(list_checkpoints(self.folder / CHECKPOINTS)[0]),
+        )
+        self.log.close()
+        if self.world.is_main:
+            plot_run(self.folder)
+            with atomic_write(self.folder / SUMMARY_FILE) as file:
+                file.write(json.dumps(asdict(summary), indent=2).encode())
+        dist.barrier()
+        return summary
+
+    def _evaluate(self, done: int) -> tuple[Scores, Scores | None]:
+        with self.log.paused():
+            raw = self._score(full_weights(self.engine))
+            averaged = self._score(self.ema.full_weights()) if self.ema else None
+        self.log.scores(done, raw, averaged)
+        return raw, averaged
+
+    def _score(self, weights: Weights) -> Scores:
+        """Scores whole weights in a model of its own, so that evaluation can't touch the one in training."""
+        model = ConvNeur(self.config.model).to(self.world.device)
+        model.load_state_dict(weights)
+        return evaluate(model, self.eval_loader, self.normalize, autocast(self.engine), self.eval_images)
+
+
+def start_run(config: Config, world: World, folder: Path, resume: str) -> Run:
+    """Builds everything a rank trains with, at the position to start from. Collective; see `convneur.train.train`."""
+    started = time.monotonic()
+    train_store = TarStore(Path(config.data.root), config.data.train_split)
+    eval_store = TarStore(Path(config.data.root), config.data.val_split)
+    loader = TrainLoader(
+        config.data,
+        train_store,
+        seed=config.run.seed,
+        rank=world.rank,
+        world_size=world.size,
+        accumulation=config.train.accumulation,
+    )
+    eval_loader = EvalLoader(config.data, eval_store, rank=world.rank, world_size=world.size)
+    prepare = DeviceTransform(
+        config.data,
+        num_classes=config.model.num_classes,
+        label_smoothing=config.train.label_smoothing,
+        seed=config.run.seed,
+        device=world.device,
+    )
+
+    torch.manual_seed(config.run.seed)  # the same initial weights on every rank
+    model = ConvNeur(config.model).to(world.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    optimizer = build_optimizer(model, config.optimizer)
+    schedule = build_schedule(optimizer, config.schedule, loader.steps_per_epoch)
+    engine = build_engine(model, optimizer, deepspeed_config(config, world.size))
+    ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
+
+    checkpoint, faults = choose_checkpoint(folder, resume, world)
+    start_step, seconds_before = 0, 0.0
+    if checkpoint:
+        state = read_state(checkpoint)
+        check_fit(checkpoint, state, asdict(config.model), engine_settings(engine, config))
+        loader.check_state(state.data)
+        load_checkpoint(checkpoint, engine, ema)
+        start_step, seconds_before = state.step, state.seconds
+
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / CONFIG_FILE)
+    log = TrainingLog(
+        folder,
+        world,
+        start_step=start_step,
+        total_steps=config.schedule.epochs * loader.steps_per_epoch,
+        steps_per_epoch=loader.steps_per_epoch,
+        images_per_step=config.data.global_batch_size,
+        every_steps=config.run.log_every_steps,
+    )
+    for fault in faults:
+        log.say(f"warning: damaged checkpoint left out: {fault}")
+    if checkpoint:
+        log.say(f"resuming from {checkpoint}, {start_step} of {log.total_steps} steps made")
+    log.say(
+        f"{config.model.variant}: {parameters / 1e6:.2f} M parameters, "
+        f"{world.size} x {world.device.type}, ZeRO {zero_stage(engine)}, {len(train_store):,} training images, "
+        f"{loader.steps_per_epoch} steps an epoch"
+    )
+    return Run(
+        config=config,
+        world=world,
+        folder=folder,
+        loader=loader,
+        eval_loader=eval_loader,
+        eval_images=len(eval_store),
+        prepare=prepare,
+        normalize=Normalize(config.data, world.device),
+        engine=engine,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema=ema,
+        log=log,
+        start_step=start_step,
+        seconds_before=seconds_before,
+        started=started,
+    )
+
+
+def engine_settings(engine: DeepSpeedEngine, config: Config) -> dict[str, Any]:
+    """The settings that DeepSpeed's checkpoint files are tied to."""
+    return {
+        "zero_stage": zero_stage(engine),
+        "world_size": dist.get_world_size(),
+        "accumulation": config.train.accumulation,
+    }
+
+
+def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | None, list[str]]:
+    """The intact checkpoint that `resume` asks for, and what is wrong with newer ones. Collective.
+
+    Raises:
+        InputError: the checkpoint asked for is absent or damaged, or all of a run's checkpoints are damaged; a run
+            never starts afresh in silence where it has made steps before.
+    """
+    if resume == "never":
+        return None, []
+    if resume == "auto":
+        checkpoint, faults = newest_intact(list_checkpoints(folder / CHECKPOINTS), world)
+    else:
+        checkpoint, faults = newest_intact([find_checkpoint(Path(resume))], world)
+    if checkpoint is None and faults:
+        raise InputError(
+            f"no intact checkpoint to resume from ({' | '.join(faults)}); restore one, or start afresh with --resume never"
+        )
+    return checkpoint, faults
+
+
+def check_fit(checkpoint: Path, state: TrainState, model: dict[str, Any], engine: dict[str, Any]) -> None:
+    """Raises InputError where a checkpoint is of another model or was written by other engine settings."""
+    for section, saved, wanted in (("model", state.model, model), ("engine", state.engine, engine)):
+        for name in wanted:
+            if json.loads(json.dumps(wanted[name])) != saved.get(name):
+                raise InputError(
+                    f"{checkpoint} has {section}.{name} = {saved.get(name)}, the run is configured with {wanted[name]}; "
+                    "use the checkpoint's settings, or start another run with --resume never"
+                )

@@ -1,0 +1,66 @@
+"""Training: the step and the loop around it. `convneur.run` builds what they use.
+
+Shape legend: b images of a rank's micro-batch, K classes.
+"""
+
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor
+
+from convneur.config import Config
+from convneur.data.keys import key, seed_libraries
+from convneur.data.loader import Batch
+from convneur.data.mixing import DeviceTransform
+from convneur.ema import Ema
+from convneur.run import Summary, start_run
+from convneur.world import World
+
+cross_entropy = SoftTargetCrossEntropy()
+
+
+def train_step(engine: DeepSpeedEngine, batches: list[Batch], prepare: DeviceTransform, ema: Ema | None) -> Tensor:
+    """One optimizer step over this rank's micro-batches; returns their mean loss, still on the device.
+
+    loss = -sum_k y_k log softmax(logits)_k, with y the smoothed and mixed labels (b, K), averaged over the global
+    batch: DeepSpeed divides by the micro-batches and ranks, sums the gradients, clips them and, after the last
+    micro-batch, steps AdamW.
+    """
+    total = torch.zeros((), device=engine.device)
+    for batch in batches:
+        images, targets = prepare(batch)
+        loss = cross_entropy(engine(images).float(), targets)
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach()
+    if ema:
+        ema.update()
+    return total / len(batches)
+
+
+def train(config: Config, world: World, run_dir: Path, resume: str = "never") -> Summary:
+    """Trains a run to its end. Collective: every rank calls it with the same arguments.
+
+    Args:
+        config: what to train.
+        world: this process among the ranks.
+        run_dir: the run's folder, made if it isn't there.
+        resume: "never" starts from initial weights, "auto" from the newest intact checkpoint in `run_dir` where
+            there is one; anything else is the checkpoint, or the run, to start from.
+
+    Raises:
+        InputError: configuration, data and checkpoint don't fit each other; nothing has been written then.
+        NonFiniteError: the loss or the weights are no longer finite; the newest checkpoint is from before that.
+    """
+    run = start_run(config, world, run_dir, resume)
+    for step, batches in run.steps():
+        # Drop path draws from (seed, step, rank) alone, so a resumed run needs no saved generators.
+        seed_libraries(key(config.run.seed, "step", step, world.rank), world.device)
+        run.schedule.step_update(step)
+        loss = train_step(run.engine, batches, run.prepare, run.ema)
+        run.log.step(step + 1, loss, run.learning_rate)
+        run.checkpoint_if_due(step + 1)
+        run.evaluate_if_due(step + 1)
+    return run.finish()

@@ -1,0 +1,41 @@
+"""Which process this is among those that train together. Built once, passed on; nothing else reads the environment."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+# A rank that is gone is noticed when a collective times out, so this bounds how long the others hang.
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank 0..size-1 of this process, its rank among those of its node, and its device."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes shared files and speaks to the user."""
+        return self.rank == 0
+
+    @staticmethod
+    def join() -> "World":
+        """Joins the process group that torchrun's environment variables describe: NCCL on GPUs, gloo on CPUs."""
+        rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        if torch.cuda.is_available():
+            device, backend = torch.device("cuda", local_rank), "nccl"
+            torch.cuda.set_device(device)
+        else:
+            device, backend = torch.device("cpu"), "gloo"
+        torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        return World(rank, local_rank, size, device)
+
+    def leave(self) -> None:
+        """Leaves the process group; without it, NCCL aborts a process that has in fact finished."""
+        torch.distributed.destroy_process_group()
