@@ -11,7 +11,7 @@ neural memory).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, trunc_normal_
@@ -250,7 +250,7 @@ class ConvNeur(nn.Module):
         self.stages = nn.Sequential(
             *(Stage(config, stage, drop_path[first[stage] : first[stage + 1]]) for stage in range(4))
         )
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": 4 << stage, "module": f"stages.{stage}"}
             for stage, width in enumerate(widths)
         ]
@@ -280,7 +280,7 @@ class ConvNeur(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -303,7 +303,7 @@ class ConvNeur(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops the stages behind the last of the indices, and then the head too. Returns the indices, from 0."""
         wanted, last = feature_take_indices(len(self.stages), indices)
@@ -336,8 +336,9 @@ class ConvNeur(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes every block in the backward pass instead of keeping its activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
 
 
 def _init_weights(module: nn.Module) -> None:
