@@ -3,7 +3,8 @@
 A checkpoint is a folder `step-00000460`:
 
     manifest.json        sizes and SHA-256 of all other files; written last, so a folder without it is not a checkpoint
-    state.json           step, position in the data, model and engine settings
+    config.yaml          the run's configuration
+    state.json           step, position in the data and engine settings
     model.safetensors    whole float32 weights       } what evaluation reads;
     ema.safetensors      whole averaged weights      } loading them executes no pickle
     deepspeed/           DeepSpeed's own files: weights and optimizer state, one or more files a rank
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 
+from convneur.config import Config, save_config
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write, fsync_folder
 from convneur.ema import Ema
@@ -34,6 +36,8 @@ from convneur.errors import NonFiniteError
 from convneur.world import World
 
 MANIFEST = "manifest.json"
+STATE_FILE = "state.json"
+CONFIG_FILE = "config.yaml"
 LATEST = "LATEST"
 _PREFIX = "step-"
 _TEMPORARY = "tmp-"
@@ -43,23 +47,22 @@ _TEMPORARY = "tmp-"
 class TrainState:
     """What a run is resumed from, besides weights and optimizer state.
 
-    step: optimizer steps made; the next one is number `step`.
-    seconds: time spent training so far, over all starts of the run.
-    data: the loader's account of the sample stream.
-    model: the model section of the configuration.
-    engine: ZeRO stage, world size and accumulation; DeepSpeed's files fit these alone.
+    Attributes:
+        step: optimizer steps made; the next one is number `step`.
+        seconds: time spent on the run so far, over all its starts.
+        data: the loader's account of the sample stream.
+        engine: ZeRO stage, world size and accumulation; DeepSpeed's files fit these alone.
     """
 
     step: int
     seconds: float
     data: dict[str, Any]
-    model: dict[str, Any]
     engine: dict[str, Any]
 
 
 def read_state(checkpoint: Path) -> TrainState:
     """The state in a checkpoint folder; InputError where the folder is none."""
-    path = checkpoint / "state.json"
+    path = checkpoint / STATE_FILE
     try:
         return TrainState(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -89,11 +92,23 @@ def find_checkpoint(path: Path) -> Path:
     return found[0]
 
 
-def save_checkpoint(folder: Path, engine: DeepSpeedEngine, ema: Ema | None, state: TrainState, keep: int) -> Path:
-    """Writes, flushes, hashes and only then names a checkpoint; keeps the newest `keep`. Collective.
+def save_checkpoint(folder: Path, config: Config, engine: DeepSpeedEngine, ema: Ema | None, state: TrainState) -> Path:
+    """Writes, flushes, hashes and only then names a checkpoint; removes the oldest beyond `keep_checkpoints`.
 
-    folder: the run's checkpoint folder, shared by all ranks.
-    Returns the folder of the new checkpoint. An exception leaves the previous ones untouched.
+    Collective. An exception leaves the previous checkpoints untouched.
+
+    Args:
+        folder: the run's checkpoint folder, shared by all ranks.
+        config: the run's configuration, saved with it.
+        engine: weights and optimizer state.
+        ema: averaged weights, if the run keeps any.
+        state: position of the run.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        NonFiniteError: the weights are not finite; a checkpoint of them would only push out a good one.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     name = f"{_PREFIX}{state.step:08d}"
@@ -111,7 +126,8 @@ def save_checkpoint(folder: Path, engine: DeepSpeedEngine, ema: Ema | None, stat
         _save_weights(weights, temporary / "model.safetensors")
         if averaged is not None:
             _save_weights(averaged, temporary / "ema.safetensors")
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2))
+        save_config(config, temporary / CONFIG_FILE)
+        (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=2))
     dist.barrier()
 
     files = _files(temporary)
@@ -126,7 +142,7 @@ def save_checkpoint(folder: Path, engine: DeepSpeedEngine, ema: Ema | None, stat
         _publish(temporary, folder / name)
         with atomic_write(folder / LATEST) as file:
             file.write(f"{name}\n".encode())
-        for old in list_checkpoints(folder)[keep:]:
+        for old in list_checkpoints(folder)[config.run.keep_checkpoints :]:
             shutil.rmtree(old)
     dist.barrier()
     return folder / name

@@ -4,6 +4,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import get_torch_autocast_dtype, get_torch_autocast_enabled
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -28,10 +29,11 @@ def zero_stage(engine: DeepSpeedEngine) -> int:
     return int(engine.zero_optimization_stage())
 
 
-def autocast(engine: DeepSpeedEngine) -> torch.autocast:
-    """The autocast under which the engine runs its forward pass, for use outside of the engine."""
-    enabled = bool(engine.torch_autocast_enabled())
-    return torch.autocast(engine.device.type, engine.torch_autocast_dtype() if enabled else None, enabled)
+def autocast(deepspeed_section: dict[str, Any], device: torch.device) -> torch.autocast:
+    """The autocast that the engine puts around its forward pass, for a model outside of the engine."""
+    if not get_torch_autocast_enabled(deepspeed_section):
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, get_torch_autocast_dtype(deepspeed_section))
 
 
 def full_weights(engine: DeepSpeedEngine) -> Weights:

@@ -13,6 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from timm.scheduler.scheduler import Scheduler
 
 from convneur.checkpoint import (
+    CONFIG_FILE,
     TrainState,
     find_checkpoint,
     list_checkpoints,
@@ -21,7 +22,7 @@ from convneur.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from convneur.config import Config, save_config
+from convneur.config import Config, load_config, save_config
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.data.loader import Batch, EvalLoader, TrainLoader
@@ -38,7 +39,6 @@ from convneur.plot import plot_run
 from convneur.world import World
 
 CHECKPOINTS = "checkpoints"
-CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 
 
@@ -81,6 +81,7 @@ class Run:
     eval_images: int
     prepare: DeviceTransform
     normalize: Normalize
+    autocast: torch.autocast
     engine: DeepSpeedEngine
     optimizer: torch.optim.Optimizer
     schedule: Scheduler
@@ -114,19 +115,11 @@ class Run:
         if done % self.config.run.checkpoint_every_steps and done < self.total_steps:
             return
         with self.log.paused():
-            state = TrainState(
-                step=done,
-                seconds=self.seconds,
-                data=self.loader.state(done),
-                model=asdict(self.config.model),
-                engine=engine_settings(self.engine, self.config),
-            )
-            save_checkpoint(
-                self.folder / CHECKPOINTS, self.engine, self.ema, state, keep=self.config.run.keep_checkpoints
-            )
+            state = TrainState(done, self.seconds, self.loader.state(done), engine_settings(self.engine, self.config))
+            save_checkpoint(self.folder / CHECKPOINTS, self.config, self.engine, self.ema, state)
 
     def evaluate_if_due(self, done: int) -> None:
-        """Evaluates raw and averaged weights after every `eval_every_epochs` epochs; the end of the run is `finish`'s."""
+        """Evaluates the weights after every `eval_every_epochs` epochs; those of the last step are `finish`'s."""
         if done % (self.config.run.eval_every_epochs * self.loader.steps_per_epoch) == 0 and done < self.total_steps:
             self._evaluate(done)
 
@@ -160,7 +153,7 @@ class Run:
         """Scores whole weights in a model of its own, so that evaluation can't touch the one in training."""
         model = ConvNeur(self.config.model).to(self.world.device)
         model.load_state_dict(weights)
-        return evaluate(model, self.eval_loader, self.normalize, autocast(self.engine), self.eval_images)
+        return evaluate(model, self.eval_loader, self.normalize, self.autocast, self.eval_images)
 
 
 def start_run(config: Config, world: World, folder: Path, resume: str) -> Run:
@@ -197,7 +190,7 @@ def start_run(config: Config, world: World, folder: Path, resume: str) -> Run:
     start_step, seconds_before = 0, 0.0
     if checkpoint:
         state = read_state(checkpoint)
-        check_fit(checkpoint, state, asdict(config.model), engine_settings(engine, config))
+        check_fit(checkpoint, state, config, engine_settings(engine, config))
         loader.check_state(state.data)
         load_checkpoint(checkpoint, engine, ema)
         start_step, seconds_before = state.step, state.seconds
@@ -232,6 +225,7 @@ def start_run(config: Config, world: World, folder: Path, resume: str) -> Run:
         eval_images=len(eval_store),
         prepare=prepare,
         normalize=Normalize(config.data, world.device),
+        autocast=autocast(config.deepspeed, world.device),
         engine=engine,
         optimizer=optimizer,
         schedule=schedule,
@@ -267,17 +261,18 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
         checkpoint, faults = newest_intact([find_checkpoint(Path(resume))], world)
     if checkpoint is None and faults:
         raise InputError(
-            f"no intact checkpoint to resume from ({' | '.join(faults)}); restore one, or start afresh with --resume never"
+            f"no intact checkpoint to resume from ({' | '.join(faults)}); restore one, or start with --resume never"
         )
     return checkpoint, faults
 
 
-def check_fit(checkpoint: Path, state: TrainState, model: dict[str, Any], engine: dict[str, Any]) -> None:
+def check_fit(checkpoint: Path, state: TrainState, config: Config, engine: dict[str, Any]) -> None:
     """Raises InputError where a checkpoint is of another model or was written by other engine settings."""
-    for section, saved, wanted in (("model", state.model, model), ("engine", state.engine, engine)):
-        for name in wanted:
-            if json.loads(json.dumps(wanted[name])) != saved.get(name):
+    saved_model = asdict(load_config([checkpoint / CONFIG_FILE]).model)
+    for section, saved, wanted in (("model", saved_model, asdict(config.model)), ("engine", state.engine, engine)):
+        for name, value in wanted.items():
+            if saved.get(name) != value:
                 raise InputError(
-                    f"{checkpoint} has {section}.{name} = {saved.get(name)}, the run is configured with {wanted[name]}; "
-                    "use the checkpoint's settings, or start another run with --resume never"
+                    f"{checkpoint} has {section}.{name} = {saved.get(name)}, the run is configured with {value}; "
+                    "use the checkpoint's setting, or start another run with --resume never"
                 )
