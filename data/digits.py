@@ -32,9 +32,7 @@ def prepare_digits(out: Path) -> bool:
     """
     if not claim_folder(out, SOURCE):
         for split in Manifest.read(out).splits:
-            store = TarStore(out, split)
-            for sample in range(len(store)):
-                store.read(sample)
+            TarStore(out, split).verify()
         return False
     digits = load_digits()
     numbers = np.arange(len(digits.target))

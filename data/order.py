@@ -1,16 +1,15 @@
 """The order of an epoch: a pure function of (seed, epoch), the same for every number of ranks and workers.
 
-Legend: N samples, L lanes, B global batch size, W window, n = N // L samples a lane.
+Legend: N samples, L lanes, B global batch size, W window, n = (N // B) B / L samples a lane.
 
 1. The shards are permuted and laid end to end on a ring, which is entered at a random place.
-2. The ring is cut into L lanes of n samples (the N - L n samples left over sit this epoch out). Cuts split shards, so a
-   lane consists of spans: contiguous pieces of shards.
+2. From there on, every N // L places, a lane of n samples is cut out. Cuts split shards, so a lane consists of spans:
+   contiguous pieces of shards. The fewer than B samples between the lanes don't fill a batch and sit this epoch out;
+   as the ring is entered anywhere, each sample has the same chance of that.
 3. In each lane the spans are permuted and, within windows of W spans, the samples. A reader thus touches about L W
    shards at a time, each nearly in sequence.
 4. Step t takes samples t B/L to (t+1) B/L of each lane. Ranks own whole lanes, so the step is the same for any number
    of ranks.
-
-The up to B - 1 samples that don't fill a last batch differ from epoch to epoch.
 """
 
 from collections.abc import Sequence
@@ -47,9 +46,9 @@ class LaneOrder:
                 f"no order of {self._samples} samples with batch size {batch_size}, {lanes} lanes and window {window}"
             )
         self._seed, self._num_lanes, self._window = seed, lanes, window
-        self._lane_size = self._samples // lanes
         self._share = batch_size // lanes
         self.steps_per_epoch = self._samples // batch_size
+        self._lane_size = self.steps_per_epoch * self._share
         self._epoch = -1
         self._lanes: dict[int, np.ndarray] = {}
 
@@ -93,7 +92,7 @@ class LaneOrder:
         ends = np.cumsum(self._sizes[shards])
         begins = ends - self._sizes[shards]
         entry = key(self._seed, "entry", epoch) % self._samples
-        start = (entry + lane * self._lane_size) % self._samples
+        start = (entry + lane * (self._samples // self._num_lanes)) % self._samples
         stop = start + self._lane_size
         pieces = []
         for low, high in ((start, min(stop, self._samples)), (0, stop - self._samples)):  # the second where it wraps

@@ -50,11 +50,13 @@ class Shard:
     Attributes:
         name: in the dataset's folder.
         size: in bytes.
+        crc32c: checksum of the file.
         samples: how many it holds.
     """
 
     name: str
     size: int
+    crc32c: int
     samples: int
 
 
@@ -91,7 +93,7 @@ class Manifest:
         """Write the manifest into `folder`, which makes the dataset complete."""
         with atomic_write(folder / MANIFEST) as file:
             file.write(json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode())
-        (folder / UNFINISHED).unlink()
+        (folder / UNFINISHED).unlink(missing_ok=True)
         fsync_folder(folder)
 
     @classmethod
@@ -195,9 +197,10 @@ def index_split(folder: Path, split: str, paths: Sequence[Path]) -> Split:
     with atomic_write(index_path(folder, split)) as file:
         np.save(file, index)
     shards = tuple(
-        Shard(path.name, path.stat().st_size, len(found)) for path, found in zip(paths, per_shard, strict=True)
+        Shard(path.name, path.stat().st_size, file_crc32c(path), len(found))
+        for path, found in zip(paths, per_shard, strict=True)
     )
-    return Split(shards, _file_crc32c(index_path(folder, split)), content_hash(index))
+    return Split(shards, file_crc32c(index_path(folder, split)), content_hash(index))
 
 
 def read_index(folder: Path, name: str, split: Split) -> np.ndarray:
@@ -212,7 +215,7 @@ def read_index(folder: Path, name: str, split: Split) -> np.ndarray:
     path = index_path(folder, name)
     if not path.is_file():
         raise InputError(f"{path} is missing: remove {folder} and prepare it again")
-    if _file_crc32c(path) != split.index_crc32c:
+    if file_crc32c(path) != split.index_crc32c:
         raise InputError(f"{path} does not match {MANIFEST}: remove {folder} and prepare it again")
     index: np.ndarray = np.load(path, mmap_mode="r")
     return index
@@ -226,8 +229,13 @@ def content_hash(index: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _file_crc32c(path: Path) -> int:
-    return int(google_crc32c.value(path.read_bytes()))
+def file_crc32c(path: Path) -> int:
+    """CRC-32C of a file's bytes."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = google_crc32c.extend(checksum, block)
+    return checksum
 
 
 def _read_rows(path: Path) -> list[tuple[int, int, int, int, bytes]]:

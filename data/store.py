@@ -10,7 +10,7 @@ import google_crc32c
 import numpy as np
 
 from convneur.data.errors import InputError
-from convneur.data.shards import Manifest, Sample, read_index
+from convneur.data.shards import Manifest, Sample, file_crc32c, read_index
 
 OPEN_SHARDS = 64
 
@@ -106,6 +106,16 @@ class TarStore:
         if len(image) != row["size"] or google_crc32c.value(image) != row["crc32c"]:
             raise InputError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
         return Sample(row["key"].decode(), image, int(row["label"]))
+
+    def verify(self) -> None:
+        """Check every byte of every shard.
+
+        Raises:
+            InputError: a shard isn't the one that was indexed.
+        """
+        for shard in self._shards:
+            if file_crc32c(self._root / shard.name) != shard.crc32c:
+                raise InputError(f"{self._root / shard.name}: checksum mismatch, the file is damaged: {self._remedy}")
 
     def where(self, sample: int) -> str:
         """Name the split, shard and key of a sample."""

@@ -38,7 +38,7 @@ def train_transform(config: DataConfig) -> Transform:
         ratio=augment.ratio,
         hflip=augment.hflip,
         vflip=augment.vflip,
-        color_jitter=augment.color_jitter,
+        color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # None leaves it out
         auto_augment=augment.randaugment or None,
         interpolation=config.interpolation,
         mean=config.mean,

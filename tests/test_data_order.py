@@ -1,0 +1,148 @@
+"""The order of an epoch, as properties of any set of shards."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convneur.data.keys import key, permutation, raw_bits
+from convneur.data.order import LaneOrder
+
+
+@st.composite
+def settings_of_orders(draw: st.DrawFn) -> dict[str, object]:
+    """Shards of 0 to 40 samples, and a batch size that some epoch can fill."""
+    sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any))
+    lanes = draw(st.integers(1, min(8, sum(sizes))))
+    share = draw(st.integers(1, sum(sizes) // lanes))
+    return {
+        "shard_sizes": sizes,
+        "seed": draw(st.integers(0, 2**32)),
+        "lanes": lanes,
+        "batch_size": lanes * share,
+        "window": draw(st.integers(1, 5)),
+    }
+
+
+def epoch_of(order: LaneOrder, epoch: int, lanes: range) -> np.ndarray:
+    """(steps, len(lanes), B/L)"""
+    return np.stack([order.samples(epoch, step, lanes) for step in range(order.steps_per_epoch)])
+
+
+@settings(deadline=None)
+@given(settings_of_orders(), st.integers(0, 1000))
+def test_an_epoch_shows_no_sample_twice_and_fills_every_batch(arguments: dict, epoch: int) -> None:
+    order = LaneOrder(**arguments)
+    total, batch, lanes = sum(arguments["shard_sizes"]), arguments["batch_size"], arguments["lanes"]
+    samples = epoch_of(order, epoch, range(lanes))
+    assert samples.shape == (total // batch, lanes, batch // lanes)
+    assert len(np.unique(samples)) == samples.size
+    assert samples.min() >= 0
+    assert samples.max() < total
+
+
+@settings(deadline=None)
+@given(settings_of_orders(), st.integers(0, 1000), st.data())
+def test_lanes_read_one_by_one_in_any_order_give_the_same_step(
+    arguments: dict, epoch: int, data: st.DataObject
+) -> None:
+    whole = epoch_of(LaneOrder(**arguments), epoch, range(arguments["lanes"]))
+    lane = data.draw(st.integers(0, arguments["lanes"] - 1))
+    step = data.draw(st.integers(0, len(whole) - 1))
+    fresh = LaneOrder(**arguments)
+    fresh.samples(epoch + 1, 0, range(arguments["lanes"]))  # another epoch before leaves no trace
+    assert np.array_equal(fresh.samples(epoch, step, range(lane, lane + 1))[0], whole[step, lane])
+
+
+@settings(max_examples=20, deadline=None)
+@given(settings_of_orders())
+def test_every_sample_is_seen_sooner_or_later(arguments: dict) -> None:
+    order = LaneOrder(**arguments)
+    lanes = range(arguments["lanes"])
+    unseen = set(range(sum(arguments["shard_sizes"])))
+    for epoch in range(500):
+        unseen -= set(epoch_of(order, epoch, lanes).ravel().tolist())
+        if not unseen:
+            return
+    pytest.fail(f"{unseen} not seen in 500 epochs")
+
+
+def test_each_sample_is_left_out_equally_often() -> None:
+    order = LaneOrder([30, 10, 60, 1], seed=3, lanes=4, batch_size=40, window=2)
+    epochs = 2000
+    seen = sum(np.bincount(epoch_of(order, epoch, range(4)).ravel(), minlength=101) for epoch in range(epochs))
+    expected = epochs * 80 / 101
+    deviation = np.sqrt(epochs * 80 / 101 * 21 / 101)
+    assert np.abs(seen - expected).max() < 5 * deviation
+
+
+def test_samples_travel_over_all_steps_and_lanes() -> None:
+    order = LaneOrder([64] * 8, seed=0, lanes=4, batch_size=32, window=2)
+    steps, lanes = [], []
+    for epoch in range(400):
+        step, lane, _ = np.argwhere(epoch_of(order, epoch, range(4)) == 100)[0]
+        steps.append(step)
+        lanes.append(lane)
+    assert np.bincount(steps, minlength=16).min() > 5
+    assert np.bincount(lanes, minlength=4).min() > 60
+
+
+def test_epochs_and_seeds_differ() -> None:
+    def first(seed: int, epoch: int) -> list[int]:
+        order = LaneOrder([100] * 5, seed=seed, lanes=5, batch_size=50, window=2)
+        return order.samples(epoch, 0, range(5)).ravel().tolist()
+
+    firsts = [first(seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert all(firsts.count(one) == 1 for one in firsts)
+
+
+def test_a_lane_reads_few_shards_at_a_time() -> None:
+    window = 3
+    order = LaneOrder([100] * 64, seed=0, lanes=4, batch_size=40, window=window)
+    lane = epoch_of(order, 0, range(1)).ravel()  # 16 or 17 spans
+    for begin in range(0, len(lane) - 100, 100):
+        assert len(set(lane[begin : begin + 100] // 100)) <= 2 * window
+
+
+def test_the_order_never_changes() -> None:
+    order = LaneOrder([5, 3, 8, 1], seed=7, lanes=2, batch_size=4, window=2)
+    assert epoch_of(order, 1, range(2)).tolist() == [
+        [[3, 2], [11, 15]],
+        [[0, 4], [13, 12]],
+        [[1, 7], [10, 16]],
+        [[9, 8], [14, 5]],
+    ]
+    assert key(np.int64(5), "x") == key(5, "x")
+
+
+def test_permutations_are_uniform() -> None:
+    counts = np.zeros((5, 5))
+    for draw in range(2000):
+        counts[np.arange(5), permutation(5, "test", draw)] += 1
+    assert np.abs(counts - 400).max() < 5 * np.sqrt(400 * 0.8)
+    assert raw_bits(3, "a").tolist() != raw_bits(3, "b").tolist()
+
+
+def test_imagenet_is_reordered_in_a_moment() -> None:
+    order = LaneOrder([1000] * 1281 + [167], seed=0, lanes=64, batch_size=4096, window=8)
+    start = time.process_time()
+    batch = order.samples(300, 100, range(64))
+    assert time.process_time() - start < 1
+    assert len(np.unique(batch // 1000)) > 300  # a batch mixes shards
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 30}, {"batch_size": 101}, {"batch_size": 0}, {"lanes": 0}, {"window": 0}]
+)
+def test_contradictions_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="no order of 100 samples"):
+        LaneOrder([60, 40], **{"seed": 0, "lanes": 4, "batch_size": 20, "window": 2, **wrong})
+
+
+def test_steps_outside_an_epoch_are_refused() -> None:
+    order = LaneOrder([10], seed=0, lanes=1, batch_size=3, window=1)
+    for step in (-1, 3):
+        with pytest.raises(IndexError):
+            order.samples(0, step, range(1))
