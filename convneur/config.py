@@ -66,8 +66,9 @@ class Config:
     """Everything a run depends on; saved as `config.yaml` in its folder.
 
     Attributes:
-        deepspeed: goes to DeepSpeed as it is. Batch sizes, accumulation and clipping are filled in from the sections
-            above and may not be contradicted.
+        deepspeed: goes to DeepSpeed as it is; deepspeed.ai/docs/config-json lists its keys, and the flag of one is
+            such as --deepspeed.zero_optimization.stage. Batch sizes, accumulation and clipping are filled in from the
+            other sections and may not be contradicted.
     """
 
     run: RunConfig = field(default_factory=RunConfig)

@@ -60,22 +60,23 @@ VARIANTS = {
 class ModelConfig:
     """What to build.
 
-    variant: a row of VARIANTS, n1..n3 or m1..m9.
-    num_classes: outputs of the head; 0 for no classifier.
-    in_chans: channels of the input image.
-    placement: where global branches sit: in no block (the local-only control), in the first block of every stage
-        (paper's default), or in every block.
-    branch: what the global branch computes; `convneur.branches` has them all.
-    fusion: how the global context G meets the local features: "gate" (paper's default) multiplies them by sigmoid(G),
-        "add" adds G, "concat" concatenates G and projects back to C.
-    memory: settings of the neural memory.
-    chunk_lengths: chunk length of each stage, where the stages differ; null for memory.chunk_length in all.
-    inner_lrs: scale of the inner step size in each stage, where the stages differ; null for memory.inner_lr in all.
-    branch_widths: bottleneck width d of each stage; null for the branch's own fraction of C.
-    global_pool: pooling before the head; "" for none (a map of logits).
-    drop_rate: dropout before the classifier.
-    drop_path: stochastic-depth rate of the last block; rises linearly from 0 at the first.
-    layer_scale: initial value of the per-channel scale of a block's residual.
+    Attributes:
+        variant: a row of VARIANTS, n1..n3 or m1..m9.
+        num_classes: outputs of the head; 0 for no classifier.
+        in_chans: channels of the input image.
+        placement: where global branches sit: in no block (the local-only control), in the first block of every stage
+            (paper's default), or in every block.
+        branch: what the global branch computes; `convneur.branches` has them all.
+        fusion: how the global context G meets the local features: "gate" (paper's default) multiplies them by
+            sigmoid(G), "add" adds G, "concat" concatenates G and projects back to C.
+        memory: settings of the neural memory.
+        chunk_lengths: chunk length of each stage, where the stages differ; null for memory.chunk_length in all.
+        inner_lrs: scale of the inner step size in each stage, where the stages differ; null for memory.inner_lr in all.
+        branch_widths: bottleneck width d of each stage; null for the branch's own fraction of C.
+        global_pool: pooling before the head; "" for none (a map of logits).
+        drop_rate: dropout before the classifier.
+        drop_path: stochastic-depth rate of the last block; rises linearly from 0 at the first.
+        layer_scale: initial value of the per-channel scale of a block's residual.
     """
 
     variant: str = "m4"

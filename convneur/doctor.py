@@ -1,0 +1,196 @@
+"""What this machine has of what ConvNeur uses, and what each missing part costs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Status = Literal["ok", "missing", "broken", "wrong"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One component.
+
+    Attributes:
+        group: what it belongs to.
+        name: its name.
+        status: "ok"; "missing"; "broken", where it is there but doesn't work; "wrong", where its name is another's.
+        version: what is there, if anything.
+        note: what is wrong and what that costs; empty where all is well.
+        required: whether ConvNeur doesn't work without it.
+    """
+
+    group: str
+    name: str
+    status: Status
+    version: str | None = None
+    note: str = ""
+    required: bool = False
+
+
+class _Package(NamedTuple):
+    distribution: str
+    module: str
+    cost: str
+
+
+REQUIRED_PACKAGES = (
+    _Package("torch", "torch", "nothing runs"),
+    _Package("torchvision", "torchvision", "timm doesn't import, so nothing runs"),
+    _Package("timm", "timm", "no model can be built"),
+    _Package("deepspeed", "deepspeed", "no training"),
+    _Package("webdataset", "webdataset", "no shards can be written or read"),
+    _Package("simplejpeg", "simplejpeg", "JPEG images can't be decoded"),
+    _Package("pillow", "PIL", "images can't be decoded"),
+    _Package("google-crc32c", "google_crc32c", "shards can't be checked for damage"),
+    _Package("numpy", "numpy", "nothing runs"),
+    _Package("safetensors", "safetensors", "no checkpoints"),
+    _Package("scikit-learn", "sklearn", "`convneur prepare digits` doesn't work"),
+    _Package("submitit", "submitit", "no jobs for Slurm"),
+    _Package("tensorboard", "torch.utils.tensorboard", "no training: it writes TensorBoard events"),
+    _Package("matplotlib", "matplotlib", "no training: it draws its curves"),
+    _Package("jsonargparse", "jsonargparse", "no configuration can be loaded"),
+    _Package("pyyaml", "yaml", "no configuration can be loaded"),
+    _Package("rich", "rich", "no output"),
+    _Package("wrapt", "wrapt", "nothing runs"),
+)
+
+_FFCV = _Package("ffcv", "ffcv", "data come from WebDataset shards, not from FFCV files")
+_APEX_COST = "no fused optimizers of apex; PyTorch's AdamW doesn't need it"
+_APEX_BUILD = (
+    "build NVIDIA's from github.com/NVIDIA/apex: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
+)
+
+_COMPILERS = {
+    "g++": "FFCV and DeepSpeed's CPU extensions can't be built",
+    "nvcc": "apex and DeepSpeed's CUDA extensions can't be built; PyTorch's own kernels are used",
+    "ninja": "DeepSpeed can't build its extensions",
+}
+
+
+def examine() -> list[Finding]:
+    """Looks at everything. Imports the packages, which takes seconds; starts no process but version queries."""
+    python = Finding("packages", "python", "ok", ".".join(map(str, sys.version_info[:3])), required=True)
+    packages = [examine_package(package, required=True) for package in REQUIRED_PACKAGES]
+    return [
+        python,
+        *packages,
+        examine_package(_FFCV, required=False),
+        examine_apex(),
+        *(_examine_accelerators() if packages[0].status == "ok" else ()),  # PyTorch tells
+        _examine_slurm(),
+        *(_examine_tool("compilers", name, cost) for name, cost in _COMPILERS.items()),
+    ]
+
+
+def is_healthy(findings: list[Finding]) -> bool:
+    """Whether everything that ConvNeur can't do without works."""
+    return all(finding.status == "ok" for finding in findings if finding.required)
+
+
+def examine_package(package: _Package, required: bool) -> Finding:
+    """Imports a package, since one that is installed may still not work with the others."""
+    distribution, module, cost = package
+    try:
+        version = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return Finding("packages", distribution, "missing", None, f"{cost}; pip install {distribution}", required)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import_module(module)
+    except Exception as error:  # extensions fail to load with all kinds of exceptions
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Finding("packages", distribution, "broken", version, f"{cost}: {reason}", required)
+    return Finding("packages", distribution, "ok", version, required=required)
+
+
+def examine_apex() -> Finding:
+    """Tells NVIDIA's apex from the registry's unrelated package of that name, without importing either."""
+    spec = find_spec("apex")
+    if spec is None:
+        return Finding("packages", "apex", "missing", None, f"{_APEX_COST}; {_APEX_BUILD}")
+    try:
+        version = metadata.version("apex")
+    except metadata.PackageNotFoundError:
+        version = "of unknown version"
+    if not any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
+        note = f"another package has this name; {_APEX_COST}; pip uninstall apex, then {_APEX_BUILD}"
+        return Finding("packages", "apex", "wrong", version, note)
+    if find_spec("amp_C") is None:
+        return Finding(
+            "packages", "apex", "broken", version, f"built without CUDA extensions: {_APEX_COST}; {_APEX_BUILD}"
+        )
+    return Finding("packages", "apex", "ok", version)
+
+
+def _examine_accelerators() -> Iterator[Finding]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    yield Finding("accelerators", "CPU", "ok", f"{cores} cores")
+    driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if not torch.cuda.is_available():
+        if driver:
+            note = f"PyTorch, built for CUDA {torch.version.cuda}, can't use the GPUs: training runs on the CPU"
+            yield Finding("accelerators", "CUDA", "broken", f"driver {driver}", note)
+        else:
+            yield Finding("accelerators", "CUDA", "missing", None, "training runs on the CPU")
+        yield Finding("accelerators", "NCCL", "missing", None, "ranks talk through gloo")
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory_gib = device.total_memory / 2**30
+        version = f"{device.name}, {memory_gib:.0f} GiB, compute {device.major}.{device.minor}"
+        yield Finding("accelerators", f"cuda:{index}", "ok", version)
+    yield Finding("accelerators", "CUDA", "ok", f"{torch.version.cuda}, driver {driver or 'of unknown version'}")
+    if torch.distributed.is_nccl_available():
+        yield Finding("accelerators", "NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        yield Finding("accelerators", "NCCL", "missing", None, "no training on several GPUs")
+
+
+def _examine_slurm() -> Finding:
+    tools = ("sbatch", "srun", "sinfo")
+    absent = [tool for tool in tools if not shutil.which(tool)]
+    cost = "no jobs can be submitted from here"
+    if len(absent) == len(tools):
+        return Finding("cluster", "slurm", "missing", None, f"{cost}; local training needs none")
+    if absent:
+        return Finding("cluster", "slurm", "broken", None, f"{', '.join(absent)} not found: {cost}")
+    version = _first_line("sinfo", "--version")
+    if not _first_line("sinfo", "--noheader"):
+        return Finding("cluster", "slurm", "broken", version, f"sinfo lists no partition: {cost}")
+    return Finding("cluster", "slurm", "ok", version)
+
+
+def _examine_tool(group: str, name: str, cost: str) -> Finding:
+    # nvcc tells its release in a line further down.
+    version = _output(name, "--version")
+    if version is None:
+        return Finding(group, name, "missing", None, cost)
+    release = re.search(r"\d+(\.\d+)+", version)
+    return Finding(group, name, "ok", release.group() if release else version.partition("\n")[0])
+
+
+def _first_line(*command: str) -> str | None:
+    output = _output(*command)
+    return output.partition("\n")[0] if output else None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it isn't there, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,233 @@
+"""The subcommands of `convneur`, each from parsed arguments to an exit status.
+
+They import what they need when they run: loading PyTorch, timm and DeepSpeed takes seconds that help doesn't have.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from convneur.data.errors import InputError
+
+if TYPE_CHECKING:
+    from convneur.config import Config
+    from convneur.run import Summary
+    from convneur.world import World
+
+Overrides = Sequence[str]
+Command = Callable[[argparse.Namespace, Overrides], int]
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def prepare(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur prepare`: writes a dataset."""
+    from convneur.data.digits import prepare_digits
+
+    written = prepare_digits(args.out)
+    print(f"{args.out}: {'written' if written else 'already there, and intact'}")
+    return 0
+
+
+def train(args: argparse.Namespace, overrides: Overrides) -> int:
+    """`convneur train`: as a launcher, checks everything that needs no ranks, then starts them; as a rank, trains."""
+    from convneur.config import load_config, save_config
+
+    config = load_config(args.config, overrides)
+    if _is_rank(args):
+        return _train_rank(config, args)
+
+    from convneur.launch.folder import run_folder
+    from convneur.launch.local import rank_count, run_ranks
+
+    nproc = rank_count(args.nproc)
+    _check(config, nproc)
+    with run_folder(config.run, args.resume) as folder, TemporaryDirectory(prefix="convneur-config-") as temporary:
+        resolved = Path(temporary) / "config.yaml"  # one file for all ranks, whatever happens to the user's
+        save_config(config, resolved)
+        words = ["train", "--config", str(resolved), "--resume", args.resume, "--run-dir", str(folder)]
+        return run_ranks(words, nproc)
+
+
+def _train_rank(config: "Config", args: argparse.Namespace) -> int:
+    with _joined_world() as world:
+        from convneur.train import train
+
+        with _agreed_folder(config, args, world) as folder:
+            summary = train(config, world, folder, args.resume)
+        if world.is_main:
+            _conclude(summary, folder)
+    return 0
+
+
+@contextmanager
+def _agreed_folder(config: "Config", args: argparse.Namespace, world: "World") -> Iterator[Path]:
+    """The run's folder: what the launcher has chosen, else what rank 0 chooses now."""
+    if args.run_dir:
+        yield args.run_dir
+        return
+    from torch.distributed import broadcast_object_list
+
+    from convneur.launch.folder import run_folder
+
+    _check(config, world.size)
+    if world.is_main:
+        with run_folder(config.run, args.resume) as folder:
+            broadcast_object_list([folder])
+            yield folder
+    else:
+        received: list[Path] = [Path()]
+        broadcast_object_list(received)
+        yield received[0]
+
+
+def _conclude(summary: "Summary", folder: Path) -> None:
+    averaged = f" ({summary.top1_ema:.2%} with averaged weights)" if summary.top1_ema is not None else ""
+    print(f"accuracy    {summary.top1:.2%} top-1 on the held-out images{averaged}")
+    print(f"checkpoint  {summary.checkpoint}")
+    print(f"next        convneur eval {folder}")
+
+
+def evaluate(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur eval`: scores a checkpoint on any number of ranks."""
+    if not _is_rank(args):
+        from convneur.launch.local import rank_count, run_ranks
+
+        words = ["eval", str(args.path), "--ema" if args.ema else "--raw"]
+        words += ["--data", args.data] if args.data else []
+        words += ["--split", args.split] if args.split else []
+        words += ["--json"] if args.json else []
+        return run_ranks(words, rank_count(args.nproc))
+
+    with _joined_world() as world:
+        from convneur.evaluate import evaluate_checkpoint
+
+        scores = evaluate_checkpoint(args.path, world, data_root=args.data, split=args.split, averaged=args.ema)
+        if world.is_main and args.json:
+            print(json.dumps(asdict(scores)))
+        elif world.is_main:
+            print(
+                f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f} on {scores.images:,} images"
+            )
+    return 0
+
+
+def info(args: argparse.Namespace, overrides: Overrides) -> int:
+    """`convneur info`: what a model consists of and costs."""
+    from convneur.config import load_config
+    from convneur.info import describe
+
+    for word in overrides:
+        if word.startswith("--") and not word.startswith("--model."):
+            raise InputError(f"{word} has no bearing on a model's size; `convneur info` takes --model.KEY VALUE")
+    config = load_config(overrides=["--model.variant", args.variant, *overrides])
+    model = describe(config.model, args.image_size)
+    if args.json:
+        print(json.dumps(asdict(model)))
+        return 0
+
+    from rich.console import Console
+    from rich.table import Table
+
+    def cell(value: object) -> str:
+        return "-" if value is None else str(value)
+
+    table = Table(
+        title=f"ConvNeur-{model.variant.upper()}: {model.params / 1e6:.3f} M parameters, {model.gmacs:.3f} GMACs"
+        f" at {model.image_size} x {model.image_size}"
+    )
+    for heading in ("stage", "resolution", "width", "blocks", "branches", "d", "L", "chunks", "params M", "GMACs"):
+        table.add_column(heading, justify="right")
+    for number, stage in enumerate(model.stages, 1):
+        height, width = stage.resolution
+        counts = (stage.width, stage.blocks, stage.branches, stage.memory_width, stage.chunk_length, stage.chunks)
+        table.add_row(
+            str(number), f"{height}x{width}", *map(cell, counts), f"{stage.params / 1e6:.3f}", f"{stage.gmacs:.3f}"
+        )
+    Console().print(table)
+    print("branches: blocks with a global branch, whose bottleneck has d channels; L tokens a chunk")
+    print("GMACs: multiply-accumulates of matrix products and convolutions, one image; totals include stem and head")
+    return 0
+
+
+def doctor(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur doctor`: what this machine has; status 1 where something required doesn't work."""
+    from convneur.doctor import examine, is_healthy
+
+    findings = examine()
+    healthy = is_healthy(findings)
+    if args.json:
+        print(json.dumps({"ok": healthy, "components": [asdict(finding) for finding in findings]}))
+        return 0 if healthy else 1
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_edge=False)
+    for heading in ("component", "status", "version", "what is wrong, and what it costs"):
+        table.add_column(heading)
+    for finding, following in zip(findings, [*findings[1:], None], strict=True):
+        table.add_row(
+            finding.name,
+            finding.status,
+            finding.version or "-",
+            finding.note,
+            style="red" if finding.required and finding.status != "ok" else None,
+            end_section=following is not None and following.group != finding.group,
+        )
+    Console().print(table)
+    print("all that is required works" if healthy else "something that is required doesn't work")
+    return 0 if healthy else 1
+
+
+def _is_rank(args: argparse.Namespace) -> bool:
+    """Whether this process is one of several that a launcher has started."""
+    if args.launch == "auto":
+        return "RANK" in os.environ
+    if args.launch == "env":
+        missing = [name for name in RANK_VARIABLES if name not in os.environ]
+        if missing:
+            raise InputError(f"--launch env needs {', '.join(missing)} in the environment; torchrun sets them")
+    return bool(args.launch == "env")
+
+
+@contextmanager
+def _joined_world() -> Iterator["World"]:
+    """This process among the ranks. Left in good order only: after a failure the others may never say goodbye."""
+    _name_accelerator()
+    from convneur.world import World
+
+    world = World.join()
+    yield world
+    world.leave()
+
+
+def _check(config: "Config", world_size: int) -> None:
+    """Holds a configuration against the data, the ranks and DeepSpeed, before anything is allocated or written."""
+    _name_accelerator()
+    from convneur.check import check_config
+    from convneur.data.check import check_data
+    from convneur.deepspeed_config import deepspeed_config, parse_with_deepspeed
+
+    check_config(config, world_size)
+    check_data(
+        config.data,
+        num_classes=config.model.num_classes,
+        world_size=world_size,
+        accumulation=config.train.accumulation,
+    )
+    parse_with_deepspeed(deepspeed_config(config, world_size))
+
+
+def _name_accelerator() -> None:
+    """Spares DeepSpeed, which is about to be imported, a warning that it has to guess."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

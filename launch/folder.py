@@ -1,0 +1,41 @@
+"""Where a run goes: its own folder, and never into what another run has left."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from convneur.config import RunConfig
+from convneur.data.errors import InputError
+
+
+@contextmanager
+def run_folder(run: RunConfig, resume: str) -> Iterator[Path]:
+    """The folder of a run, made so that no other run takes it, and removed again if it is still empty at the end.
+
+    With resume "auto" it is root/name, whatever is in it. Otherwise it is the first of root/name, root/name-2, ...
+    that is free or empty.
+
+    Raises InputError where it can't be made.
+    """
+    wanted = Path(run.root) / run.name
+    names = (wanted if n == 1 else wanted.with_name(f"{run.name}-{n}") for n in count(1))
+    folder = wanted if resume == "auto" else next(name for name in names if _is_free(name))
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run.root is {run.root!r}, where no folder can be made ({error}); choose another") from error
+    if folder != wanted:
+        print(f"convneur: {wanted} holds another run, so this one goes to {folder}", file=sys.stderr)
+    try:
+        yield folder
+    finally:
+        for path in absent:
+            with suppress(OSError):  # it isn't empty
+                path.rmdir()
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))

@@ -1,0 +1,66 @@
+"""Starting the ranks of one machine with torchrun, and saying why they failed."""
+
+import logging
+import os
+import sys
+from signal import Signals
+from tempfile import TemporaryDirectory
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
+from torch.distributed.run import parse_args, run
+
+from convneur.data.errors import InputError
+
+
+def rank_count(nproc: int | None) -> int:
+    """Processes to start: as many as asked for, else one a GPU, else one. InputError where they can't be."""
+    gpus = torch.cuda.device_count()
+    if nproc is None:
+        return max(1, gpus)
+    if nproc < 1 or (gpus and nproc > gpus):
+        raise InputError(f"--nproc is {nproc}, expected {f'1 to {gpus}, at most one a GPU' if gpus else 'at least 1'}")
+    return nproc
+
+
+def run_ranks(words: list[str], nproc: int) -> int:
+    """Runs `convneur WORDS` in `nproc` processes that know of each other, and returns the exit status.
+
+    It is that of the first rank to fail. What a rank hands to `report_failure` is printed here, once. Signals go on to
+    the ranks; none is left behind.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_explain` says it in a line
+    with TemporaryDirectory(prefix="convneur-ranks-") as log_dir:
+        torchrun = ["--standalone", f"--nproc-per-node={nproc}", f"--log-dir={log_dir}", "--no-python"]
+        # -P: modules are not looked for in the working folder, which may be a checkout.
+        convneur = [sys.executable, "-P", "-m", "convneur.launch", *words]
+        try:
+            run(parse_args([*torchrun, *convneur]))
+        except SignalException as signal:
+            return 128 + signal.sigval
+        except ChildFailedError as error:
+            return _explain(error)
+    return 0
+
+
+def report_failure(error: Exception) -> bool:
+    """Leaves an error where the launcher of this rank finds it; False if that isn't torchrun."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return False
+    get_error_handler().record_exception(error)
+    return True
+
+
+def _explain(error: ChildFailedError) -> int:
+    """Says in one line why the ranks stopped; the exit status of the one that failed first."""
+    rank, failure = error.get_first_failure()
+    if isinstance(failure.message, dict):  # from report_failure: "InputError: what is wrong"
+        reason = failure.message["message"].partition(": ")[2]
+    elif failure.exitcode < 0:
+        reason = f"rank {rank} was killed by {Signals(-failure.exitcode).name}"
+    else:
+        reason = f"rank {rank} failed with exit status {failure.exitcode}; its traceback is above"
+    print(f"convneur: error: {reason}", file=sys.stderr)
+    return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
