@@ -1,0 +1,37 @@
+"""A run small enough for a test that still has everything in it: memory updates, drop path, mixing, averaging."""
+
+from pathlib import Path
+
+from convneur.config import Config, RunConfig, TrainConfig
+from convneur.data.config import AugmentConfig, DataConfig
+from convneur.memory import MemoryConfig
+from convneur.model import ModelConfig
+from convneur.optim import OptimizerConfig, ScheduleConfig
+
+STEPS = 11  # 1437 training digits in batches of 128
+
+
+def small_config(digits: Path, zero_stage: int, *, autocast: bool = True, accumulation: int = 1, **run: object) -> Config:
+    """One epoch of 11 steps with a checkpoint after the 4th and the 8th."""
+    return Config(
+        run=RunConfig(**{"name": "small", "log_every_steps": 1, "checkpoint_every_steps": 4, **run}),
+        model=ModelConfig(
+            "n1", num_classes=10, memory=MemoryConfig(chunk_length=16), drop_path=0.3, layer_scale=0.1
+        ),
+        data=DataConfig(
+            root=str(digits),
+            image_size=32,
+            global_batch_size=128,
+            lanes=8,
+            workers=1,
+            eval_crop=1.0,
+            augment=AugmentConfig(hflip=0.0, randaugment="rand-m5-n1", mixup=0.4, cutmix=0.5),
+        ),
+        train=TrainConfig(accumulation=accumulation, ema_decay=0.9),
+        optimizer=OptimizerConfig(lr=2e-3),
+        schedule=ScheduleConfig(epochs=1, warmup_epochs=0.2),
+        deepspeed={
+            "zero_optimization": {"stage": zero_stage},
+            "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
+        },
+    )
