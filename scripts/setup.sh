@@ -45,17 +45,22 @@ find_missing
 if [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     say "installing system packages: ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    # The first command finishes what an interrupted installation left behind.
-    { dpkg --configure -a && apt-get update -qq && apt-get install -qq --no-install-recommends "${missing[@]}"; } \
-        >/dev/null || say "apt-get failed (its messages are above)" >&2
+    # `dpkg --configure` and --fix-broken finish what an interrupted installation left behind.
+    if ! { dpkg --configure -a && apt-get update -qq &&
+        apt-get install -qq --no-install-recommends --fix-broken "${missing[@]}"; } >/dev/null; then
+        say "apt-get failed (its messages are above)" >&2
+    fi
     find_missing
 fi
-case " ${missing[*]} " in
-*" python3-venv "*) die "Python's venv module is missing and nothing works without it: apt-get install python3-venv" ;;
-"  ") ;;
-*) say "missing system packages: ${missing[*]} (apt-get install them as root, then make setup again)." \
-    "Without them: no FFCV engine; without g++ and python3-dev also no torch.compile and no compiled DeepSpeed ops." ;;
-esac
+if [ ${#missing[@]} -gt 0 ]; then
+    case " ${missing[*]} " in
+    *" python3-venv "*) cost="nothing works" ;;
+    *" python3-dev "* | *" g++ "*) cost="no FFCV engine, no torch.compile, no DeepSpeed operators in C++" ;;
+    *) cost="no FFCV engine" ;;
+    esac
+    say "missing system packages; without them: $cost. As root: apt-get install ${missing[*]}; then: make setup" >&2
+    [ "$cost" != "nothing works" ] || exit 1
+fi
 
 if [ "$(cat "$stamp" 2>/dev/null)" = "$(fingerprint)" ]; then
     say "$venv is up to date"
