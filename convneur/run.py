@@ -1,6 +1,5 @@
 """A run: what the training loop uses, how it is put together, resumed and finished."""
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,6 @@ from convneur.checkpoint import (
 )
 from convneur.config import Config, load_config, save_config
 from convneur.data.errors import InputError
-from convneur.data.files import atomic_write
 from convneur.data.loader import Batch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform, Normalize
 from convneur.data.store import TarStore
@@ -36,37 +34,10 @@ from convneur.metrics import TrainingLog
 from convneur.model import ConvNeur
 from convneur.optim import build_optimizer, build_schedule
 from convneur.plot import plot_run
+from convneur.summary import Summary, write_summary
 from convneur.world import World
 
 CHECKPOINTS = "checkpoints"
-SUMMARY_FILE = "summary.json"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended; `summary.json` in its folder.
-
-    Attributes:
-        top1: fraction of held-out images classified rightly by the raw weights.
-        top1_ema: the same by the averaged weights; None where no average was kept.
-        epochs: length of the run.
-        images: training images seen, repetitions counted.
-        seconds: time spent, evaluation and checkpoints included, over all starts of the run.
-        checkpoint: folder of the last checkpoint.
-    """
-
-    top1: float
-    top1_ema: float | None
-    epochs: int
-    images: int
-    seconds: float
-    checkpoint: str
-
-
-def read_summary(run_dir: Path) -> Summary | None:
-    """The summary of a finished run; None where the run has not ended."""
-    path = run_dir / SUMMARY_FILE
-    return Summary(**json.loads(path.read_text())) if path.is_file() else None
 
 
 @dataclass
@@ -137,8 +108,7 @@ class Run:
         self.log.close()
         if self.world.is_main:
             plot_run(self.folder)
-            with atomic_write(self.folder / SUMMARY_FILE) as file:
-                file.write(json.dumps(asdict(summary), indent=2).encode())
+            write_summary(summary, self.folder)
         dist.barrier()
         return summary
 

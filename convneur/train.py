@@ -15,7 +15,8 @@ from convneur.data.keys import key, seed_libraries
 from convneur.data.loader import Batch
 from convneur.data.mixing import DeviceTransform
 from convneur.ema import Ema
-from convneur.run import Summary, start_run
+from convneur.run import start_run
+from convneur.summary import Summary
 from convneur.world import World
 
 cross_entropy = SoftTargetCrossEntropy()

@@ -11,13 +11,13 @@ from convneur.optim import OptimizerConfig, ScheduleConfig
 STEPS = 11  # 1437 training digits in batches of 128
 
 
-def small_config(digits: Path, zero_stage: int, *, autocast: bool = True, accumulation: int = 1, **run: object) -> Config:
+def small_config(
+    digits: Path, zero_stage: int, *, autocast: bool = True, accumulation: int = 1, **run: object
+) -> Config:
     """One epoch of 11 steps with a checkpoint after the 4th and the 8th."""
     return Config(
         run=RunConfig(**{"name": "small", "log_every_steps": 1, "checkpoint_every_steps": 4, **run}),
-        model=ModelConfig(
-            "n1", num_classes=10, memory=MemoryConfig(chunk_length=16), drop_path=0.3, layer_scale=0.1
-        ),
+        model=ModelConfig("n1", num_classes=10, memory=MemoryConfig(chunk_length=16), drop_path=0.3, layer_scale=0.1),
         data=DataConfig(
             root=str(digits),
             image_size=32,

@@ -77,11 +77,14 @@ def test_stopped_and_resumed_equals_uninterrupted(runs: Path, name: str) -> None
     assert summaries[0]["top1_ema"] == summaries[1]["top1_ema"]
 
 
-@pytest.mark.parametrize(("first", "second", "tolerance"), [
-    ("zero2-fp32", "zero3-fp32", 1e-5),
-    ("zero0-bf16", "zero1-bf16", 3e-2),
-    ("zero0-bf16", "zero3-bf16", 3e-2),
-])
+@pytest.mark.parametrize(
+    ("first", "second", "tolerance"),
+    [
+        ("zero2-fp32", "zero3-fp32", 1e-5),
+        ("zero0-bf16", "zero1-bf16", 3e-2),
+        ("zero0-bf16", "zero3-bf16", 3e-2),
+    ],
+)
 def test_zero_stages_agree(runs: Path, first: str, second: str, tolerance: float) -> None:
     """They compute the same thing; sums in another order, or of bf16 gradients, differ in the last digits."""
     a, b = (load_file(newest(runs / f"{name}-whole") / "model.safetensors") for name in (first, second))

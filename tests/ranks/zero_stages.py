@@ -5,6 +5,7 @@ Usage: zero_stages.py DIGITS OUT
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from small_run import small_config
@@ -16,7 +17,7 @@ from convneur.world import World
 STOP_AT = 6  # between two checkpoints, so that steps are lost and made again
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Stands for whatever ends a run in the middle of an epoch."""
 
 
@@ -28,17 +29,15 @@ def main() -> None:
     def stopping(self: TrainLoader, start: int, stop: int) -> Iterator[object]:
         for step, batches in enumerate(iterate(self, start, stop), start):
             if step == STOP_AT:
-                raise Stopped
+                raise StoppedError
             yield batches
 
     for stage, autocast, accumulation in ((0, True, 1), (1, True, 2), (2, False, 1), (3, True, 2), (3, False, 1)):
         config = small_config(digits, stage, autocast=autocast, accumulation=accumulation)
         name = f"zero{stage}-{'bf16' if autocast else 'fp32'}"
         TrainLoader.iterate = stopping
-        try:
+        with suppress(StoppedError):
             train(config, world, out / f"{name}-stopped")
-        except Stopped:
-            pass
         TrainLoader.iterate = iterate
         # The run in one go comes in between, so that nothing left over in the process can help the resumed one.
         train(config, world, out / f"{name}-whole")

@@ -1,0 +1,203 @@
+"""Checkpoints are whole or not there: commit order, damage, falling back, and refusing what doesn't fit."""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import STEPS, small_config
+
+from convneur import checkpoint as checkpoints
+from convneur.checkpoint import find_checkpoint, list_checkpoints, load_weights, newest_intact, read_state
+from convneur.config import Config
+from convneur.data.errors import InputError
+from convneur.errors import NonFiniteError
+from convneur.evaluate import evaluate_checkpoint
+from convneur.metrics import read_metrics
+from convneur.train import train
+from convneur.world import World
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """This test process as a world of one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(names)
+    world = World.join()
+    yield world
+    world.leave()
+    for name in names:
+        del os.environ[name]
+
+
+@pytest.fixture(scope="module")
+def config(digits: Path) -> Config:
+    config = small_config(digits, 1, keep_checkpoints=2)
+    return replace(config, data=replace(config.data, workers=0))
+
+
+@pytest.fixture(scope="module")
+def trained(world: World, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(config, world, folder)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_keeps_the_newest(trained: Path) -> None:
+    assert [p.name for p in list_checkpoints(trained / "checkpoints")] == [f"step-{STEPS:08d}", "step-00000008"]
+
+
+def test_manifest_names_every_file(trained: Path) -> None:
+    newest = find_checkpoint(trained)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    files = {str(p.relative_to(newest)) for p in newest.rglob("*") if p.is_file()}
+    assert files - {"manifest.json"} == set(manifest)
+    assert {"config.yaml", "state.json", "model.safetensors", "ema.safetensors"} <= files
+    assert all(entry["bytes"] == (newest / name).stat().st_size for name, entry in manifest.items())
+
+
+def test_ema_is_an_average_of_the_weights(trained: Path) -> None:
+    newest = find_checkpoint(trained)
+    raw, averaged = load_weights(newest, averaged=False), load_weights(newest, averaged=True)
+    assert raw.keys() == averaged.keys()
+    assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
+
+
+@pytest.mark.parametrize("name", ["deepspeed/mp_rank_00_model_states.pt", "ema.safetensors", "state.json"])
+def test_a_flipped_bit_is_found_and_the_previous_checkpoint_taken(run: Path, world: World, name: str) -> None:
+    newest, previous = list_checkpoints(run / "checkpoints")
+    flip_a_byte(newest / name)
+    found, faults = newest_intact([newest, previous], world)
+    assert found == previous
+    assert faults == [f"{newest}: {name} is not as it was written"]
+
+
+def test_resume_goes_on_from_the_previous_one_and_says_so(
+    run: Path, trained: Path, world: World, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest, previous = list_checkpoints(run / "checkpoints")
+    os.truncate(newest / "model.safetensors", 100)
+    train(config, world, run, resume="auto")
+    said = capsys.readouterr().out
+    assert f"warning: damaged checkpoint left out: {newest}: model.safetensors is not as it was written" in said
+    assert f"resuming from {previous}, 8 of {STEPS} steps made" in said
+    mended = load_file(newest / "model.safetensors")
+    original = load_file(find_checkpoint(trained) / "model.safetensors")
+    assert all(torch.equal(mended[name], original[name]) for name in original)
+    assert [r["step"] for r in read_metrics(run)] == [r["step"] for r in read_metrics(trained)]
+
+
+def test_never_starts_afresh_in_silence(run: Path, world: World, config: Config) -> None:
+    for damaged in list_checkpoints(run / "checkpoints"):
+        (damaged / "deepspeed" / "mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(InputError, match=r"no intact checkpoint to resume from .* start with --resume never"):
+        train(config, world, run, resume="auto")
+
+
+def test_a_checkpoint_without_manifest_is_none(run: Path, world: World) -> None:
+    newest, previous = list_checkpoints(run / "checkpoints")
+    (newest / "manifest.json").unlink()
+    assert list_checkpoints(run / "checkpoints") == [previous]
+
+
+@pytest.mark.parametrize("dies_in", ["save_config", "_digest", "_publish"])
+def test_a_save_that_dies_leaves_the_last_good_one(
+    world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
+) -> None:
+    """Whatever the phase in which the second of the saves ends, the first stays, and the run resumes from it."""
+    real, calls = getattr(checkpoints, dies_in), []
+
+    def dying(*args: object, **kwargs: object) -> object:
+        if (tmp_path / "checkpoints" / "step-00000004").exists():
+            calls.append(args)
+            raise OSError("no space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, dies_in, dying)
+    with pytest.raises(OSError, match="no space left"):
+        train(config, world, tmp_path)
+    monkeypatch.undo()
+    assert len(calls) == 1
+    found, faults = newest_intact(list_checkpoints(tmp_path / "checkpoints"), world)
+    assert found is not None
+    assert found.name == "step-00000004"
+    assert faults == []
+    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-00000004\n"
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned = {"w": torch.tensor([1.0, float("nan")])}
+    monkeypatch.setattr(checkpoints, "full_weights", lambda engine: poisoned)
+    with pytest.raises(NonFiniteError, match="no longer finite after 4 steps"):
+        train(config, world, tmp_path)
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(world: World, config: Config, tmp_path: Path) -> None:
+    diverging = replace(config, optimizer=replace(config.optimizer, lr=1e30, clip_grad=0.0))
+    with pytest.raises(NonFiniteError):
+        train(diverging, world, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("model", {"variant": "n2"}, "has model.variant = n1, the run is configured with n2"),
+        ("model", {"placement": "none"}, "has model.placement = per_stage, the run is configured with none"),
+        ("train", {"accumulation": 2}, "has engine.accumulation = 1, the run is configured with 2"),
+        ("data", {"global_batch_size": 64}, "global_batch_size"),
+        ("run", {"seed": 1}, "seed"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    trained: Path, world: World, config: Config, tmp_path: Path, section: str, change: dict[str, object], message: str
+) -> None:
+    other = replace(config, **{section: replace(getattr(config, section), **change)})
+    with pytest.raises(InputError, match=message) as error:
+        train(other, world, tmp_path / "other", resume=str(trained))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "other").exists()
+
+
+def test_other_zero_stage_is_refused(trained: Path, world: World, config: Config, tmp_path: Path) -> None:
+    other = replace(config, deepspeed=config.deepspeed | {"zero_optimization": {"stage": 2}})
+    with pytest.raises(InputError, match=r"has engine\.zero_stage = 1, the run is configured with 2"):
+        train(other, world, tmp_path / "other", resume=str(trained))
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint in"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="is not a checkpoint"):
+        read_state(tmp_path)
+
+
+def test_evaluation_of_a_checkpoint_gives_the_run_s_scores(trained: Path, world: World) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    raw = evaluate_checkpoint(trained, world, data_root=None, split=None, averaged=False)
+    averaged = evaluate_checkpoint(find_checkpoint(trained), world, data_root=None, split=None, averaged=True)
+    assert (raw.top1, averaged.top1) == (summary["top1"], summary["top1_ema"])
+    assert raw.images == 360
