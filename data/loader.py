@@ -115,12 +115,12 @@ class TrainLoader:
         return {
             "format": STATE_FORMAT,
             "seed": self._seed,
-            "epoch": step // self.steps_per_epoch,
-            "step": step,
             "global_batch_size": self._config.global_batch_size,
             "lanes": self._config.lanes,
             "window": self._config.window,
             "index_hash": self.index_hash,
+            "epoch": step // self.steps_per_epoch,
+            "step": step,
         }
 
     def check_state(self, saved: Mapping[str, Any]) -> None:
