@@ -133,7 +133,8 @@ def _read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, Tree]]:
         try:
             tree = yaml.load(Path(path).read_text(), _Loader)
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: can't be read ({error}), expected a YAML file") from error
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path}: can't be read ({reason}), expected a YAML file") from error
         except yaml.YAMLError as error:
             raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
         if not isinstance(tree, dict | None):

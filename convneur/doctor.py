@@ -80,13 +80,18 @@ _COMPILERS = {
 def examine() -> list[Finding]:
     """Looks at everything. Imports the packages, which takes seconds; starts no process but version queries."""
     python = Finding("packages", "python", "ok", ".".join(map(str, sys.version_info[:3])), required=True)
-    packages = [examine_package(package, required=True) for package in REQUIRED_PACKAGES]
+    torch = examine_package(REQUIRED_PACKAGES[0], required=True)
+    if torch.status == "ok":
+        from convneur.world import name_accelerator
+
+        name_accelerator()
     return [
         python,
-        *packages,
+        torch,
+        *(examine_package(package, required=True) for package in REQUIRED_PACKAGES[1:]),
         examine_package(_FFCV, required=False),
         examine_apex(),
-        *(_examine_accelerators() if packages[0].status == "ok" else ()),  # PyTorch tells
+        *(_examine_accelerators() if torch.status == "ok" else ()),
         _examine_slurm(),
         *(_examine_tool("compilers", name, cost) for name, cost in _COMPILERS.items()),
     ]

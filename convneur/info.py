@@ -67,7 +67,8 @@ def describe(config: ModelConfig, image_size: int = 224) -> ModelInfo:
     """
     if image_size < SMALLEST_IMAGE:
         raise InputError(f"image size is {image_size}, expected at least {SMALLEST_IMAGE} pixels")
-    stages, macs = [], []
+    stages: list[StageInfo] = []
+    macs: list[int] = []
     with FakeTensorMode():  # shapes without memory; the meta device fails under the memory's autocast
         model = ConvNeur(config).eval()
         x = torch.empty(1, config.in_chans, image_size, image_size)

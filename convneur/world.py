@@ -33,9 +33,16 @@ class World:
             torch.cuda.set_device(device)
         else:
             device, backend = torch.device("cpu"), "gloo"
+        name_accelerator()
         torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         return World(rank, local_rank, size, device)
 
     def leave(self) -> None:
         """Leaves the process group; without it, NCCL aborts a process that has in fact finished."""
         torch.distributed.destroy_process_group()
+
+
+def name_accelerator() -> None:
+    """Spares DeepSpeed, where it is imported later, a warning that it had to guess that there is no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

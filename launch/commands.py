@@ -17,7 +17,7 @@ from convneur.data.errors import InputError
 
 if TYPE_CHECKING:
     from convneur.config import Config
-    from convneur.run import Summary
+    from convneur.summary import Summary
     from convneur.world import World
 
 Overrides = Sequence[str]
@@ -132,6 +132,7 @@ def info(args: argparse.Namespace, overrides: Overrides) -> int:
         print(json.dumps(asdict(model)))
         return 0
 
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -140,18 +141,20 @@ def info(args: argparse.Namespace, overrides: Overrides) -> int:
 
     table = Table(
         title=f"ConvNeur-{model.variant.upper()}: {model.params / 1e6:.3f} M parameters, {model.gmacs:.3f} GMACs"
-        f" at {model.image_size} x {model.image_size}"
+        f" at {model.image_size} x {model.image_size}",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
-    for heading in ("stage", "resolution", "width", "blocks", "branches", "d", "L", "chunks", "params M", "GMACs"):
+    for heading in ("stage", "size", "width", "blocks", "global", "d", "L", "chunks", "params", "GMACs"):
         table.add_column(heading, justify="right")
     for number, stage in enumerate(model.stages, 1):
         height, width = stage.resolution
         counts = (stage.width, stage.blocks, stage.branches, stage.memory_width, stage.chunk_length, stage.chunks)
         table.add_row(
-            str(number), f"{height}x{width}", *map(cell, counts), f"{stage.params / 1e6:.3f}", f"{stage.gmacs:.3f}"
+            str(number), f"{height}x{width}", *map(cell, counts), f"{stage.params / 1e6:.3f}M", f"{stage.gmacs:.3f}"
         )
     Console().print(table)
-    print("branches: blocks with a global branch, whose bottleneck has d channels; L tokens a chunk")
+    print("global: blocks with a global branch, d channels in its bottleneck, L tokens in a chunk of its memory")
     print("GMACs: multiply-accumulates of matrix products and convolutions, one image; totals include stem and head")
     return 0
 
@@ -200,7 +203,6 @@ def _is_rank(args: argparse.Namespace) -> bool:
 @contextmanager
 def _joined_world() -> Iterator["World"]:
     """This process among the ranks. Left in good order only: after a failure the others may never say goodbye."""
-    _name_accelerator()
     from convneur.world import World
 
     world = World.join()
@@ -210,11 +212,12 @@ def _joined_world() -> Iterator["World"]:
 
 def _check(config: "Config", world_size: int) -> None:
     """Holds a configuration against the data, the ranks and DeepSpeed, before anything is allocated or written."""
-    _name_accelerator()
     from convneur.check import check_config
     from convneur.data.check import check_data
     from convneur.deepspeed_config import deepspeed_config, parse_with_deepspeed
+    from convneur.world import name_accelerator
 
+    name_accelerator()
     check_config(config, world_size)
     check_data(
         config.data,
@@ -223,11 +226,3 @@ def _check(config: "Config", world_size: int) -> None:
         accumulation=config.train.accumulation,
     )
     parse_with_deepspeed(deepspeed_config(config, world_size))
-
-
-def _name_accelerator() -> None:
-    """Spares DeepSpeed, which is about to be imported, a warning that it has to guess."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,6 +1,5 @@
 """Where a run goes: its own folder, and never into what another run has left."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -28,7 +27,7 @@ def run_folder(run: RunConfig, resume: str) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"run.root is {run.root!r}, where no folder can be made ({error}); choose another") from error
     if folder != wanted:
-        print(f"convneur: {wanted} holds another run, so this one goes to {folder}", file=sys.stderr)
+        print(f"convneur: {wanted} holds another run, so this one goes to {folder}", flush=True)
     try:
         yield folder
     finally:

@@ -31,17 +31,19 @@ def run_ranks(words: list[str], nproc: int) -> int:
     the ranks; none is left behind.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_explain` says it in a line
     with TemporaryDirectory(prefix="convneur-ranks-") as log_dir:
         torchrun = ["--standalone", f"--nproc-per-node={nproc}", f"--log-dir={log_dir}", "--no-python"]
         # -P: modules are not looked for in the working folder, which may be a checkout.
         convneur = [sys.executable, "-P", "-m", "convneur.launch", *words]
+        logging.disable()  # torchrun's account of a failure; `_explain` gives it in a line
         try:
             run(parse_args([*torchrun, *convneur]))
         except SignalException as signal:
             return 128 + signal.sigval
         except ChildFailedError as error:
             return _explain(error)
+        finally:
+            logging.disable(logging.NOTSET)
     return 0
 
 
