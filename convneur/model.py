@@ -11,7 +11,7 @@ neural memory).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, trunc_normal_
@@ -251,7 +251,7 @@ class ConvNeur(nn.Module):
         self.stages = nn.Sequential(
             *(Stage(config, stage, drop_path[first[stage] : first[stage + 1]]) for stage in range(4))
         )
-        self.feature_info: list[dict[str, Any]] = [
+        self.feature_info = [
             {"num_chs": width, "reduction": 4 << stage, "module": f"stages.{stage}"}
             for stage, width in enumerate(widths)
         ]
@@ -311,7 +311,7 @@ class ConvNeur(nn.Module):
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.head_hidden_size = VARIANTS[self.config.variant].widths[last]
         if shortened or prune_head:
             self.num_classes = 0
             self.head.reset(0, "", reset_other=True, in_features=self.num_features)
