@@ -11,6 +11,7 @@ from operator import attrgetter
 from convneur.config import Config
 from convneur.data.errors import InputError
 from convneur.deepspeed_config import deepspeed_config
+from convneur.model import SMALLEST_IMAGE
 
 Range = tuple[str, Callable[[float], bool]]
 COUNT: Range = ("at least 1", lambda x: x >= 1)
@@ -58,6 +59,8 @@ def check_config(config: Config, world_size: int) -> None:
     for key in ("warmup_lr", "min_lr"):
         if (value := getattr(config.schedule, key)) > config.optimizer.lr:
             raise InputError(f"schedule.{key} is {value}, expected at most optimizer.lr, {config.optimizer.lr}")
+    if config.data.image_size < SMALLEST_IMAGE:
+        raise InputError(f"data.image_size is {config.data.image_size}, expected at least {SMALLEST_IMAGE}")
     name = config.run.name
     if name in {"", ".", ".."} or "/" in name or "\0" in name:
         raise InputError(f"run.name is {name!r}, expected the name of one folder; run.root says where it lies")

@@ -8,9 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur.data.errors import InputError
-from convneur.model import VARIANTS, ConvNeur, ModelConfig, Stage
-
-SMALLEST_IMAGE = 32  # five halvings
+from convneur.model import SMALLEST_IMAGE, VARIANTS, ConvNeur, ModelConfig, Stage
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class ModelInfo:
 def describe(config: ModelConfig, image_size: int = 224) -> ModelInfo:
     """Counts a model's parameters and multiply-accumulates on one square image of `image_size` pixels a side.
 
-    Raises InputError where the image is too small for five halvings.
+    Raises InputError where the image is too small for the last stage.
     """
     if image_size < SMALLEST_IMAGE:
         raise InputError(f"image size is {image_size}, expected at least {SMALLEST_IMAGE} pixels")

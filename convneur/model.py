@@ -55,6 +55,8 @@ VARIANTS = {
     "m9": Variant((3, 3, 27, 3), 256),
 }
 
+SMALLEST_IMAGE = 32  # pixels a side: the stages reduce it by 4, 8, 16 and 32
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -143,7 +143,7 @@ def info(args: argparse.Namespace, overrides: Overrides) -> int:
         title=f"ConvNeur-{model.variant.upper()}: {model.params / 1e6:.3f} M parameters, {model.gmacs:.3f} GMACs"
         f" at {model.image_size} x {model.image_size}",
         box=SIMPLE_HEAD,
-        pad_edge=False,
+        padding=0,
     )
     for heading in ("stage", "size", "width", "blocks", "global", "d", "L", "chunks", "params", "GMACs"):
         table.add_column(heading, justify="right")
