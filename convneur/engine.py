@@ -6,6 +6,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.config import get_torch_autocast_dtype, get_torch_autocast_enabled
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME, has_comm_dtype
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -21,7 +22,21 @@ def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     # killed leaves a lock on which every later run hangs; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if zero_stage(engine) == 3:
+        _gather_vectors_in_float32(model)
     return engine
+
+
+def _gather_vectors_in_float32(model: nn.Module) -> None:
+    """Keeps ZeRO 3 from gathering biases in bfloat16 under autocast.
+
+    It gathers them in float32 after a step, but in bfloat16 where it fetches them anew, as it does once in the first
+    step after a start, and its linear layers add them as they are. So the first step of a resumed run would differ in
+    its last bits. Matrices don't matter: autocast rounds them anyway.
+    """
+    for parameter in model.parameters():
+        if len(true_shape(parameter)) == 1 and has_comm_dtype(parameter):
+            delattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME)
 
 
 def zero_stage(engine: DeepSpeedEngine) -> int:
