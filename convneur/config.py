@@ -92,15 +92,22 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
 
     Raises InputError where a file can't be read, a key is unknown or a value doesn't fit its type.
     """
+    return load_as(Config, config_files, overrides)
+
+
+def load_as(
+    schema: type[_Section], config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()
+) -> _Section:
+    """The same for a dataclass that adds sections to `Config`."""
     merged: Tree = {}
-    for where, tree in (*_read_files(config_files), *_parse_overrides(overrides)):
-        merged = _merge(merged, _typed(tree, Config, where))
-    return _build(Config, merged, "")
+    for where, tree in (*_read_files(config_files), *_parse_overrides(overrides, schema)):
+        merged = _merge(merged, _typed(tree, schema, where))
+    return _build(schema, merged, "")
 
 
 def save_config(config: Config, path: Path) -> None:
     """Writes every key of a configuration to a YAML file that `load_config` reads back to an equal one."""
-    text = yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False)
     with atomic_write(path) as file:
         file.write(text.encode())
 
@@ -131,10 +138,9 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
 def _read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, Tree]]:
     for path in paths:
         try:
-            tree = yaml.load(Path(path).read_text(), _Loader)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{path}: can't be read ({reason}), expected a YAML file") from error
+            tree = yaml.load(Path(path).read_bytes(), _Loader)
+        except OSError as error:
+            raise InputError(f"{path}: can't be read ({error.strerror}), expected a YAML file") from error
         except yaml.YAMLError as error:
             raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
         if not isinstance(tree, dict | None):
@@ -142,7 +148,7 @@ def _read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, Tree]]:
         yield f"{path}: ", tree or {}
 
 
-def _parse_overrides(words: Iterable[str]) -> Iterator[tuple[str, Tree]]:
+def _parse_overrides(words: Iterable[str], schema: type) -> Iterator[tuple[str, Tree]]:
     words = iter(words)
     for word in words:
         if not word.startswith("--"):
@@ -153,8 +159,8 @@ def _parse_overrides(words: Iterable[str]) -> Iterator[tuple[str, Tree]]:
             if text.startswith("--"):
                 raise InputError(f"--{key} has no value, expected --{key} VALUE, or --{key}=VALUE if it starts with --")
         first, *rest = key.split(".")
-        if first != "deepspeed" and key not in config_keys():
-            raise _unknown("--", key)
+        if first != "deepspeed" and key not in config_keys(schema):
+            raise _unknown("--", key, config_keys(schema))
         value: Any = text
         if first == "deepspeed":  # free values have no type to read them by
             try:
@@ -219,7 +225,7 @@ def _typed(tree: Tree, section: type, where: str, prefix: str = "") -> Tree:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise _unknown(where, key)
+            raise _unknown(where, key, {*config_keys(), *config_keys(section, prefix)})
         hint = hints[name]
         if _is_section(hint) or get_origin(hint) is dict:
             if not isinstance(value, dict | None):
@@ -262,8 +268,8 @@ def _build(section: type[_Section], tree: Tree, where: str) -> _Section:
         raise InputError(f"{where}{error}") from error
 
 
-def _unknown(where: str, key: str) -> InputError:
-    nearest = nearest_key(key, config_keys())
+def _unknown(where: str, key: str, keys: Iterable[str]) -> InputError:
+    nearest = nearest_key(key, keys)
     hint = (
         f"did you mean {'--' if where == '--' else ''}{nearest}?" if nearest else "`convneur train --help` lists them"
     )
@@ -283,6 +289,8 @@ def _expected(hint: Any) -> str:
         return words[hint]
     if get_origin(hint) is Literal:
         return f"one of {', '.join(repr(choice) for choice in get_args(hint))}"
+    if get_origin(hint) is list:
+        return f"a list, each {_expected(get_args(hint)[0])}"
     if get_origin(hint) is tuple:
         return f"a list of {len(get_args(hint))}, each {_expected(get_args(hint)[0])}"
     return " or ".join(_expected(part) for part in get_args(hint))

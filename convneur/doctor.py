@@ -37,34 +37,36 @@ class Finding:
     required: bool = False
 
 
-class _Package(NamedTuple):
+class Package(NamedTuple):
+    """What is installed under which name, imported under which, and what its absence costs."""
+
     distribution: str
     module: str
     cost: str
 
 
 REQUIRED_PACKAGES = (
-    _Package("torch", "torch", "nothing runs"),
-    _Package("torchvision", "torchvision", "timm doesn't import, so nothing runs"),
-    _Package("timm", "timm", "no model can be built"),
-    _Package("deepspeed", "deepspeed", "no training"),
-    _Package("webdataset", "webdataset", "no shards can be written or read"),
-    _Package("simplejpeg", "simplejpeg", "JPEG images can't be decoded"),
-    _Package("pillow", "PIL", "images can't be decoded"),
-    _Package("google-crc32c", "google_crc32c", "shards can't be checked for damage"),
-    _Package("numpy", "numpy", "nothing runs"),
-    _Package("safetensors", "safetensors", "no checkpoints"),
-    _Package("scikit-learn", "sklearn", "`convneur prepare digits` doesn't work"),
-    _Package("submitit", "submitit", "no jobs for Slurm"),
-    _Package("tensorboard", "torch.utils.tensorboard", "no training: it writes TensorBoard events"),
-    _Package("matplotlib", "matplotlib", "no training: it draws its curves"),
-    _Package("jsonargparse", "jsonargparse", "no configuration can be loaded"),
-    _Package("pyyaml", "yaml", "no configuration can be loaded"),
-    _Package("rich", "rich", "no output"),
-    _Package("wrapt", "wrapt", "nothing runs"),
+    Package("torch", "torch", "nothing runs"),
+    Package("torchvision", "torchvision", "timm doesn't import, so nothing runs"),
+    Package("timm", "timm", "no model can be built"),
+    Package("deepspeed", "deepspeed", "no training"),
+    Package("webdataset", "webdataset", "no shards can be written or read"),
+    Package("simplejpeg", "simplejpeg", "JPEG images can't be decoded"),
+    Package("pillow", "PIL", "images can't be decoded"),
+    Package("google-crc32c", "google_crc32c", "shards can't be checked for damage"),
+    Package("numpy", "numpy", "nothing runs"),
+    Package("safetensors", "safetensors", "no checkpoints"),
+    Package("scikit-learn", "sklearn", "`convneur prepare digits` doesn't work"),
+    Package("submitit", "submitit", "no jobs for Slurm"),
+    Package("tensorboard", "torch.utils.tensorboard", "no training: it writes TensorBoard events"),
+    Package("matplotlib", "matplotlib", "no training: it draws its curves"),
+    Package("jsonargparse", "jsonargparse", "no configuration can be loaded"),
+    Package("pyyaml", "yaml", "no configuration can be loaded"),
+    Package("rich", "rich", "no output"),
+    Package("wrapt", "wrapt", "nothing runs"),
 )
 
-_FFCV = _Package("ffcv", "ffcv", "data come from WebDataset shards, not from FFCV files")
+_FFCV = Package("ffcv", "ffcv", "data come from WebDataset shards, not from FFCV files")
 _APEX_COST = "no fused optimizers of apex; PyTorch's AdamW doesn't need it"
 _APEX_BUILD = (
     "build NVIDIA's from github.com/NVIDIA/apex: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
@@ -92,7 +94,7 @@ def examine() -> list[Finding]:
         examine_package(_FFCV, required=False),
         examine_apex(),
         *(_examine_accelerators() if torch.status == "ok" else ()),
-        _examine_slurm(),
+        examine_slurm(),
         *(_examine_tool("compilers", name, cost) for name, cost in _COMPILERS.items()),
     ]
 
@@ -102,7 +104,7 @@ def is_healthy(findings: list[Finding]) -> bool:
     return all(finding.status == "ok" for finding in findings if finding.required)
 
 
-def examine_package(package: _Package, required: bool) -> Finding:
+def examine_package(package: Package, required: bool) -> Finding:
     """Imports a package, since one that is installed may still not work with the others."""
     distribution, module, cost = package
     try:
@@ -164,7 +166,8 @@ def _examine_accelerators() -> Iterator[Finding]:
         yield Finding("accelerators", "NCCL", "missing", None, "no training on several GPUs")
 
 
-def _examine_slurm() -> Finding:
+def examine_slurm() -> Finding:
+    """Looks for Slurm's programs, and asks for its partitions."""
     tools = ("sbatch", "srun", "sinfo")
     absent = [tool for tool in tools if not shutil.which(tool)]
     cost = "no jobs can be submitted from here"
