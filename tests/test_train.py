@@ -20,7 +20,8 @@ from convneur.metrics import read_metrics
 
 RUNS = ["zero0-bf16", "zero1-bf16", "zero2-fp32", "zero3-bf16", "zero3-fp32"]
 TESTS = Path(__file__).parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+PATHS = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
 
 
 @pytest.fixture(scope="module")
