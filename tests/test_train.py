@@ -91,12 +91,12 @@ def test_zero_stages_agree(runs: Path, first: str, second: str, tolerance: float
     a, b = (load_file(newest(runs / f"{name}-whole") / "model.safetensors") for name in (first, second))
     difference = torch.cat([(a[key] - b[key]).flatten() for key in a]).norm()
     total = torch.cat([a[key].flatten() for key in a]).norm()
-    assert 0 < difference / total < tolerance or first == second
+    assert 0 < difference / total < tolerance
 
 
 def test_the_run_learns(runs: Path) -> None:
-    losses = [r["train/loss"] for r in read_metrics(runs / "zero1-bf16-whole") if "train/loss" in r]
-    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+    summary = json.loads((runs / "zero1-bf16-whole" / "summary.json").read_text())
+    assert summary["top1"] > 0.3  # chance is 0.1
 
 
 def test_a_run_folder_holds_it_all(runs: Path) -> None:
@@ -118,7 +118,7 @@ def test_killed_and_resumed_equals_uninterrupted(runs: Path, digits: Path, tmp_p
     """kill -9 of every process at once, through the command line, as soon as a checkpoint is there."""
     config = small_config(digits, 1, accumulation=2, root=str(tmp_path / "runs"))
     save_config(config, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "convneur.launch", "train", "--config", str(tmp_path / "config.yaml")]
+    command = [sys.executable, "-P", "-m", "convneur.launch", "train", "--config", str(tmp_path / "config.yaml")]
     command += ["--launch", "local", "--nproc", "2", "--resume", "auto"]
     run = tmp_path / "runs" / "small"
     with (tmp_path / "log").open("w") as log:

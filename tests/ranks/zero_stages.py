@@ -32,7 +32,7 @@ def main() -> None:
                 raise StoppedError
             yield batches
 
-    for stage, autocast, accumulation in ((0, True, 1), (1, True, 2), (2, False, 1), (3, True, 2), (3, False, 1)):
+    for stage, autocast, accumulation in ((0, True, 2), (1, True, 2), (2, False, 1), (3, True, 2), (3, False, 1)):
         config = small_config(digits, stage, autocast=autocast, accumulation=accumulation)
         name = f"zero{stage}-{'bf16' if autocast else 'fp32'}"
         TrainLoader.iterate = stopping
