@@ -14,7 +14,7 @@ from convneur.config import load_config
 from convneur.data.errors import InputError
 from convneur.data.loader import EvalBatch, EvalLoader
 from convneur.data.mixing import Normalize
-from convneur.data.store import TarStore
+from convneur.data.store import open_store
 from convneur.engine import autocast
 from convneur.model import ConvNeur
 from convneur.world import World
@@ -22,12 +22,16 @@ from convneur.world import World
 
 @dataclass(frozen=True)
 class Scores:
-    """Fractions of `images` whose label is the first, or among the first five, and their mean cross-entropy."""
+    """Fractions of `images` whose label is the first, or among the first five, and their mean cross-entropy.
+
+    `bad` has a line for each image that couldn't be read; those are not among `images`.
+    """
 
     top1: float
     top5: float
     loss: float
     images: int
+    bad: tuple[str, ...] = ()
 
 
 @torch.inference_mode()
@@ -37,24 +41,34 @@ def evaluate(
     """Scores a whole, unpartitioned model on this rank's share of `images` images and adds up the ranks' counts.
 
     Raises:
+        InputError: not one image can be read.
         RuntimeError: the ranks together did not see every image once.
     """
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=normalize.device)  # right at first, among five, seen
+    counts = torch.zeros(4, dtype=torch.int64, device=normalize.device)  # right at first, among five, seen, bad
+    bad: list[str] = []
     loss = torch.zeros((), dtype=torch.float64, device=normalize.device)
     for batch in batches:
         labels, mask = batch.labels.to(normalize.device), batch.mask.to(normalize.device)
         with autocast:
             logits = model(normalize(batch.images)).float()
         hits = logits.topk(min(5, logits.shape[1])).indices.eq(labels[:, None]) & mask[:, None]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), mask.sum()])
+        counts[:3] += torch.stack([hits[:, 0].sum(), hits.sum(), mask.sum()])
+        bad += [sample.reason for sample in batch.bad]
         loss += (F.cross_entropy(logits, labels, reduction="none").double() * mask).sum()
+    counts[3] = len(bad)
     dist.all_reduce(counts)
     dist.all_reduce(loss)
-    top1, top5, seen = counts.tolist()
-    if seen != images:
-        raise RuntimeError(f"evaluation saw {seen} images, expected each of {images} once")
-    return Scores(top1 / seen, top5 / seen, loss.item() / seen, seen)
+    top1, top5, seen, unreadable = counts.tolist()
+    if seen + unreadable != images:
+        raise RuntimeError(f"evaluation saw {seen} images and {unreadable} bad ones, expected each of {images} once")
+    if unreadable:
+        gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, bad)
+        bad = sorted(line for part in gathered for line in part)
+    if not seen:
+        raise InputError(f"none of {images} images to evaluate on can be read; the first: {bad[0]}")
+    return Scores(top1 / seen, top5 / seen, loss.item() / seen, seen, tuple(bad))
 
 
 def evaluate_checkpoint(
@@ -75,7 +89,7 @@ def evaluate_checkpoint(
     checkpoint = find_checkpoint(path)
     config = load_config([checkpoint / CONFIG_FILE])
     data = replace(config.data, root=data_root or config.data.root, val_split=split or config.data.val_split)
-    store = TarStore(data.root, data.val_split)
+    store = open_store(data, data.val_split)
     if len(store.classes) != config.model.num_classes:
         raise InputError(
             f"{checkpoint} tells {config.model.num_classes} classes apart but {data.root} has {len(store.classes)}; "

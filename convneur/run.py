@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from timm.scheduler.scheduler import Scheduler
 
+from convneur.bad_samples import BadSampleCount
 from convneur.checkpoint import (
     CONFIG_FILE,
     TrainState,
@@ -25,7 +26,7 @@ from convneur.config import Config, load_config, save_config
 from convneur.data.errors import InputError
 from convneur.data.loader import Batch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform, Normalize
-from convneur.data.store import TarStore
+from convneur.data.store import open_store
 from convneur.deepspeed_config import deepspeed_config
 from convneur.ema import Ema
 from convneur.engine import Weights, autocast, build_engine, full_weights, zero_stage
@@ -48,6 +49,7 @@ class Run:
     world: World
     folder: Path
     loader: TrainLoader
+    bad_samples: BadSampleCount
     eval_loader: EvalLoader
     eval_images: int
     prepare: DeviceTransform
@@ -78,8 +80,17 @@ class Run:
         return self.seconds_before + time.monotonic() - self.started
 
     def steps(self) -> Iterator[tuple[int, list[Batch]]]:
-        """The optimizer steps that remain, each with this rank's micro-batches."""
-        return enumerate(self.loader.iterate(self.start_step, self.total_steps), self.start_step)
+        """The optimizer steps that remain, each with this rank's micro-batches. Collective.
+
+        Raises:
+            InputError: samples can't be read; on all ranks alike where those are too many.
+        """
+        for step, batches in enumerate(self.loader.iterate(self.start_step, self.total_steps), self.start_step):
+            yield step, batches
+            if (step + 1) % self.config.run.log_every_steps == 0 or step + 1 == self.total_steps:
+                for line in self.bad_samples.update():
+                    self.log.say(f"warning: replaced in training: {line}")
+                self.bad_samples.check()
 
     def checkpoint_if_due(self, done: int) -> None:
         """Saves a checkpoint after every `checkpoint_every_steps` steps and after the last. Collective."""
@@ -117,6 +128,8 @@ class Run:
             raw = self._score(full_weights(self.engine))
             averaged = self._score(self.ema.full_weights()) if self.ema else None
         self.log.scores(done, raw, averaged)
+        for line in raw.bad:
+            self.log.say(f"warning: left out of the evaluation: {line}")
         return raw, averaged
 
     def _score(self, weights: Weights) -> Scores:
@@ -129,8 +142,8 @@ class Run:
 def start_run(config: Config, world: World, folder: Path, resume: str) -> Run:
     """Builds everything a rank trains with, at the position to start from. Collective; see `convneur.train.train`."""
     started = time.monotonic()
-    train_store = TarStore(Path(config.data.root), config.data.train_split)
-    eval_store = TarStore(Path(config.data.root), config.data.val_split)
+    train_store = open_store(config.data, config.data.train_split)
+    eval_store = open_store(config.data, config.data.val_split)
     loader = TrainLoader(
         config.data,
         train_store,
@@ -191,6 +204,7 @@ def start_run(config: Config, world: World, folder: Path, resume: str) -> Run:
         world=world,
         folder=folder,
         loader=loader,
+        bad_samples=BadSampleCount(config.data, len(train_store), loader.bad_samples, world.device),
         eval_loader=eval_loader,
         eval_images=len(eval_store),
         prepare=prepare,

@@ -2,7 +2,7 @@
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
-from convneur.data.store import TarStore
+from convneur.data.store import open_store
 
 
 def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumulation: int) -> None:
@@ -20,8 +20,8 @@ def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumul
     _check_values(config)
     _check_augment(config.augment)
     _check_batches(config, world_size, accumulation)
-    train = TarStore(config.root, config.train_split)
-    TarStore(config.root, config.val_split)
+    train = open_store(config, config.train_split)
+    open_store(config, config.val_split)
     if len(train.classes) != num_classes:
         raise InputError(
             f"model.num_classes is {num_classes} but {config.root} has {len(train.classes)} classes: "
@@ -38,6 +38,7 @@ def _check_values(config: DataConfig) -> None:
     for name in ("image_size", "global_batch_size", "lanes", "window", "eval_batch_size"):
         _require(getattr(config, name) >= 1, f"data.{name}", getattr(config, name), "at least 1")
     _require(config.workers >= 0, "data.workers", config.workers, "at least 0")
+    _require(config.bad_limit >= 0, "data.bad_limit", config.bad_limit, "at least 0")
     _require(0 < config.eval_crop <= 1, "data.eval_crop", config.eval_crop, "above 0 and at most 1")
     _require(min(config.std) > 0, "data.std", config.std, "above 0")
 

@@ -56,6 +56,8 @@ class DataConfig:
             Every rank and micro-batch reads whole lanes, so world size times accumulation must divide it.
         window: spans of contiguous samples that are shuffled together within a lane.
         workers: decoding processes a rank; 0 decodes in the training process.
+        bad_limit: how many different training samples may turn out to be unreadable, and be replaced, before the run
+            stops: a fraction of the split where below 1, else a count.
         eval_batch_size: images a rank evaluates at once.
         eval_crop: fraction of the resized image's side that evaluation's centre crop keeps.
         augment: random changes to training images.
@@ -72,6 +74,7 @@ class DataConfig:
     lanes: int = 64
     window: int = 8
     workers: int = 8
+    bad_limit: float = 0.001
     eval_batch_size: int = 128
     eval_crop: float = 0.875
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -13,19 +13,32 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from convneur.data.config import DataConfig
-from convneur.data.errors import InputError
+from convneur.data.errors import InputError, SampleError
 from convneur.data.keys import key, libraries_restored, seed_libraries
 from convneur.data.order import LaneOrder
 from convneur.data.store import Store
 from convneur.data.transforms import Transform, decode, eval_transform, train_transform
 
 STATE_FORMAT = 1
+REPLACEMENTS = 16
+"""How many unreadable samples in a row a single place of the stream puts up with."""
 
 T = TypeVar("T")
+
+
+class BadSample(NamedTuple):
+    """A sample that can't be read.
+
+    Attributes:
+        number: which one of the store's.
+        reason: one line that names shard, split and key, and says what is wrong.
+    """
+
+    number: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class Batch:
         epoch: counted from 0.
         step: optimizer steps before this one, over all epochs.
         lanes: lanes that contributed, b / len(lanes) samples each.
+        bad: samples that should have been here; others stand in for them, and `labels` and `indices` are the others'.
     """
 
     images: torch.Tensor
@@ -47,6 +61,7 @@ class Batch:
     epoch: int
     step: int
     lanes: range
+    bad: tuple[BadSample, ...] = ()
 
     def pin_memory(self) -> "Batch":
         """Copy the images and labels to page-locked memory; the DataLoader calls this."""
@@ -59,16 +74,21 @@ class EvalBatch(NamedTuple):
     Attributes:
         images: (b, 3, H, W) uint8; zeros where masked.
         labels: (b,) int64; zeros where masked.
-        mask: (b,) bool, False for padding.
+        mask: (b,) bool, False for padding and for bad samples.
+        bad: samples that should have been here.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     mask: torch.Tensor
+    bad: tuple[BadSample, ...] = ()
 
 
 class TrainLoader:
     """The stream of training samples, as one rank sees it.
+
+    A sample that can't be read is replaced by one drawn from (seed, epoch, place in the epoch, attempt), so the stream
+    stays the same for every number of ranks; `bad_samples` collects those that this rank has met, number and reason.
 
     Args:
         config: what `check_data` found right.
@@ -94,6 +114,7 @@ class TrainLoader:
         self._micro_lanes = [range(m * share, (m + 1) * share) for m in range(first, first + accumulation)]
         self.steps_per_epoch = self._order.steps_per_epoch
         self.index_hash = store.index_hash
+        self.bad_samples: dict[int, str] = {}
 
     def iterate(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
         """Read optimizer steps `start_step` to `stop_step - 1`, counted over all epochs, with one set of workers.
@@ -104,11 +125,14 @@ class TrainLoader:
             This rank's A micro-batches of a step.
 
         Raises:
-            InputError: a sample is damaged.
+            InputError: the storage fails time and again, or hardly a sample can be read.
         """
         batches = iter(_loader(self._dataset, self._requests(start_step, stop_step), self._config.workers))
         for _ in range(start_step, stop_step):
-            yield [_unwrap(next(batches)) for _ in self._micro_lanes]
+            micro_batches: list[Batch] = [_unwrap(next(batches)) for _ in self._micro_lanes]
+            for batch in micro_batches:
+                self.bad_samples.update(batch.bad)
+            yield micro_batches
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint must hold to resume after `step` optimizer steps; nothing in it depends on the rank."""
@@ -140,7 +164,9 @@ class TrainLoader:
         for step in range(start_step, stop_step):
             epoch, position = divmod(step, self.steps_per_epoch)
             for lanes in self._micro_lanes:
-                yield _Request(epoch, step, lanes, self._order.samples(epoch, position, lanes).ravel())
+                samples = self._order.samples(epoch, position, lanes)
+                first = position * self._config.global_batch_size + lanes.start * samples.shape[1]
+                yield _Request(epoch, step, lanes, first, samples.ravel())
 
 
 class EvalLoader:
@@ -172,17 +198,18 @@ class EvalLoader:
         """Go through this rank's samples once.
 
         Raises:
-            InputError: a sample is damaged.
+            InputError: the storage fails time and again.
         """
         return map(_unwrap, self._loader)
 
 
 class _Request(NamedTuple):
-    """All that a micro-batch depends on."""
+    """All that a micro-batch depends on: the samples `indices` stand at places `first`, `first` + 1, ... of `epoch`."""
 
     epoch: int
     step: int
     lanes: range
+    first: int
     indices: np.ndarray
 
 
@@ -193,23 +220,40 @@ class _TrainDataset(Dataset[Batch | InputError]):
         self._store, self._transform, self._seed = store, transform, seed
 
     def __getitem__(self, request: _Request) -> Batch | InputError:
-        images, labels = [], []
+        bad: list[BadSample] = []
         try:
             with libraries_restored():
-                for index in request.indices.tolist():
-                    seed_libraries(key(self._seed, "augment", request.epoch, index))
-                    image, label = _read(self._store, index, self._transform)
-                    images.append(image)
-                    labels.append(label)
+                read = [
+                    self._read_or_replace(request.epoch, place, index, bad)
+                    for place, index in enumerate(request.indices.tolist(), request.first)
+                ]
         except InputError as error:
             return error
+        images, labels, indices = zip(*read, strict=True)
         return Batch(
             images=torch.stack(images),
             labels=torch.tensor(labels),
-            indices=torch.from_numpy(request.indices),
+            indices=torch.tensor(indices),
             epoch=request.epoch,
             step=request.step,
             lanes=request.lanes,
+            bad=tuple(bad),
+        )
+
+    def _read_or_replace(
+        self, epoch: int, place: int, index: int, bad: list[BadSample]
+    ) -> tuple[torch.Tensor, int, int]:
+        """Image, label and number of the sample at a place of the epoch, or of one that stands in for it."""
+        for attempt in range(REPLACEMENTS):
+            seed_libraries(key(self._seed, "augment", epoch, index))
+            try:
+                return *_read(self._store, index, self._transform), index
+            except SampleError as error:
+                bad.append(BadSample(index, str(error)))
+            index = key(self._seed, "replacement", epoch, place, attempt) % len(self._store)
+        raise InputError(
+            f"{bad[-1].reason}; so are the {REPLACEMENTS - 1} drawn before it: check the dataset with "
+            "`convneur data verify`"
         )
 
 
@@ -223,23 +267,31 @@ class _EvalDataset(Dataset[EvalBatch | InputError]):
     def __getitem__(self, indices: np.ndarray) -> EvalBatch | InputError:
         images = torch.zeros(self._batch_size, 3, self._image_size, self._image_size, dtype=torch.uint8)
         labels = torch.zeros(self._batch_size, dtype=torch.int64)
-        try:
-            for position, index in enumerate(indices.tolist()):
+        mask = torch.zeros(self._batch_size, dtype=torch.bool)
+        bad = []
+        for position, index in enumerate(indices.tolist()):
+            try:
                 images[position], labels[position] = _read(self._store, index, self._transform)
-        except InputError as error:
-            return error
-        return EvalBatch(images, labels, mask=torch.arange(self._batch_size) < len(indices))
+                mask[position] = True
+            except SampleError as error:
+                bad.append(BadSample(index, str(error)))
+            except InputError as error:
+                return error
+        return EvalBatch(images, labels, mask, tuple(bad))
 
 
 def _read(store: Store, index: int, transform: Transform) -> tuple[torch.Tensor, int]:
-    """Read, decode and transform a sample to (3, H, W) uint8 and its label."""
+    """Read, decode and transform a sample to (3, H, W) uint8 and its label.
+
+    Raises:
+        SampleError: its bytes are damaged or not an image.
+        InputError: the storage fails.
+    """
     sample = store.read(index)
     try:
         image = decode(sample.image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{store.where(index)}: not a readable image ({error}); replace it and prepare again"
-        ) from None
+    except ValueError as error:
+        raise SampleError(f"{store.where(index)}: not a readable image ({error})") from None
     return transform(image), sample.label
 
 

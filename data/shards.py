@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -61,6 +61,21 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Denied:
+    """A sample that no stream shows, because it can't be read.
+
+    Attributes:
+        row: its number in the index.
+        key: its name.
+        reason: what is wrong with it, in one line.
+    """
+
+    row: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Split:
     """A part of a dataset.
 
@@ -68,11 +83,22 @@ class Split:
         shards: in the order of the index.
         index_crc32c: checksum of the index file.
         index_hash: what a stream of samples depends on, 32 hexadecimal digits; see `content_hash`.
+        denied: samples that `convneur data verify` found bad, by row. They count as absent.
     """
 
     shards: tuple[Shard, ...]
     index_crc32c: int
     index_hash: str
+    denied: tuple[Denied, ...] = ()
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Split":
+        """Undo `asdict`."""
+        parts = {
+            "shards": tuple(Shard(**shard) for shard in fields["shards"]),
+            "denied": tuple(Denied(**denied) for denied in fields.get("denied", ())),
+        }
+        return Split(**{**fields, **parts})
 
 
 @dataclass(frozen=True)
@@ -108,10 +134,7 @@ class Manifest:
             fields = json.loads(path.read_bytes())
             if fields["format"] != FORMAT:
                 raise InputError(f"{path} has format {fields['format']}, not {FORMAT}: prepare the dataset again")
-            splits = {
-                name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
-                for name, split in fields["splits"].items()
-            }
+            splits = {name: Split.from_json(split) for name, split in fields["splits"].items()}
             return cls(source=fields["source"], classes=tuple(fields["classes"]), splits=splits)
         except (FileNotFoundError, NotADirectoryError):
             what = f"holds no complete dataset (no {MANIFEST})" if folder.exists() else "does not exist"

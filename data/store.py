@@ -1,5 +1,6 @@
 """Where encoded samples come from: random access by number, whatever the files look like."""
 
+import errno
 import os
 from collections import OrderedDict
 from functools import cached_property
@@ -9,7 +10,9 @@ from typing import Protocol
 import google_crc32c
 import numpy as np
 
-from convneur.data.errors import InputError
+from convneur.data.config import DataConfig
+from convneur.data.errors import InputError, SampleError
+from convneur.data.retry import retrying
 from convneur.data.shards import Manifest, Sample, file_crc32c, read_index
 
 OPEN_SHARDS = 64
@@ -38,17 +41,31 @@ class Store(Protocol):
         """N."""
 
     def read(self, sample: int) -> Sample:
-        """Read a sample, 0..N-1; an `InputError` says which one is damaged."""
+        """Read a sample, 0..N-1.
+
+        Raises:
+            SampleError: this one is damaged.
+            InputError: the storage fails, time and again.
+        """
 
     def where(self, sample: int) -> str:
         """Name the split, shard and key of a sample, for messages."""
 
 
+def open_store(config: DataConfig, split: str) -> Store:
+    """Open a split of the dataset at `config.root`.
+
+    Raises:
+        InputError: it can't be used; see `TarStore`.
+    """
+    return TarStore(config.root, split)
+
+
 class TarStore:
     """A split of WebDataset shards with their index, as `convneur prepare` writes them.
 
-    Reads are one `pread` and a checksum. File descriptors carry no position, so forked workers may share them; a
-    pickled store opens its files anew.
+    Denied samples are left out: samples 0..N-1 are the others. Reads are one `pread` and a checksum. File descriptors
+    carry no position, so forked workers may share them; a pickled store opens its files anew.
 
     Args:
         root: folder of the dataset.
@@ -74,6 +91,7 @@ class TarStore:
                 what = "is missing" if size is None else f"has {size} bytes, not {shard.size}"
                 raise InputError(f"{path} {what}: {self._remedy}")
         self._index = read_index(self._root, split, entry)
+        self._rows = np.delete(np.arange(len(self._index)), [denied.row for denied in entry.denied])
         self.classes = manifest.classes
         self.index_hash = entry.index_hash
         self._descriptors: OrderedDict[int, int] = OrderedDict()
@@ -82,29 +100,31 @@ class TarStore:
         return TarStore, (self._root, self._split)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._rows)
 
     @cached_property
     def shard_sizes(self) -> np.ndarray:
         """Samples in each shard, (shards,) int64."""
-        return np.array([shard.samples for shard in self._shards], dtype=np.int64)
+        return np.bincount(self._index["shard"][self._rows], minlength=len(self._shards))
 
     @cached_property
     def labels(self) -> np.ndarray:
         """Labels of all samples, (N,) int64."""
-        return self._index["label"].astype(np.int64)
+        return self._index["label"][self._rows].astype(np.int64)
 
     def read(self, sample: int) -> Sample:
         """Read a sample.
 
         Raises:
-            InputError: its bytes aren't those that were indexed.
-            OSError: the shard can't be opened or read.
+            SampleError: its bytes aren't those that were indexed.
+            InputError: the shard can't be opened or read, or ends before the sample does, and goes on so.
         """
-        row = self._index[sample]
-        image = os.pread(self._descriptor(int(row["shard"])), int(row["size"]), int(row["offset"]))
-        if len(image) != row["size"] or google_crc32c.value(image) != row["crc32c"]:
-            raise InputError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
+        row = self._index[self._rows[sample]]
+        shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
+        path = self._root / self._shards[shard].name
+        image = retrying(lambda: self._pread(shard, size, offset), str(path), OSError)
+        if google_crc32c.value(image) != row["crc32c"]:
+            raise SampleError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
         return Sample(row["key"].decode(), image, int(row["label"]))
 
     def verify(self) -> None:
@@ -119,8 +139,19 @@ class TarStore:
 
     def where(self, sample: int) -> str:
         """Name the split, shard and key of a sample."""
-        row = self._index[sample]
+        row = self._index[self._rows[sample]]
         return f"{self._root / self._shards[row['shard']].name}, split {self._split}, key {row['key'].decode()}"
+
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        try:
+            content = os.pread(self._descriptor(shard), size, offset)
+        except OSError:
+            if shard in self._descriptors:
+                os.close(self._descriptors.pop(shard))
+            raise
+        if len(content) < size:
+            raise OSError(errno.EIO, f"it ends within the sample at byte {offset}")
+        return content
 
     def _descriptor(self, shard: int) -> int:
         """Descriptor of an open shard; the least recently read one is closed for it."""

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 from convneur.data.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
+    from convneur.ablate import AblationConfig
     from convneur.config import Config
     from convneur.summary import Summary
     from convneur.world import World
@@ -114,8 +117,59 @@ def evaluate(args: argparse.Namespace, _: Overrides) -> int:
         elif world.is_main:
             print(
                 f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f} on {scores.images:,} images"
+                + "".join(f"\nwarning: left out: {line}" for line in scores.bad)
             )
     return 0
+
+
+def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
+    """`convneur ablate`: trains the rows of the ablation table that are missing, and prints and saves the table."""
+    from convneur.ablate import AblationConfig, check_finished_runs, run_configs, train_rows
+    from convneur.config import load_as, save_config
+
+    config = load_as(AblationConfig, args.config, overrides)
+    if args.dry_run:
+        import torch
+
+        _print_ablation(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"), costs_only=True)
+        return 0
+    if _is_rank(args):
+        with _joined_world() as world:
+            train_rows(config, world)
+            if world.is_main:
+                _print_ablation(config, world.device)
+        return 0
+
+    from convneur.launch.folder import run_folder
+    from convneur.launch.local import rank_count, run_ranks
+
+    nproc = rank_count(args.nproc)
+    _check(next(iter(run_configs(config).values())), nproc)  # the others differ in the model and the seed alone
+    check_finished_runs(config)
+    with run_folder(config.run, resume="auto"), TemporaryDirectory(prefix="convneur-config-") as temporary:
+        resolved = Path(temporary) / "config.yaml"
+        save_config(config, resolved)
+        return run_ranks(["ablate", "--config", str(resolved)], nproc)
+
+
+def _print_ablation(config: "AblationConfig", device: "torch.device", costs_only: bool = False) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from convneur.ablate import HEADINGS, ablation_folder, caption, cells, save_table, tabulate
+
+    results = tabulate(config, device)
+    note = caption(config, results, device)
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "row" else "right")
+    for result in results:
+        table.add_row(*cells(result))
+    Console().print(table)
+    print(note)
+    if not costs_only:
+        print("table      ", *save_table(ablation_folder(config), results, note))
 
 
 def info(args: argparse.Namespace, overrides: Overrides) -> int:
