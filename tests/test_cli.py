@@ -174,8 +174,8 @@ def test_train_says_how_well_where_and_what_next(trained: tuple[Path, str]) -> N
 def test_its_next_command_gives_the_same_accuracy(trained: tuple[Path, str]) -> None:
     folder, output = trained
     summary = json.loads((folder / "runs/small/summary.json").read_text())
-    for flags, top1 in ((("--nproc", "1"), summary["top1"]), (("--ema", "--nproc", "2"), summary["top1_ema"])):
-        result = convneur(*output.split()[-2:], "--json", *flags, cwd=folder)
+    for flags, top1 in (((), summary["top1"]), (("--ema",), summary["top1_ema"])):
+        result = convneur(*output.split()[-2:], "--json", "--nproc", "1", *flags, cwd=folder)
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout)["top1"] == top1
         assert json.loads(result.stdout)["images"] == 360
@@ -202,7 +202,6 @@ def test_saved_configuration_repeats_the_run_in_another_folder(trained: tuple[Pa
             "has model.variant = n1",
         ),
         ("eval runs/absent", "no checkpoint in runs/absent"),
-        ("eval runs/small --data runs", "runs holds no complete dataset"),
     ],
 )
 def test_what_only_ranks_find_out_is_said_once(trained: tuple[Path, str], words: str, message: str) -> None:
