@@ -95,9 +95,7 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
     return load_as(Config, config_files, overrides)
 
 
-def load_as(
-    schema: type[_Section], config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()
-) -> _Section:
+def load_as(schema: type[_Section], config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> _Section:
     """The same for a dataclass that adds sections to `Config`."""
     merged: Tree = {}
     for where, tree in (*_read_files(config_files), *_parse_overrides(overrides, schema)):
