@@ -1,0 +1,138 @@
+"""Times ConvNeur-M1..M4 against timm's ConvNeXt of the same widths, which have no memory branch.
+
+A training step is forward, loss, backward and AdamW; inference is a forward pass. Runs alternate, and the figure to
+quote is the ratio of medians. Eager and compiled, whichever is faster for each, are compared at the end.
+
+    python benchmarks/model.py --out model.json
+    python benchmarks/model.py --variants m1 m4 --device cuda --batch-size 128 --autocast
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import convneur  # noqa: F401  (registers the models)
+
+COUNTERPARTS = {"m1": "convnext_atto", "m2": "convnext_femto", "m3": "convnext_pico", "m4": "convnext_nano"}
+
+
+def training_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast: bool) -> Callable[[], None]:
+    """Forward, cross-entropy, backward and AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, autocast):
+            loss = F.cross_entropy(model(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model.train()
+    return step
+
+
+def inference(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, autocast: bool) -> Callable[[], None]:
+    """A forward pass without gradients."""
+
+    def step() -> None:
+        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, autocast):
+            model(images)
+
+    model.eval()
+    return step
+
+
+TASKS = {"train": training_step, "inference": inference}
+
+
+def seconds(step: Callable[[], None], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(variant: str, task: str, compiled: bool, args: argparse.Namespace) -> dict[str, Any]:
+    """Times a variant and its counterpart in alternation."""
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (args.batch_size,), device=device)
+    steps = {}
+    for name in (f"convneur_{variant}", COUNTERPARTS[variant]):
+        model = timm.create_model(name).to(device)
+        steps[name] = TASKS[task](torch.compile(model) if compiled else model, images, labels, args.autocast)
+        for _ in range(args.warmup):
+            steps[name]()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.runs):
+        for name, step in steps.items():
+            times[name].append(seconds(step, device))
+    ours, theirs = (statistics.median(times[name]) for name in steps)
+    print(
+        f"{variant} {task:9s} {'compiled' if compiled else 'eager':8s} {ours * 1e3:8.1f} ms, {COUNTERPARTS[variant]} "
+        f"{theirs * 1e3:8.1f} ms, ratio {ours / theirs:.3f}",
+        flush=True,
+    )
+    return {
+        "variant": variant,
+        "task": task,
+        "compiled": compiled,
+        "seconds": ours,
+        "counterpart": COUNTERPARTS[variant],
+        "counterpart_seconds": theirs,
+        "ratio": ours / theirs,
+        "all_seconds": times,
+    }
+
+
+def main() -> None:
+    """Runs all combinations asked for, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=COUNTERPARTS, default=list(COUNTERPARTS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast (default: float32)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}")
+    results = [
+        compare(variant, task, mode == "compiled", args)
+        for variant, task, mode in product(args.variants, args.tasks, args.modes)
+    ]
+    print("fastest of the modes, each model its own:")
+    for variant, task in product(args.variants, args.tasks):
+        of_both = [r for r in results if (r["variant"], r["task"]) == (variant, task)]
+        ratio = min(r["seconds"] for r in of_both) / min(r["counterpart_seconds"] for r in of_both)
+        print(f"{variant} {task:9s} ratio {ratio:.3f}")
+    if args.out:
+        settings = {key: value for key, value in vars(args).items() if key != "out"}
+        report = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, **settings}
+        args.out.write_text(json.dumps(report | {"results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
