@@ -31,14 +31,7 @@ class MemoryMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, d) -> (B, H, W, d)."""
-        context = self.memory(x.flatten(1, 2)).view_as(x)
-        if self.training:
-            # Where an image is a single chunk nothing reads the update. A gradient of zero, instead of none, spares
-            # data-parallel wrappers and optimizers a parameter that takes part at some resolutions only. The module
-            # is called, its parameters not touched: ZeRO 3 gathers them for the call alone.
-            unread = self.memory.update_generator(x.new_zeros(1, x.shape[-1]))
-            context = context + 0.0 * sum(factor.sum() for factor in unread)
-        return context
+        return self.memory(x.flatten(1, 2)).view_as(x)
 
 
 class CBAM(nn.Module):

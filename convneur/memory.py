@@ -8,18 +8,29 @@ every chunk they take one step of momentum gradient descent on the squared error
 For such an MLP the gradient has a closed form, so the inner loop is plain tensor algebra and the outer training
 needs only first-order autograd.
 
+This file is the method as the paper states it, in plain differentiable operations, and the module around it.
+`convneur.memory_fused` and `convneur.memory_triton` compute the same function faster; `NeuralMemory.recurrence` picks.
+
 Widths and depths are not in the paper: `convneur.model` says how they were derived.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-ReadOrder = Literal["before_update", "after_update", "final_state"]
+from convneur import memory_fused
+from convneur.memory_steps import ReadOrder, steps, updates
+
 HIDDEN_RATIO = 4
+
+# Surprise (B, d) -> theta, eta and alpha, each (B, d).
+Generator = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,27 @@ class MemoryState(NamedTuple):
     z2: Tensor | None = None
 
 
+def update_factors(surprise: Tensor, weight: Tensor, bias: Tensor, inner_lr: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns a chunk's surprise into its step size, momentum and decay (paper: "learnable update generator").
+
+    Maps (B, d), by a linear layer d -> 3d, to theta in (0, inner_lr), eta in (0, 1) and alpha in (0, 1), each (B, d).
+    """
+    theta, eta, alpha = F.linear(surprise, weight, bias).sigmoid().chunk(3, dim=-1)
+    return inner_lr * theta, eta, alpha
+
+
+class UpdateGenerator(nn.Linear):
+    """`update_factors` as a module, for memories that are not a `NeuralMemory`."""
+
+    def __init__(self, dim: int, inner_lr: float) -> None:
+        super().__init__(dim, 3 * dim)
+        self.inner_lr = inner_lr
+
+    def forward(self, surprise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps the surprise (B, d) to step size, momentum and decay."""
+        return update_factors(surprise, self.weight, self.bias, self.inner_lr)
+
+
 def gelu_and_derivative(x: Tensor) -> tuple[Tensor, Tensor]:
     """GELU(x) = x Phi(x) and its derivative Phi(x) + x phi(x), sharing the one erf."""
     cdf = 0.5 * (1.0 + torch.erf(x * 0.5**0.5))
@@ -60,20 +92,7 @@ def retrieve(state: MemoryState, q: Tensor) -> Tensor:
     return F.gelu(q @ state.w1) @ state.w2
 
 
-class UpdateGenerator(nn.Linear):
-    """Turns a chunk's surprise into its step size, momentum and decay (paper: "learnable update generator")."""
-
-    def __init__(self, dim: int, inner_lr: float) -> None:
-        super().__init__(dim, 3 * dim)
-        self.inner_lr = inner_lr
-
-    def forward(self, surprise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Maps the surprise (B, d) to theta in (0, inner_lr), eta in (0, 1) and alpha in (0, 1), each (B, d)."""
-        theta, eta, alpha = super().forward(surprise).sigmoid().chunk(3, dim=-1)
-        return self.inner_lr * theta, eta, alpha
-
-
-def update(state: MemoryState, k: Tensor, v: Tensor, generator: UpdateGenerator) -> MemoryState:
+def update(state: MemoryState, k: Tensor, v: Tensor, generator: Generator) -> MemoryState:
     """M_t = U(M_{t-1}, grad loss_t): writes one chunk of keys and values, each (B, L, d).
 
     loss_t = mean over the chunk's tokens of |M_{t-1}(k) - v|^2, and its gradient in closed form:
@@ -100,47 +119,81 @@ def update(state: MemoryState, k: Tensor, v: Tensor, generator: UpdateGenerator)
     return MemoryState(w1, w2, z1, z2)
 
 
+def recurrence(qkv: Tensor, state: MemoryState, generator: Generator, chunk_length: int, read: ReadOrder) -> Tensor:
+    """The retrieve-update loop over chunks: (B, N, 3d) queries, keys and values -> (B, N, d) context.
+
+    Updates that nothing reads are not made; where there is none, queries alone, (B, N, d), will do. The state and
+    all arithmetic on it are in float32 (float64 for float64 tokens) whatever autocast is on: the state is a running
+    sum over up to hundreds of chunks, which half precision would round away.
+    """
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, *kv = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).split(state.w1.shape[0], dim=-1)
+        q = F.normalize(q, dim=-1)
+        if kv:
+            k, v = F.normalize(kv[0], dim=-1), kv[1]
+        context = []
+        for keys, queries in steps(read, qkv.shape[1], chunk_length):
+            if queries.stop:
+                context.append(retrieve(state, q[:, queries]))
+            if keys.stop:
+                state = update(state, k[:, keys], v[:, keys], generator)
+        return torch.cat(context, dim=1).to(qkv.dtype)
+
+
 class NeuralMemory(nn.Module):
     """Maps tokens (B, N, d) to context (B, N, d) by reading and writing a memory chunk by chunk.
 
-    The state and its gradients are kept in float32 (float64 for float64 tokens) whatever autocast is on: the
-    state is a running sum over up to hundreds of chunks, which half precision would round away.
+    All parameters are the module's own, none belongs to a child: the fast implementations take them all at once, and
+    DeepSpeed's ZeRO stage 3 gathers what belongs to the module that is called.
     """
+
+    implementation: Literal["auto", "plain", "fused", "triton"] = "auto"
 
     def __init__(self, dim: int, config: MemoryConfig = MemoryConfig()) -> None:
         super().__init__()
         if config.chunk_length < 1:
             raise ValueError(f"chunk_length must be at least 1, got {config.chunk_length}")
+        self.dim = dim
         self.config = config
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.qkv_bias = nn.Parameter(torch.zeros(3 * dim))
         self.w1 = nn.Parameter(torch.empty(dim, HIDDEN_RATIO * dim))
         self.w2 = nn.Parameter(torch.empty(HIDDEN_RATIO * dim, dim))
-        self.update_generator = UpdateGenerator(dim, config.inner_lr)
+        self.generator_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.generator_bias = nn.Parameter(torch.zeros(3 * dim))
+        trunc_normal_(self.qkv_weight, std=0.02)
+        trunc_normal_(self.generator_weight, std=0.02)
         nn.init.normal_(self.w1, std=dim**-0.5)
         nn.init.normal_(self.w2, std=(HIDDEN_RATIO * dim) ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        q, k, v = self.qkv(tokens).chunk(3, dim=-1)
-        with torch.autocast(tokens.device.type, enabled=False):
-            q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
-            return self.aggregate(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)
+        """(B, N, d) -> (B, N, d)."""
+        return self.recurrence(self.project(tokens))
 
-    def aggregate(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The retrieve-update loop over chunks; q, k, v are (B, N, d). Updates that nothing reads are not made."""
-        state = MemoryState(self.w1, self.w2)
-        chunks = list(zip(*(x.split(self.config.chunk_length, dim=1) for x in (q, k, v)), strict=True))
-        outputs = []
-        for t, (q_t, k_t, v_t) in enumerate(chunks):
-            match self.config.read:
-                case "before_update":
-                    outputs.append(retrieve(state, q_t))
-                    if t + 1 < len(chunks):
-                        state = update(state, k_t, v_t, self.update_generator)
-                case "after_update":
-                    state = update(state, k_t, v_t, self.update_generator)
-                    outputs.append(retrieve(state, q_t))
-                case "final_state":
-                    state = update(state, k_t, v_t, self.update_generator)
-        if self.config.read == "final_state":
-            return retrieve(state, q)
-        return torch.cat(outputs, dim=1)
+    def project(self, tokens: Tensor) -> Tensor:
+        """Queries, keys and values (B, N, 3d) of tokens (B, N, d); queries alone where nothing will be written."""
+        count = updates(self.config.read, tokens.shape[1], self.config.chunk_length)
+        if torch.compiler.is_exporting() or count > 0:  # an exported graph may take images of any size
+            return F.linear(tokens, self.qkv_weight, self.qkv_bias)
+        return F.linear(tokens, self.qkv_weight[: self.dim], self.qkv_bias[: self.dim])
+
+    def recurrence(self, qkv: Tensor) -> Tensor:
+        """The loop over chunks, (B, N, 3d) -> (B, N, d), by the fastest implementation for these tokens."""
+        config, implementation = self.config, self.implementation
+        if implementation == "auto":
+            implementation = "plain" if torch.onnx.is_in_onnx_export() else "fused"
+        if implementation == "plain":
+            generator = partial(
+                update_factors, weight=self.generator_weight, bias=self.generator_bias, inner_lr=config.inner_lr
+            )
+            return recurrence(qkv, MemoryState(self.w1, self.w2), generator, config.chunk_length, config.read)
+        return memory_fused.recurrence(
+            qkv,
+            self.w1,
+            self.w2,
+            self.generator_weight,
+            self.generator_bias,
+            config.chunk_length,
+            config.inner_lr,
+            config.read,
+        )

@@ -28,7 +28,7 @@ def write(weights: Weights, velocity: Weights, keys: Tensor, values: Tensor, p: 
     g1, g2 = torch.func.grad(reconstruction_loss)(weights, keys, values)
     errors = torch.stack([recall(weights, k) - v for k, v in zip(keys, values, strict=True)])
     surprise = (errors**2).mean(0)
-    factors = torch.sigmoid(p["update_generator.weight"] @ surprise + p["update_generator.bias"])
+    factors = torch.sigmoid(p["generator_weight"] @ surprise + p["generator_bias"])
     d = keys.shape[1]
     theta, eta, alpha = inner_lr * factors[:d], factors[d : 2 * d], factors[2 * d :]
     # diag(.) from the left scales rows of W1, from the right columns of W2: the d axis of each.
@@ -44,7 +44,7 @@ def reference_memory(tokens: Tensor, p: dict[str, Tensor], *, chunk_length: int,
     images = []
     for image in tokens:
         d = image.shape[1]
-        qkv = image @ p["qkv.weight"].T + p["qkv.bias"]
+        qkv = image @ p["qkv_weight"].T + p["qkv_bias"]
         q, k, v = qkv[:, :d], qkv[:, d : 2 * d], qkv[:, 2 * d :]
         q = torch.stack([x / x.norm() for x in q])
         k = torch.stack([x / x.norm() for x in k])

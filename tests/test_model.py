@@ -12,15 +12,15 @@ from convneur.model import VARIANTS, Block, ConvNeur, GlobalBranch, ModelConfig
 # Parameters in M and GMACs at 224 x 224: what the paper prints (two digits), and what the derivation gives.
 PAPER = {"m1": (4.3, 0.71), "m2": (6.1, 1.0), "m3": (10.6, 1.8), "m4": (18.1, 3.06)}
 DERIVED = {
-    "m1": (4.311, 0.665),
-    "m2": (6.103, 0.949),
-    "m3": (10.618, 1.668),
-    "m4": (18.048, 2.916),
-    "m5": (32.12, 5.13),
-    "m6": (53.76, 9.36),
-    "m7": (94.87, 16.56),
-    "m8": (211.88, 37.07),
-    "m9": (375.29, 65.74),
+    "m1": (4.311, 0.660),
+    "m2": (6.103, 0.942),
+    "m3": (10.618, 1.655),
+    "m4": (18.048, 2.896),
+    "m5": (32.12, 5.104),
+    "m6": (53.76, 9.332),
+    "m7": (94.87, 16.508),
+    "m8": (211.88, 36.956),
+    "m9": (375.29, 65.534),
 }
 
 
@@ -47,7 +47,7 @@ def test_totals_of_the_derivation(variant: str) -> None:
     assert gmacs == pytest.approx(DERIVED[variant][1], rel=1e-3)
 
 
-@pytest.mark.parametrize(("placement", "params", "gmacs"), [("none", 9.046, 1.367), ("per_layer", 13.4, 2.16)])
+@pytest.mark.parametrize(("placement", "params", "gmacs"), [("none", 9.046, 1.367), ("per_layer", 13.375, 2.111)])
 def test_totals_of_the_placement_ablation(placement: str, params: float, gmacs: float) -> None:
     assert size_and_cost(ModelConfig("m3", placement=placement)) == pytest.approx((params, gmacs), rel=2e-3)
 
