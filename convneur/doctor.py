@@ -57,7 +57,7 @@ REQUIRED_PACKAGES = (
     Package("numpy", "numpy", "nothing runs"),
     Package("safetensors", "safetensors", "no checkpoints"),
     Package("scikit-learn", "sklearn", "`convneur prepare digits` doesn't work"),
-    Package("scipy", "scipy", "scikit-learn doesn't import: `convneur prepare digits` doesn't work"),
+    Package("scipy", "scipy", "`convneur prepare` doesn't work"),
     Package("submitit", "submitit", "no jobs for Slurm"),
     Package("tensorboard", "torch.utils.tensorboard", "no training: it writes TensorBoard events"),
     Package("matplotlib", "matplotlib", "no training: it draws its curves"),
