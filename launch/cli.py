@@ -135,6 +135,20 @@ def _parser() -> _Parser:
     _add_launch(evaluate)
     _add_json(evaluate)
 
+    ablate = add(
+        "ablate",
+        commands.ablate,
+        "Train every row of the paper's ablation table by one recipe; takes --section.key VALUE.",
+        takes_overrides=True,
+    )
+    ablate.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML file; of several, later ones win"
+    )
+    ablate.add_argument(
+        "--dry-run", action="store_true", help="print parameters, operations and latency; train nothing"
+    )
+    _add_launch(ablate)
+
     info = add(
         "info",
         commands.info,

@@ -157,15 +157,16 @@ def _print_ablation(config: "AblationConfig", device: "torch.device", costs_only
     from rich.console import Console
     from rich.table import Table
 
-    from convneur.ablate import HEADINGS, ablation_folder, caption, cells, save_table, tabulate
+    from convneur.ablate import COSTS, HEADINGS, ablation_folder, caption, cells, save_table, tabulate
 
     results = tabulate(config, device)
     note = caption(config, results, device)
     table = Table(box=SIMPLE_HEAD, padding=0)
-    for heading in HEADINGS:
+    headings = COSTS if costs_only else HEADINGS
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "row" else "right")
     for result in results:
-        table.add_row(*cells(result))
+        table.add_row(*cells(result)[: len(headings)])
     Console().print(table)
     print(note)
     if not costs_only:
