@@ -49,6 +49,8 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.launch.folder import run_folder
     from convneur.launch.local import rank_count, run_ranks
 
+    if args.resume == "auto" and _conclude_finished(config):
+        return 0
     nproc = rank_count(args.nproc)
     _check(config, nproc)
     with run_folder(config.run, args.resume) as folder, TemporaryDirectory(prefix="convneur-config-") as temporary:
@@ -88,6 +90,20 @@ def _agreed_folder(config: "Config", args: argparse.Namespace, world: "World") -
         received: list[Path] = [Path()]
         broadcast_object_list(received)
         yield received[0]
+
+
+def _conclude_finished(config: "Config") -> bool:
+    """Says how this very run has ended, if it has; False if there is still something to do."""
+    from convneur.config import load_config
+    from convneur.summary import read_summary
+
+    folder = Path(config.run.root) / config.run.name
+    summary = read_summary(folder)
+    if summary is None or load_config([folder / "config.yaml"]) != config:
+        return False
+    print(f"{folder} is finished already; --run.name NAME, or leaving out --resume auto, starts another run")
+    _conclude(summary, folder)
+    return True
 
 
 def _conclude(summary: "Summary", folder: Path) -> None:
