@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur.data.errors import InputError
@@ -67,7 +68,9 @@ def describe(config: ModelConfig, image_size: int = 224) -> ModelInfo:
         raise InputError(f"image size is {image_size}, expected at least {SMALLEST_IMAGE} pixels")
     stages: list[StageInfo] = []
     macs: list[int] = []
-    with FakeTensorMode():  # shapes without memory; the meta device fails under the memory's autocast
+    # Fake tensors are shapes without memory; the meta device fails under the memory's autocast. Attention is written
+    # out in matrix products, because torch 2.11 does not count the CPU's fused one.
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         model = ConvNeur(config).eval()
         x = torch.empty(1, config.in_chans, image_size, image_size)
         for part in (model.stem, *model.stages, model.forward_head):
