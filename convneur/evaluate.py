@@ -96,6 +96,11 @@ def evaluate_checkpoint(
             "evaluate it on data with the classes it was trained on"
         )
     model = ConvNeur(config.model).to(world.device)
-    model.load_state_dict(load_weights(checkpoint, averaged))
+    missing, unknown = model.load_state_dict(load_weights(checkpoint, averaged), strict=False)
+    if missing or unknown:
+        raise InputError(
+            f"{checkpoint} is of another version of {config.model.variant}: {len(missing)} parameters are missing and "
+            f"{len(unknown)} unknown, such as {[*missing, *unknown][0]}; evaluate it with the version that wrote it"
+        )
     loader = EvalLoader(data, store, rank=world.rank, world_size=world.size)
     return evaluate(model, loader, Normalize(data, world.device), autocast(config.deepspeed, world.device), len(store))
