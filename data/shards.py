@@ -6,7 +6,8 @@ A dataset is a folder:
     train.index.npy        one `INDEX_FIELDS` row a sample, shard by shard
     manifest.json          classes, splits, shards, sizes and checksums; written last, so it vouches for the rest
 
-While it is being written, the file `preparing` stands there instead of the manifest.
+Shards that somebody else wrote stay where they are: their names are absolute paths or URLs then. While a dataset is
+being written, the file `preparing` stands there instead of the manifest.
 Offsets are positions in the tar files, so that any sample is one `pread` away.
 """
 
@@ -32,6 +33,7 @@ UNFINISHED = "preparing"
 FORMAT = 1
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_EXTENSION = "cls"
+MAX_CLASSES = 1 << 20
 INDEX_FIELDS = [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32c", "<u4")]
 
 
@@ -143,11 +145,18 @@ class Manifest:
             raise InputError(f"{path} is damaged ({error!r}): remove {folder} and prepare it again") from None
 
 
-def claim_folder(folder: Path, source: str) -> bool:
+def claim_folder(folder: Path, source: str, plan: str = "", *, shared: bool = False) -> bool:
     """Make `folder` ready for a dataset prepared from `source`; `Manifest.write` ends what this begins.
 
+    Args:
+        folder: where the dataset goes.
+        source: what it is prepared from, a subcommand of `convneur prepare`.
+        plan: identifies what exactly will be written, so that a later call goes on with nothing else.
+        shared: whether other processes may be writing to the folder; what an interrupted one left then stays.
+
     Returns:
-        False if the folder holds that dataset already; True if it is to be written, from the start.
+        False if the folder holds a complete dataset of `source`; True if it is to be written, or to be continued:
+        shards that have their final names are whole.
 
     Raises:
         InputError: the folder holds something else.
@@ -160,14 +169,28 @@ def claim_folder(folder: Path, source: str) -> bool:
         if Manifest.read(folder).source != source:
             raise other
         return False
-    leftovers = set(folder.glob(TEMPORARY))
+    mark = f"{source} {plan}".strip()
     marker = folder / UNFINISHED
-    if marker.read_text() != source if marker.is_file() else set(folder.iterdir()) - leftovers:
+    names = [path for path in folder.iterdir() if not path.match(TEMPORARY)]
+    if marker in names:
+        found = marker.read_text()
+        if found != mark:
+            raise (
+                other
+                if found.partition(" ")[0] != source
+                else InputError(
+                    f"{folder} holds the beginnings of a dataset of {source} from other images or with other options: "
+                    "repeat the command that began it, or give --out another folder"
+                )
+            )
+    elif names:
         raise other
-    for leftover in leftovers:
-        leftover.unlink()
-    with atomic_write(marker) as file:
-        file.write(source.encode())
+    if not shared:
+        for leftover in folder.glob(TEMPORARY):
+            leftover.unlink()
+    if marker not in names:
+        with atomic_write(marker) as file:
+            file.write(mark.encode())
     return True
 
 
@@ -176,8 +199,30 @@ def index_path(folder: Path, split: str) -> Path:
     return folder / f"{split}.index.npy"
 
 
+def shard_path(folder: Path, split: str, number: int) -> Path:
+    """Where a shard lies, in WebDataset's naming."""
+    return folder / f"{split}-{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[Sample], extension: str) -> None:
+    """Write a WebDataset shard, whole or not at all. The same samples give the same bytes.
+
+    Args:
+        path: where to; `shard_path` names it.
+        samples: in the order they shall have.
+        extension: file extension of the images, one of `IMAGE_EXTENSIONS`.
+    """
+    with (
+        atomic_write(path) as file,
+        webdataset.TarWriter(file, user="root", group="root", mtime=0, compress=False, encoder=False) as writer,
+    ):
+        for sample in samples:
+            label = str(sample.label).encode()
+            writer.write({"__key__": sample.key, extension: sample.image, LABEL_EXTENSION: label})
+
+
 def write_split(folder: Path, split: str, samples: Iterable[Sample], *, extension: str, shard_samples: int) -> Split:
-    """Write `samples` as shards of `shard_samples` each, and their index. The same samples give the same bytes.
+    """Write `samples` as shards of `shard_samples` each, and their index.
 
     Args:
         folder: the dataset's folder, which exists.
@@ -192,15 +237,8 @@ def write_split(folder: Path, split: str, samples: Iterable[Sample], *, extensio
     iterator = iter(samples)
     paths: list[Path] = []
     while chunk := list(islice(iterator, shard_samples)):
-        path = folder / f"{split}-{len(paths):06d}.tar"
-        with (
-            atomic_write(path) as file,
-            webdataset.TarWriter(file, user="root", group="root", mtime=0, compress=False, encoder=False) as writer,
-        ):
-            for sample in chunk:
-                label = str(sample.label).encode()
-                writer.write({"__key__": sample.key, extension: sample.image, LABEL_EXTENSION: label})
-        paths.append(path)
+        paths.append(shard_path(folder, split, len(paths)))
+        write_shard(paths[-1], chunk, extension)
     return index_split(folder, split, paths)
 
 
@@ -213,17 +251,45 @@ def index_split(folder: Path, split: str, paths: Sequence[Path]) -> Split:
     Raises:
         InputError: a shard can't be read to its end, or a sample in it lacks its image or its label.
     """
-    per_shard = [_read_rows(path) for path in paths]
-    rows = [(number, *row) for number, found in enumerate(per_shard) for row in found]
-    longest = max(len(row[-1]) for row in rows)
-    index = np.array(rows, dtype=[*INDEX_FIELDS, ("key", f"S{longest}")])
+    return write_index(folder, split, [scan_shard(path, path.name) for path in paths])
+
+
+class Scan(NamedTuple):
+    """A shard, and (samples,) rows of its index; their "shard" is still 0."""
+
+    shard: Shard
+    rows: np.ndarray
+
+
+def scan_shard(path: Path, name: str) -> Scan:
+    """Read a shard at `path` from end to end.
+
+    Args:
+        path: the tar file.
+        name: what the manifest calls it.
+
+    Raises:
+        InputError: it can't be read to its end, or a sample in it lacks its image or its label.
+    """
+    found = _read_rows(path, name)
+    rows = np.array(
+        [(0, *row) for row in found], dtype=[*INDEX_FIELDS, ("key", f"S{max(len(row[-1]) for row in found)}")]
+    )
+    return Scan(Shard(name, path.stat().st_size, file_crc32c(path), len(rows)), rows)
+
+
+def write_index(folder: Path, split: str, scans: Sequence[Scan]) -> Split:
+    """Write the index of `split` from its shards' rows.
+
+    Returns:
+        The split's entry in the manifest.
+    """
+    key_type = max((scan.rows.dtype["key"] for scan in scans), key=lambda dtype: dtype.itemsize)
+    index = np.concatenate([scan.rows.astype([*INDEX_FIELDS, ("key", key_type)]) for scan in scans])
+    index["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans])
     with atomic_write(index_path(folder, split)) as file:
         np.save(file, index)
-    shards = tuple(
-        Shard(path.name, path.stat().st_size, file_crc32c(path), len(found))
-        for path, found in zip(paths, per_shard, strict=True)
-    )
-    return Split(shards, file_crc32c(index_path(folder, split)), content_hash(index))
+    return Split(tuple(scan.shard for scan in scans), file_crc32c(index_path(folder, split)), content_hash(index))
 
 
 def read_index(folder: Path, name: str, split: Split) -> np.ndarray:
@@ -261,7 +327,7 @@ def file_crc32c(path: Path) -> int:
     return checksum
 
 
-def _read_rows(path: Path) -> list[tuple[int, int, int, int, bytes]]:
+def _read_rows(path: Path, name: str) -> list[tuple[int, int, int, int, bytes]]:
     """Offset, size, label, crc32c and key of every sample in a shard, in the order of the images."""
     images: dict[str, tuple[int, int, int]] = {}
     labels: dict[str, int] = {}
@@ -271,26 +337,43 @@ def _read_rows(path: Path) -> list[tuple[int, int, int, int, bytes]]:
                 key, extension = base_plus_ext(member.name)
                 if not member.isfile() or extension is None:
                     continue
-                stream = tar.extractfile(member)
-                assert stream is not None  # it is for a regular file
-                content = stream.read()
                 if extension.lower() in IMAGE_EXTENSIONS:
-                    images[key] = (member.offset_data, member.size, google_crc32c.value(content))
+                    if key in images:
+                        raise ValueError(f"{key} has several images")
+                    images[key] = (member.offset_data, member.size, google_crc32c.value(_content(tar, member)))
                 elif extension == LABEL_EXTENSION:
-                    labels[key] = int(content)
-            _require_end(path, tar.offset)
+                    labels[key] = int(_content(tar, member))
+                    if not 0 <= labels[key] < MAX_CLASSES:
+                        raise ValueError(f"{member.name} holds {labels[key]}, expected 0 to {MAX_CLASSES - 1}")
+            check_tar_end(path, tar.offset)
     except (tarfile.TarError, ValueError) as error:
-        raise InputError(f"{path} is not a whole WebDataset shard ({error}): write it again") from None
+        raise InputError(f"{name} is not a whole WebDataset shard ({error}): write it again") from None
     if not images or images.keys() != labels.keys():
         odd = min(images.keys() ^ labels.keys(), default="no sample at all")
-        raise InputError(f"{path} needs an image and a .{LABEL_EXTENSION} file for each sample, but see {odd}")
+        raise InputError(f"{name} needs an image and a .{LABEL_EXTENSION} file for each sample, but see {odd}")
     return [(*image[:2], labels[key], image[2], key.encode()) for key, image in images.items()]
 
 
-def _require_end(path: Path, offset: int) -> None:
-    """Check that a tar ends where its reader stopped, as the reader also stops, in silence, at a damaged header."""
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = tar.extractfile(member)
+    assert stream is not None  # it is for a regular file
+    return stream.read()
+
+
+def check_tar_end(path: Path, offset: int, end: int | None = None) -> None:
+    """Check that a tar ends where its reader stopped, as the reader also stops, in silence, at a damaged header.
+
+    Args:
+        path: file that holds the tar.
+        offset: where the reader stopped.
+        end: where the tar ends in the file; at the file's end if None.
+
+    Raises:
+        tarfile.ReadError: it goes on, or it is cut off.
+    """
     with path.open("rb") as file:
+        end = path.stat().st_size if end is None else end
         file.seek(offset)
-        rest = file.read()
+        rest = file.read(min(max(end - offset, 0), 2 * tarfile.RECORDSIZE))
     if len(rest) < 2 * tarfile.BLOCKSIZE or any(rest):
-        raise tarfile.ReadError(f"damaged or cut off at byte {offset} of {offset + len(rest)}")
+        raise tarfile.ReadError(f"damaged or cut off at byte {offset} of {end}")

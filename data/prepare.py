@@ -1,0 +1,105 @@
+"""From samples of any kind to a dataset: shards written in parallel, by one machine or by the jobs of an array.
+
+Shards appear whole or not at all and always hold the same samples. So work that was interrupted is continued by doing
+what is missing, and jobs share it by taking every Nth shard. Who comes last reads all shards back for the index.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from convneur.data.parallel import in_parallel
+from convneur.data.shards import (
+    Manifest,
+    Sample,
+    Scan,
+    claim_folder,
+    scan_shard,
+    shard_path,
+    write_index,
+    write_shard,
+)
+
+EXTENSION = "jpg"
+SHARD_SAMPLES = 1000
+
+
+class Samples(Protocol):
+    """N samples that any process can make or read by number."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, number: int) -> Sample:
+        """Sample 0..N-1."""
+
+
+class Part(NamedTuple):
+    """Share `number` of `of`, counted from 1, as the jobs of a Slurm array are."""
+
+    number: int
+    of: int
+
+
+def prepare(
+    out: Path,
+    source: str,
+    plan: str,
+    classes: tuple[str, ...],
+    splits: Mapping[str, Samples],
+    *,
+    processes: int,
+    part: Part | None = None,
+    shard_samples: int = SHARD_SAMPLES,
+) -> bool:
+    """Write a dataset of JPEGs, or what is missing of it.
+
+    Args:
+        out: the dataset's folder.
+        source: what it is prepared from, a subcommand of `convneur prepare`.
+        plan: hash of all that decides on the content of the shards.
+        classes: class names; a label is a position among them.
+        splits: samples by name of split, in the order they are written in.
+        processes: how many write at a time.
+        part: write this share of the shards only; without, write what is missing, then index and manifest.
+        shard_samples: samples a shard.
+
+    Returns:
+        False if the dataset was there, complete.
+
+    Raises:
+        InputError: `out` holds something else, or can't be written to.
+    """
+    if not claim_folder(out, source, plan, shared=part is not None):
+        return False
+    entries = {}
+    for split, samples in splits.items():
+        firsts = range(0, len(samples), shard_samples)
+        paths = [shard_path(out, split, number) for number in range(len(firsts))]
+        sizes = [min(shard_samples, len(samples) - first) for first in firsts]
+        mine = range(len(paths)) if part is None else range(part.number - 1, len(paths), part.of)
+        missing = [number for number in mine if not paths[number].exists()]
+        in_parallel(
+            partial(_write, paths, samples, shard_samples),
+            missing,
+            processes,
+            what=f"writing {split}",
+            unit="images",
+            sizes=[sizes[number] for number in missing],
+        )
+        if part is None:
+            scans = in_parallel(_scan, paths, processes, what=f"indexing {split}", unit="images", sizes=sizes)
+            entries[split] = write_index(out, split, scans)
+    if part is None:
+        Manifest(source, classes, entries).write(out)
+    return True
+
+
+def _write(paths: list[Path], samples: Samples, shard_samples: int, number: int) -> None:
+    chunk = range(number * shard_samples, min((number + 1) * shard_samples, len(samples)))
+    write_shard(paths[number], (samples[sample] for sample in chunk), EXTENSION)
+
+
+def _scan(path: Path) -> Scan:
+    return scan_shard(path, path.name)
