@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Trains ConvNeur-M5 (32.1 M parameters): sbatch [OPTIONS] slurm/train_m5.sh [--section.key VALUE]...
+#SBATCH --job-name=m5
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR2@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+# Slurm runs a copy of this file; what it needs lies beside the original.
+original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's/^ *Command=\(.*\/train_m5\.sh\).*/\1/p')
+# shellcheck source=slurm/common.sh
+. "$(dirname "${original:-$0}")/common.sh"
+train m5 "$@"
