@@ -155,6 +155,7 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"chunk_length must be at least 1, got {config.chunk_length}")
         self.dim = dim
         self.config = config
+        self.settings = (config.chunk_length, config.inner_lr, config.read)
         self.qkv_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.qkv_bias = nn.Parameter(torch.zeros(3 * dim))
         self.w1 = nn.Parameter(torch.empty(dim, HIDDEN_RATIO * dim))
@@ -168,7 +169,13 @@ class NeuralMemory(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, d) -> (B, N, d)."""
-        return self.recurrence(self.project(tokens))
+        if torch.jit.is_scripting():  # TorchScript knows no dataclasses, and leaves out an `else` but not what follows
+            qkv = F.linear(tokens, self.qkv_weight, self.qkv_bias)
+            weights = self.w1, self.w2, self.generator_weight, self.generator_bias
+            keep = torch.is_grad_enabled()
+            return torch.ops.convneur.neural_memory(qkv, *weights, *self.settings, keep)[0]
+        else:
+            return self.recurrence(self.project(tokens))
 
     def project(self, tokens: Tensor) -> Tensor:
         """Queries, keys and values (B, N, 3d) of tokens (B, N, d); queries alone where nothing will be written."""

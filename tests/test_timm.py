@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+from timm.layers import set_layer_config
 from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules, group_parameters
 from timm.optim import param_groups_layer_decay
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -200,6 +201,17 @@ def test_symbolic_tracing() -> None:
     traced = create_feature_extractor(model, [nodes[-1]], tracer_kwargs=options)
     x = images()
     torch.testing.assert_close(traced(x)[nodes[-1]], model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")
+def test_torchscript() -> None:
+    with set_layer_config(scriptable=True):
+        model = create(layer_scale=1.0)
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(images()), model(images()))
+    expected = torch.autograd.grad(model(images()).square().sum(), list(model.parameters()))
+    actual = torch.autograd.grad(scripted(images()).square().sum(), list(scripted.parameters()))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_value_that_no_field_takes() -> None:
