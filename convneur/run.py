@@ -35,6 +35,7 @@ from convneur.metrics import TrainingLog
 from convneur.model import ConvNeur
 from convneur.optim import build_optimizer, build_schedule
 from convneur.plot import plot_run
+from convneur.stopping import StopRequest
 from convneur.summary import Summary, write_summary
 from convneur.world import World
 
@@ -60,6 +61,7 @@ class Run:
     schedule: Scheduler
     ema: Ema | None
     log: TrainingLog
+    stop_request: StopRequest
     start_step: int
     seconds_before: float
     started: float = field(default_factory=time.monotonic)
@@ -92,9 +94,9 @@ class Run:
                     self.log.say(f"warning: replaced in training: {line}")
                 self.bad_samples.check()
 
-    def checkpoint_if_due(self, done: int) -> None:
-        """Saves a checkpoint after every `checkpoint_every_steps` steps and after the last. Collective."""
-        if done % self.config.run.checkpoint_every_steps and done < self.total_steps:
+    def checkpoint_if_due(self, done: int, at_once: bool = False) -> None:
+        """Saves a checkpoint after every `checkpoint_every_steps` steps, after the last, and at once. Collective."""
+        if done % self.config.run.checkpoint_every_steps and done < self.total_steps and not at_once:
             return
         with self.log.paused():
             state = TrainState(done, self.seconds, self.loader.state(done), engine_settings(self.engine, self.config))
@@ -104,6 +106,12 @@ class Run:
         """Evaluates the weights after every `eval_every_epochs` epochs; those of the last step are `finish`'s."""
         if done % (self.config.run.eval_every_epochs * self.loader.steps_per_epoch) == 0 and done < self.total_steps:
             self._evaluate(done)
+
+    def stop(self, done: int, reason: str) -> None:
+        """Ends this start of the run before its last step; the checkpoint has been saved."""
+        self.log.say(f"stopped by {reason} after {done} of {self.total_steps} steps; --resume auto goes on from there")
+        self.log.close()
+        self.stop_request.close()
 
     def finish(self) -> Summary:
         """Evaluates the final weights, draws the curves and writes the summary. Collective."""
@@ -117,6 +125,7 @@ class Run:
             checkpoint=str(list_checkpoints(self.folder / CHECKPOINTS)[0]),
         )
         self.log.close()
+        self.stop_request.close()
         if self.world.is_main:
             plot_run(self.folder)
             write_summary(summary, self.folder)
@@ -142,6 +151,7 @@ class Run:
 def start_run(config: Config, world: World, folder: Path, resume: str) -> Run:
     """Builds everything a rank trains with, at the position to start from. Collective; see `convneur.train.train`."""
     started = time.monotonic()
+    stop_request = StopRequest()
     train_store = open_store(config.data, config.data.train_split)
     eval_store = open_store(config.data, config.data.val_split)
     loader = TrainLoader(
@@ -215,6 +225,7 @@ def start_run(config: Config, world: World, folder: Path, resume: str) -> Run:
         schedule=schedule,
         ema=ema,
         log=log,
+        stop_request=stop_request,
         start_step=start_step,
         seconds_before=seconds_before,
         started=started,

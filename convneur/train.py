@@ -41,8 +41,8 @@ def train_step(engine: DeepSpeedEngine, batches: list[Batch], prepare: DeviceTra
     return total / len(batches)
 
 
-def train(config: Config, world: World, run_dir: Path, resume: str = "never") -> Summary:
-    """Trains a run to its end. Collective: every rank calls it with the same arguments.
+def train(config: Config, world: World, run_dir: Path, resume: str = "never") -> Summary | None:
+    """Trains a run to its end, or until a signal asks it to stop. Collective: every rank passes the same arguments.
 
     Args:
         config: what to train.
@@ -50,6 +50,9 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never") ->
         run_dir: the run's folder, made if it isn't there.
         resume: "never" starts from initial weights, "auto" from the newest intact checkpoint in `run_dir` where
             there is one; anything else is the checkpoint, or the run, to start from.
+
+    Returns:
+        The summary of the finished run; None where TERM or USR2 stopped it, after saving a checkpoint.
 
     Raises:
         InputError: configuration, data and checkpoint don't fit each other; nothing has been written then.
@@ -62,6 +65,9 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never") ->
         run.schedule.step_update(step)
         loss = train_step(run.engine, batches, run.prepare, run.ema)
         run.log.step(step + 1, loss, run.learning_rate)
-        run.checkpoint_if_due(step + 1)
         run.evaluate_if_due(step + 1)
+        stopping = run.stop_request.agreed()
+        run.checkpoint_if_due(step + 1, at_once=stopping is not None)
+        if stopping:
+            return run.stop(step + 1, stopping)
     return run.finish()

@@ -43,6 +43,11 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.config import load_config, save_config
 
     config = load_config(args.config, overrides)
+    if args.check is not None:
+        if args.check < 1:
+            raise InputError(f"--check is {args.check}, expected the number of ranks, at least 1")
+        _check(config, args.check)
+        return 0
     if _is_rank(args):
         return _train_rank(config, args)
 
@@ -66,7 +71,7 @@ def _train_rank(config: "Config", args: argparse.Namespace) -> int:
 
         with _agreed_folder(config, args, world) as folder:
             summary = train(config, world, folder, args.resume)
-        if world.is_main:
+        if world.is_main and summary:
             _conclude(summary, folder)
     return 0
 

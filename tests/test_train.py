@@ -138,6 +138,27 @@ def test_killed_and_resumed_equals_uninterrupted(runs: Path, digits: Path, tmp_p
     assert_same_files(newest(runs / "zero1-bf16-whole"), newest(run))
 
 
+def test_term_saves_a_checkpoint_of_the_last_step(digits: Path, tmp_path: Path) -> None:
+    config = small_config(digits, 1, root=str(tmp_path / "runs"), checkpoint_every_steps=100)
+    save_config(config, tmp_path / "config.yaml")
+    run = tmp_path / "runs" / "small"
+    command = [sys.executable, "-P", "-m", "convneur.launch", "train", "--config", str(tmp_path / "config.yaml")]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--nproc", "2"], env=ENV, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not read_metrics(run):
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.terminate()
+        process.wait(60)
+    steps = [record["step"] for record in read_metrics(run)]
+    assert 0 < steps[-1] < STEPS
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == [f"step-{steps[-1]:08d}"]
+    assert f"stopped by SIGTERM after {steps[-1]} of {STEPS} steps" in (tmp_path / "log").read_text()
+    assert not (run / "summary.json").exists()
+
+
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL to a process and all below it; torchrun gives its workers sessions of their own."""
     below = [process.pid]

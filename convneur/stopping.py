@@ -1,0 +1,36 @@
+"""Stopping on a signal: noticed by any rank, agreed on by all between two steps."""
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+# A scheduler sends TERM when it takes a machine away, and, asked to, USR2 ahead of a time limit. USR1 is NCCL's.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Remembers the first of `SIGNALS` that this process gets, instead of dying of it.
+
+    The ranks talk about it in a group of their own on the CPU, so that no step waits for the GPU on its account.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._group = dist.new_group(backend="gloo")
+        self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+
+    def agreed(self) -> str | None:
+        """The name of a signal that some rank has got, the same on all of them, or None. Collective."""
+        received = torch.tensor(self._received)
+        dist.all_reduce(received, dist.ReduceOp.MAX, self._group)
+        return signal.Signals(int(received)).name if received else None
+
+    def close(self) -> None:
+        """Gives the signals back their former effect."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        self._received = self._received or number
