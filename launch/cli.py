@@ -123,6 +123,9 @@ def _parser() -> _Parser:
         help="never: a new run, in a new folder (default); auto: go on with the run of this name if there is one;"
         " PATH: a new run from that checkpoint, or from another run's newest",
     )
+    train.add_argument(
+        "--check", type=int, metavar="RANKS", help="only check configuration and data, for a run of that many ranks"
+    )
     train.add_argument("--run-dir", type=Path, help=argparse.SUPPRESS)  # how a launcher tells its ranks the folder
 
     evaluate = add("eval", commands.evaluate, "Measure a checkpoint's accuracy.")

@@ -34,6 +34,7 @@ train() {
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
     divide "$SLURM_NNODES" "$SLURM_NTASKS" "${SLURM_GPUS_ON_NODE:-0}" "$SLURM_CPUS_ON_NODE"
     set_environment
+    "${command[@]}" --check "$ranks" # says once what every rank would say
     start_ranks
     await_ranks
 }
@@ -70,8 +71,9 @@ divide() {
     ranks_per_node=$((tasks / nodes))
     if [ "$gpus" -gt 0 ] && [ "$ranks_per_node" -gt "$gpus" ]; then ranks_per_node=$gpus; fi
     [ "$ranks_per_node" -gt 0 ] || die "$tasks tasks on $nodes nodes; expected at least one a node: --ntasks-per-node"
+    ranks=$((nodes * ranks_per_node))
     cpus_per_rank=$((cpus / ranks_per_node))
-    srun=(srun --nodes="$nodes" --ntasks=$((nodes * ranks_per_node)) --ntasks-per-node="$ranks_per_node")
+    srun=(srun --nodes="$nodes" --ntasks="$ranks" --ntasks-per-node="$ranks_per_node")
     # Every rank sees all GPUs of its node and takes the one of its local rank: NCCL joins GPUs that see each other best.
     [ "$gpus" -eq 0 ] || srun+=(--gpus-per-node="$gpus")
     srun+=(--cpus-per-task="$cpus_per_rank" --cpu-bind=cores --mpi=none --kill-on-bad-exit=1)

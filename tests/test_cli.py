@@ -38,6 +38,8 @@ BAD_LINES = {
     "train --data.root DIGITS": "model.num_classes is 1000 but DIGITS has 10 classes: set model.num_classes to 10",
     "train --config digits.yaml --nproc 3": "data.global_batch_size is 128, expected a multiple of 3 (3 ranks",
     "train --config digits.yaml --nproc 16": "data.lanes 8 is not a multiple of 16 (16 ranks",
+    "train --config digits.yaml --check 3": "data.global_batch_size is 128, expected a multiple of 3 (3 ranks",
+    "train --config digits.yaml --check 0": "--check is 0, expected the number of ranks, at least 1",
     "train --config digits.yaml --schedule.min_lr 1": "schedule.min_lr is 1.0, expected at most optimizer.lr, 0.002",
     "train --config digits.yaml --deepspeed.train_batch_size 3": "deepspeed.train_batch_size is 3, but",
     "train --config digits.yaml --deepspeed.zero_optimization.stge 3": "did you mean deepspeed.zero_opt",
