@@ -9,8 +9,9 @@ TORCH ?= 2.15
 VENV ?= .venv
 export PYTHON ?= python3
 
-PY := $(VENV)/bin/python
 TYPES := build/types
+# Commands run as in an activated environment.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: setup test lint train clean
 
@@ -18,20 +19,20 @@ setup:
 	@scripts/setup.sh $(VENV) constraints/torch-$(TORCH).txt
 
 test: lint
-	$(PY) -m pytest
+	python -m pytest
 
 # mypy does not know setup.cfg's package_dir: the links show it the packages as they are installed.
 lint: setup
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+	ruff check .
+	ruff format --check .
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/convneur
 	@ln -s $(CURDIR)/convneur/* $(CURDIR)/data $(CURDIR)/launch $(TYPES)/convneur/
-	cd $(TYPES) && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p convneur
+	cd $(TYPES) && mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p convneur
 
 train: setup
-	$(VENV)/bin/convneur prepare digits --out datasets/digits
-	$(VENV)/bin/convneur train --config configs/digits.yaml --launch local --nproc 2 --resume auto
+	convneur prepare digits --out datasets/digits
+	convneur train --config configs/digits.yaml --launch local --nproc 2 --resume auto
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +

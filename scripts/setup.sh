@@ -30,9 +30,10 @@ find_missing() {
     need libturbojpeg0-dev pkg-config --exists libturbojpeg
 }
 
+# Changes when a set-up would do something. The Python is that outside of virtual environments, activated or not.
 fingerprint() {
     {
-        echo "$PWD" "$("$python" -c 'import sys; print(sys.executable, sys.version)')" "${missing[@]}"
+        echo "$PWD" "$("$python" -c 'import sys; print(sys.base_prefix, sys.version)')" "${missing[@]}"
         cat "$constraints" constraints/base.txt setup.cfg pyproject.toml scripts/setup.sh
     } | sha256sum
 }
