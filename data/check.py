@@ -38,6 +38,7 @@ def _check_values(config: DataConfig) -> None:
     for name in ("image_size", "global_batch_size", "lanes", "window", "eval_batch_size"):
         _require(getattr(config, name) >= 1, f"data.{name}", getattr(config, name), "at least 1")
     _require(config.workers >= 0, "data.workers", config.workers, "at least 0")
+    _require(config.cache_gb > 0, "data.cache_gb", config.cache_gb, "above 0")
     _require(config.bad_limit >= 0, "data.bad_limit", config.bad_limit, "at least 0")
     _require(0 < config.eval_crop <= 1, "data.eval_crop", config.eval_crop, "above 0 and at most 1")
     _require(min(config.std) > 0, "data.std", config.std, "above 0")

@@ -58,6 +58,8 @@ class DataConfig:
         workers: decoding processes a rank; 0 decodes in the training process.
         bad_limit: how many different training samples may turn out to be unreadable, and be replaced, before the run
             stops: a fraction of the split where below 1, else a count.
+        cache_dir: folder on the node's own disk for shards that lie on a server; empty for one among temporary files.
+        cache_gb: how many gigabytes (10^9 bytes) of shards that folder may hold. All ranks of a node share it.
         eval_batch_size: images a rank evaluates at once.
         eval_crop: fraction of the resized image's side that evaluation's centre crop keeps.
         augment: random changes to training images.
@@ -75,6 +77,8 @@ class DataConfig:
     window: int = 8
     workers: int = 8
     bad_limit: float = 0.001
+    cache_dir: str = ""
+    cache_gb: float = 100.0
     eval_batch_size: int = 128
     eval_crop: float = 0.875
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -14,11 +14,11 @@ models count. The archives are read where they are; nothing is unpacked.
 import io
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from scipy.io import loadmat
@@ -137,8 +137,8 @@ def _train_files(source: Path, processes: int) -> tuple[tuple[str, ...], list[_F
         if odd := [name for name, _, _ in members if not WNID.fullmatch(PurePosixPath(name).stem)]:
             raise InputError(f"{archive} holds {odd[0]}, expected one tar a class, such as n01440764.tar")
         classes = tuple(PurePosixPath(name).stem for name, _, _ in members)
-        work = partial(_class_in_archive, archive)
-        tasks = [(label, offset, size) for label, (_, offset, size) in enumerate(members)]
+        work: Callable[[Any], list[_File]] = partial(_class_in_archive, archive)
+        tasks: Sequence[Any] = [(label, offset, size) for label, (_, offset, size) in enumerate(members)]
     elif (source / "train").is_dir():
         classes = tuple(sorted(path.name for path in (source / "train").iterdir() if path.is_dir()))
         work = partial(_class_in_folder, source / "train")

@@ -7,9 +7,15 @@ Micro-batch a of rank r owns the lanes m L / (R A) to (m + 1) L / (R A), m = r A
 names all that a micro-batch depends on.
 """
 
+import os
+import signal
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +32,11 @@ STATE_FORMAT = 1
 REPLACEMENTS = 16
 """How many unreadable samples in a row a single place of the stream puts up with."""
 
+PREFETCH_STEPS = 64
+"""How many optimizer steps ahead remote shards are fetched."""
+
 T = TypeVar("T")
+Reached: TypeAlias = "Synchronized[int]"
 
 
 class BadSample(NamedTuple):
@@ -107,7 +117,7 @@ class TrainLoader:
             batch_size=config.global_batch_size,
             window=config.window,
         )
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._store = config, seed, store
         self._dataset = _TrainDataset(store, train_transform(config), seed)
         share = config.lanes // (world_size * accumulation)
         first = rank * accumulation
@@ -128,11 +138,13 @@ class TrainLoader:
             InputError: the storage fails time and again, or hardly a sample can be read.
         """
         batches = iter(_loader(self._dataset, self._requests(start_step, stop_step), self._config.workers))
-        for _ in range(start_step, stop_step):
-            micro_batches: list[Batch] = [_unwrap(next(batches)) for _ in self._micro_lanes]
-            for batch in micro_batches:
-                self.bad_samples.update(batch.bad)
-            yield micro_batches
+        with self._prefetching(start_step, stop_step) as reached:
+            for step in range(start_step, stop_step):
+                reached.value = step
+                micro_batches: list[Batch] = [_unwrap(next(batches)) for _ in self._micro_lanes]
+                for batch in micro_batches:
+                    self.bad_samples.update(batch.bad)
+                yield micro_batches
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint must hold to resume after `step` optimizer steps; nothing in it depends on the rank."""
@@ -159,6 +171,24 @@ class TrainLoader:
                     f"the checkpoint's data stream has {name} {saved.get(name)!r}, this run {here!r}: "
                     f"resume with the former, or start a new run"
                 )
+
+    @contextmanager
+    def _prefetching(self, start_step: int, stop_step: int) -> Iterator["Reached"]:
+        """Let a process fetch remote shards in the order of the lanes, ahead of the step that is written down here."""
+        context = get_context("fork")
+        reached: Reached = context.Value("q", start_step)
+        if not self._store.is_remote:
+            yield reached
+            return
+        requests = self._requests(start_step, stop_step)
+        # A process: a thread that held a lock while workers were forked would leave them waiting for it.
+        process = context.Process(target=_prefetch, args=(self._store, requests, reached, os.getpid()), daemon=True)
+        process.start()
+        try:
+            yield reached
+        finally:
+            process.terminate()
+            process.join()
 
     def _requests(self, start_step: int, stop_step: int) -> Iterator["_Request"]:
         for step in range(start_step, stop_step):
@@ -211,6 +241,17 @@ class _Request(NamedTuple):
     lanes: range
     first: int
     indices: np.ndarray
+
+
+def _prefetch(store: Store, requests: Iterable[_Request], reached: Reached, parent: int) -> None:
+    """Fetch the shards of `requests`, up to `PREFETCH_STEPS` ahead. Failures are left to the reader to report."""
+    for request in requests:
+        while request.step > reached.value + PREFETCH_STEPS:
+            if os.getppid() != parent:
+                return
+            time.sleep(0.05)
+        with suppress(InputError, OSError):
+            store.prefetch(request.indices)
 
 
 class _TrainDataset(Dataset[Batch | InputError]):
@@ -306,8 +347,18 @@ def _loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=persistent and workers > 0,
+        worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),
     )
+
+
+def _ignore_stop_signals(_: int) -> None:
+    """Keeps a worker alive when a scheduler signals all processes of a job: the rank still has a step to finish.
+
+    A worker whose rank has ended ends by itself.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unwrap(result: T | InputError) -> T:

@@ -5,16 +5,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from convneur.data.errors import InputError
 from convneur.data.progress import progress
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_work: list[Callable[[Any], Any]] = []
 
 
 def processors() -> int:
@@ -46,15 +48,14 @@ def in_parallel(
     """
     if not tasks:
         return []
-    global _work
-    _work = work
+    _work.append(work)  # forked processes find it here
     results: list[R | None] = [None] * len(tasks)
     pool = ProcessPoolExecutor(
         min(processes, len(tasks)), mp_context=get_context("fork"), initializer=_start, initargs=(os.getpid(),)
     )
     try:
         # Submitted before the display starts its thread: the first call forks all processes.
-        numbers = {pool.submit(_run, task): number for number, task in enumerate(tasks)}
+        numbers: dict[Future[R], int] = {pool.submit(_run, task): number for number, task in enumerate(tasks)}
         with progress(what, sum(sizes), unit) as advance:
             for future in as_completed(numbers):
                 number = numbers[future]
@@ -68,7 +69,7 @@ def in_parallel(
         raise InputError(f"{what}: {error}: see to it and run the command again, it goes on where it stopped") from None
     finally:
         pool.shutdown(cancel_futures=True)
-        del _work
+        _work.clear()
     return results  # type: ignore[return-value]  # all are done
 
 
@@ -84,5 +85,5 @@ def _start(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(task: T) -> R:
-    return _work(task)  # type: ignore[name-defined, no-any-return]  # set before the fork
+def _run(task: Any) -> Any:
+    return _work[0](task)

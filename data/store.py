@@ -2,7 +2,9 @@
 
 import errno
 import os
+import tempfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -10,12 +12,15 @@ from typing import Protocol
 import google_crc32c
 import numpy as np
 
+from convneur.data.cache import ShardCache
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError, SampleError
+from convneur.data.remote import is_remote
 from convneur.data.retry import retrying
 from convneur.data.shards import Manifest, Sample, file_crc32c, read_index
 
 OPEN_SHARDS = 64
+FETCHES = 4
 
 
 class Store(Protocol):
@@ -36,6 +41,13 @@ class Store(Protocol):
     @property
     def index_hash(self) -> str:
         """Equal where the samples are the same, in the same order and shards."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading may have to wait for a server, so that `prefetch` is worth calling."""
+
+    def prefetch(self, samples: np.ndarray) -> None:
+        """Have `samples`, of any shape, on the node's own disk, or raise an `InputError`."""
 
     def __len__(self) -> int:
         """N."""
@@ -58,7 +70,9 @@ def open_store(config: DataConfig, split: str) -> Store:
     Raises:
         InputError: it can't be used; see `TarStore`.
     """
-    return TarStore(config.root, split)
+    default = Path(tempfile.gettempdir()) / f"convneur-cache-{os.getuid()}"
+    cache = ShardCache(Path(config.cache_dir) if config.cache_dir else default, round(config.cache_gb * 1e9))
+    return TarStore(config.root, split, cache)
 
 
 class TarStore:
@@ -67,24 +81,32 @@ class TarStore:
     Denied samples are left out: samples 0..N-1 are the others. Reads are one `pread` and a checksum. File descriptors
     carry no position, so forked workers may share them; a pickled store opens its files anew.
 
+    Shards that the manifest names by URL are read through a cache, whole.
+
     Args:
         root: folder of the dataset.
         split: "train", "val" or whatever was prepared.
+        cache: where shards from servers go; none are accepted without.
 
     Raises:
         InputError: the folder, the split, the index or a shard is missing, or has another size or checksum than the
             manifest says.
     """
 
-    def __init__(self, root: str | Path, split: str):
-        self._root, self._split = Path(root), split
+    def __init__(self, root: str | Path, split: str, cache: ShardCache | None = None):
+        self._root, self._split, self._cache = Path(root), split, cache
         manifest = Manifest.read(self._root)
         if split not in manifest.splits:
             raise InputError(f"{root} has no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
         entry = manifest.splits[split]
         self._remedy = f"remove {self._root} and run `convneur prepare {manifest.source} --out {self._root}`"
         self._shards = entry.shards
+        self.is_remote = any(is_remote(shard.name) for shard in self._shards)
+        if self.is_remote and cache is None:
+            raise InputError(f"{root} has shards on servers: they are read through a cache only")
         for shard in self._shards:
+            if is_remote(shard.name):
+                continue
             path = self._root / shard.name
             size = path.stat().st_size if path.is_file() else None
             if size != shard.size:
@@ -96,8 +118,8 @@ class TarStore:
         self.index_hash = entry.index_hash
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type["TarStore"], tuple[Path, str]]:
-        return TarStore, (self._root, self._split)
+    def __reduce__(self) -> tuple[type["TarStore"], tuple[Path, str, ShardCache | None]]:
+        return TarStore, (self._root, self._split, self._cache)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -121,14 +143,31 @@ class TarStore:
         """
         row = self._index[self._rows[sample]]
         shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
-        path = self._root / self._shards[shard].name
-        image = retrying(lambda: self._pread(shard, size, offset), str(path), OSError)
+
+        def read() -> bytes:
+            return retrying(lambda: self._pread(shard, size, offset), self._place(shard), OSError)
+
+        image = read()
+        if google_crc32c.value(image) != row["crc32c"] and self._cache and is_remote(self._shards[shard].name):
+            self._cache.drop(self._shards[shard])  # it was right when it was fetched
+            image = read()
         if google_crc32c.value(image) != row["crc32c"]:
             raise SampleError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
         return Sample(row["key"].decode(), image, int(row["label"]))
 
+    def prefetch(self, samples: np.ndarray) -> None:
+        """Have the shards of `samples`, of any shape, in the cache.
+
+        Raises:
+            InputError: one can't be fetched.
+        """
+        shards = [self._shards[number] for number in np.unique(self._index["shard"][self._rows[samples]])]
+        with ThreadPoolExecutor(FETCHES) as pool:
+            assert self._cache is not None
+            list(pool.map(self._cache.touch, [shard for shard in shards if is_remote(shard.name)]))
+
     def verify(self) -> None:
-        """Check every byte of every shard.
+        """Check every byte of every shard, all of which must lie in the dataset's folder.
 
         Raises:
             InputError: a shard isn't the one that was indexed.
@@ -140,9 +179,15 @@ class TarStore:
     def where(self, sample: int) -> str:
         """Name the split, shard and key of a sample."""
         row = self._index[self._rows[sample]]
-        return f"{self._root / self._shards[row['shard']].name}, split {self._split}, key {row['key'].decode()}"
+        return f"{self._place(row['shard'])}, split {self._split}, key {row['key'].decode()}"
+
+    def _place(self, shard: int) -> str:
+        name = self._shards[shard].name
+        return name if is_remote(name) else str(self._root / name)
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        if self._cache and is_remote(self._shards[shard].name):
+            return self._cache.read(self._shards[shard], size, offset)
         try:
             content = os.pread(self._descriptor(shard), size, offset)
         except OSError:

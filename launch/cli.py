@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from convneur.data.errors import InputError
 from convneur.errors import NonFiniteError
-from convneur.launch import commands
+from convneur.launch import commands, data_commands
 from convneur.launch.commands import Command
 
 
@@ -96,13 +96,10 @@ def _parser() -> _Parser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Command, summary: str, takes_overrides: bool = False, **kwargs: Any) -> _Parser:
-        command: _Parser = subparsers.add_parser(name, help=summary, description=summary, allow_abbrev=False, **kwargs)
-        command.set_defaults(run=run, takes_overrides=takes_overrides, parser=command)
-        return command
+        return _add_command(subparsers, name, run, summary, takes_overrides, **kwargs)
 
-    prepare = add("prepare", commands.prepare, "Write a dataset as WebDataset shards.")
-    prepare.add_argument("dataset", choices=["digits"], help="scanned handwritten digits that ship with scikit-learn")
-    prepare.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    _add_prepare(subparsers)
+    _add_data(subparsers)
 
     train = add(
         "train",
@@ -165,6 +162,92 @@ def _parser() -> _Parser:
     doctor = add("doctor", commands.doctor, "Show what this machine has, and what each missing part costs.")
     _add_json(doctor)
     return parser
+
+
+def _add_command(
+    among: Any, name: str, run: Command, summary: str, takes_overrides: bool = False, **kwargs: Any
+) -> _Parser:
+    command: _Parser = among.add_parser(name, help=summary, description=summary, allow_abbrev=False, **kwargs)
+    full_name = command.prog.partition(" ")[2]
+    command.set_defaults(run=run, takes_overrides=takes_overrides, parser=command, command=full_name)
+    return command
+
+
+def _add_prepare(subparsers: Any) -> None:
+    summary = "Write a dataset as WebDataset shards."
+    prepare = subparsers.add_parser("prepare", help=summary, description=summary, allow_abbrev=False)
+    datasets = prepare.add_subparsers(dest="dataset", required=True, metavar="DATASET")
+
+    def add(name: str, run: Command, summary: str) -> _Parser:
+        dataset = _add_command(datasets, name, run, summary)
+        dataset.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+        return dataset
+
+    add("digits", data_commands.prepare_digits, "Scanned handwritten digits that ship with scikit-learn.")
+
+    imagenet = add("imagenet", data_commands.prepare_imagenet, "ImageNet, from its archives or its folders.")
+    imagenet.add_argument(
+        "--source",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz,"
+        " or with train/nXXXXXXXX/*.JPEG and val/nXXXXXXXX/*.JPEG",
+    )
+    imagenet.add_argument(
+        "--max-side", type=int, metavar="PIXELS", help="scale larger images down to this longer side, and encode anew"
+    )
+    imagenet.add_argument(
+        "--part",
+        metavar="I/N",
+        help="write the Ith of N parts only, as a job of an array; when all are written, run once without",
+    )
+    _add_processes(imagenet)
+
+    synthetic = add("synthetic", data_commands.prepare_synthetic, "Natural-looking images, for benchmarks.")
+    synthetic.add_argument("--classes", type=int, default=1000, metavar="K", help="classes (default: 1000)")
+    synthetic.add_argument("--images", type=int, default=10000, metavar="N", help="training images (default: 10000)")
+    synthetic.add_argument("--size", default="375x500", metavar="HxW", help="pixels (default: 375x500)")
+    _add_processes(synthetic)
+
+    index = add("index", data_commands.prepare_index, "An index for shards that somebody else wrote; they stay there.")
+    index.add_argument(
+        "shards",
+        metavar="URL_OR_GLOB",
+        help="WebDataset tars with jpg, jpeg, png or webp and cls: paths, http(s):// or s3://; {000..099}, * and ?",
+    )
+    index.add_argument("--split", default="train", help="split that they make up (default: train)")
+    _add_processes(index)
+
+
+def _add_data(subparsers: Any) -> None:
+    summary = "Check a dataset, or look into it."
+    data = subparsers.add_parser("data", help=summary, description=summary, allow_abbrev=False)
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    verify = _add_command(
+        actions,
+        "verify",
+        data_commands.verify,
+        "Check every byte and decode every image; deny those that can't be read.",
+    )
+    verify.add_argument("folder", type=Path, metavar="DIR", help="prepared dataset")
+    _add_processes(verify)
+    show = _add_command(
+        actions,
+        "show",
+        data_commands.show,
+        "Show counts, sizes and class balance, and draw augmented samples; takes configuration keys.",
+        takes_overrides=True,
+    )
+    show.add_argument("folder", type=Path, metavar="DIR", help="prepared dataset")
+    show.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file with the augmentation")
+    show.add_argument(
+        "--sheet", type=Path, default=Path("samples.png"), metavar="FILE", help="picture to draw (default: samples.png)"
+    )
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, metavar="N", help="how many at a time (default: one a processor)")
 
 
 def _add_launch(parser: argparse.ArgumentParser) -> None:

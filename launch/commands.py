@@ -29,15 +29,6 @@ Command = Callable[[argparse.Namespace, Overrides], int]
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def prepare(args: argparse.Namespace, _: Overrides) -> int:
-    """`convneur prepare`: writes a dataset."""
-    from convneur.data.digits import prepare_digits
-
-    written = prepare_digits(args.out)
-    print(f"{args.out}: {'written' if written else 'already there, and intact'}")
-    return 0
-
-
 def train(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur train`: as a launcher, checks everything that needs no ranks, then starts them; as a rank, trains."""
     from convneur.config import load_config, save_config

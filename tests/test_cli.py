@@ -52,7 +52,7 @@ BAD_LINES = {
     "info m10": "--model.variant is 'm10', expected one of 'n1'",
     "info m1 --train.accumulation 3": "--train.accumulation has no bearing on a model's size",
     "info m1 --image-size 31": "image size is 31, expected at least 32 pixels",
-    "prepare": "the following arguments are required: dataset, --out",
+    "prepare": "the following arguments are required: DATASET",
     "prepare digits --out a_file": "a_file",
 }
 

@@ -1,0 +1,116 @@
+"""What is in a dataset, and what the model sees of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from convneur.data.config import DataConfig
+from convneur.data.files import atomic_write
+from convneur.data.loader import TrainLoader
+from convneur.data.mixing import DeviceTransform
+from convneur.data.shards import Manifest, read_index
+from convneur.data.store import open_store
+
+CAPTION = 12
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """A split in numbers.
+
+    Attributes:
+        split: its name.
+        shards: tar files.
+        samples: images, those denied left out.
+        denied: images that can't be read.
+        bytes: of all shards.
+        image_bytes: smallest, median and largest image file.
+        class_samples: fewest, median and most images of a class.
+        empty_classes: classes without an image.
+    """
+
+    split: str
+    shards: int
+    samples: int
+    denied: int
+    bytes: int
+    image_bytes: tuple[int, int, int]
+    class_samples: tuple[int, int, int]
+    empty_classes: int
+
+
+def summarize(folder: Path) -> tuple[Manifest, list[SplitSummary]]:
+    """Describe a dataset from its manifest and index.
+
+    Raises:
+        InputError: there is none, or its index is damaged.
+    """
+    manifest = Manifest.read(folder)
+    summaries = []
+    for name, split in manifest.splits.items():
+        index = np.delete(read_index(folder, name, split), [denied.row for denied in split.denied])
+        counts = np.bincount(index["label"], minlength=len(manifest.classes))
+        summaries.append(
+            SplitSummary(
+                split=name,
+                shards=len(split.shards),
+                samples=len(index),
+                denied=len(split.denied),
+                bytes=sum(shard.size for shard in split.shards),
+                image_bytes=_spread(index["size"]),
+                class_samples=_spread(counts),
+                empty_classes=int((counts == 0).sum()),
+            )
+        )
+    return manifest, summaries
+
+
+def _spread(values: np.ndarray) -> tuple[int, int, int]:
+    return (int(values.min()), int(np.median(values)), int(values.max())) if len(values) else (0, 0, 0)
+
+
+def contact_sheet(config: DataConfig, path: Path, *, columns: int = 8, rows: int = 6, seed: int = 0) -> None:
+    """Draw the first images of epoch 0 as training shows them: augmented, erased, mixed, with their labels' names.
+
+    Args:
+        config: dataset and augmentation; batch size and lanes don't matter.
+        path: PNG file to write.
+        columns: images side by side; even, so that mixing finds pairs.
+        rows: images on top of each other.
+        seed: the run's seed.
+
+    Raises:
+        InputError: the dataset can't be read.
+    """
+    count = columns * rows
+    store = open_store(config, config.train_split)
+    count = min(count, len(store) // 2 * 2)
+    config = replace(config, global_batch_size=count, lanes=count // 2, workers=0)
+    loader = TrainLoader(config, store, seed=seed, rank=0, world_size=1, accumulation=1)
+    ((batch,),) = loader.iterate(0, 1)
+    transform = DeviceTransform(config, len(store.classes), label_smoothing=0, seed=seed, device=torch.device("cpu"))
+    inputs, targets = transform(batch)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    pixels = ((inputs * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    tile = config.image_size
+    sheet = Image.new("RGB", (columns * tile, -(-count // columns) * (tile + CAPTION)), "white")
+    for number, (image, target) in enumerate(zip(pixels, targets, strict=True)):
+        x, y = number % columns * tile, number // columns * (tile + CAPTION)
+        sheet.paste(Image.fromarray(image), (x, y))
+        caption = Image.new("RGB", (tile, CAPTION), "white")
+        ImageDraw.Draw(caption).text((2, 0), _caption(target, store.classes), "black")
+        sheet.paste(caption, (x, y + tile))
+    with atomic_write(path) as file:
+        sheet.save(file, "png")
+
+
+def _caption(target: torch.Tensor, classes: Sequence[str]) -> str:
+    """Such as "cat", or "cat 70% dog 30%"."""
+    shares = [(float(target[label]), classes[label]) for label in target.nonzero().flatten().tolist()]
+    if len(shares) == 1:
+        return shares[0][1]
+    return " ".join(f"{name} {share:.0%}" for share, name in sorted(shares, reverse=True))

@@ -1,0 +1,115 @@
+"""Every byte of a dataset checked; what no one can read goes on the denylist."""
+
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import google_crc32c
+import numpy as np
+
+from convneur.data.errors import InputError
+from convneur.data.parallel import in_parallel
+from convneur.data.remote import download, is_remote
+from convneur.data.retry import retrying
+from convneur.data.shards import Denied, Manifest, Shard, content_hash, file_crc32c, read_index
+from convneur.data.transforms import decode
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is wrong with a split.
+
+    Attributes:
+        split: its name.
+        samples: how many samples its index has.
+        denied: those that can't be read.
+        shards: a line for each shard whose bytes differ from those that were indexed, be it in an image or between.
+    """
+
+    split: str
+    samples: int
+    denied: tuple[Denied, ...]
+    shards: tuple[str, ...]
+
+
+def verify_dataset(folder: Path, processes: int) -> list[Findings]:
+    """Check shards and index against the manifest, decode every image, and write the denylist into the manifest.
+
+    Denied samples count as absent from then on: in the order, in evaluation, and in the index's hash. Samples that are
+    readable again leave the list.
+
+    Args:
+        folder: the dataset's.
+        processes: how many shards are checked at a time.
+
+    Returns:
+        What was found, for each split.
+
+    Raises:
+        InputError: there is no dataset, or its index is damaged, or a shard is missing or has another size.
+    """
+    manifest = Manifest.read(folder)
+    findings, splits = [], {}
+    for name, split in manifest.splits.items():
+        index = read_index(folder, name, split)
+        edges = np.searchsorted(index["shard"], np.arange(len(split.shards) + 1))
+        checked = in_parallel(
+            partial(_check_shard, folder, split.shards, index, edges),
+            range(len(split.shards)),
+            processes,
+            what=f"checking {name}",
+            unit="images",
+            sizes=[shard.samples for shard in split.shards],
+        )
+        denied = tuple(sample for found, _ in checked for sample in found)
+        damaged = tuple(line for _, line in checked if line)
+        findings.append(Findings(name, len(index), denied, damaged))
+        kept = np.delete(index, [sample.row for sample in denied])
+        splits[name] = replace(split, denied=denied, index_hash=content_hash(kept))
+    if splits != manifest.splits:
+        replace(manifest, splits=splits).write(folder)
+    return findings
+
+
+def _check_shard(
+    folder: Path, shards: tuple[Shard, ...], index: np.ndarray, edges: np.ndarray, number: int
+) -> tuple[list[Denied], str]:
+    """Samples that can't be read, and a line if the file isn't the one that was indexed."""
+    shard = shards[number]
+    with TemporaryDirectory(prefix="convneur-verify-") as temporary:
+        path = folder / shard.name
+        if is_remote(shard.name):
+            path = Path(temporary) / "shard.tar"
+            retrying(lambda: _fetch(shard, path), shard.name, OSError)
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.size:
+            what = "is missing" if size is None else f"has {size} bytes, not {shard.size}"
+            raise InputError(f"{folder / shard.name} {what}: restore it, or prepare the dataset again")
+        denied = []
+        with path.open("rb") as file:
+            for row in range(edges[number], edges[number + 1]):
+                image = os.pread(file.fileno(), int(index[row]["size"]), int(index[row]["offset"]))
+                if reason := _fault(image, int(index[row]["crc32c"])):
+                    denied.append(Denied(row, index[row]["key"].decode(), reason))
+        differs = file_crc32c(path) != shard.crc32c
+    return denied, f"{shard.name}: not the bytes that were indexed" if differs else ""
+
+
+def _fetch(shard: Shard, path: Path) -> None:
+    with path.open("wb") as file:
+        size, _ = download(shard.name, file)
+    if size < shard.size:
+        raise OSError(f"it ends after {size} of {shard.size} bytes")
+
+
+def _fault(image: bytes, checksum: int) -> str:
+    """Why an image can't be read; empty if it can."""
+    if google_crc32c.value(image) != checksum:
+        return "checksum mismatch"
+    try:
+        decode(image)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,149 @@
+"""The subcommands of `convneur prepare` and `convneur data`, each from parsed arguments to an exit status."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convneur.data.errors import InputError
+
+if TYPE_CHECKING:
+    from convneur.data.prepare import Part
+
+Overrides = Sequence[str]
+
+
+def prepare_digits(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur prepare digits`."""
+    from convneur.data.digits import prepare_digits
+
+    return _tell(args.out, prepare_digits(args.out))
+
+
+def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur prepare imagenet`: all of it, or the part of one job of an array."""
+    from convneur.data.imagenet import prepare_imagenet
+
+    part = _part(args.part)
+    if args.max_side is not None:
+        _at_least_1("--max-side", args.max_side)
+    written = prepare_imagenet(
+        args.source, args.out, processes=_processes(args.processes), max_side=args.max_side, part=part
+    )
+    if part is None or not written:
+        return _tell(args.out, written)
+    print(f"{args.out}: part {args.part} written; when all parts are, run the same command without --part")
+    return 0
+
+
+def prepare_synthetic(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur prepare synthetic`."""
+    from convneur.data.synthetic import prepare_synthetic
+
+    height, width = _size(args.size)
+    _at_least_1("--classes", args.classes)
+    _at_least_1("--images", args.images)
+    written = prepare_synthetic(
+        args.out,
+        classes=args.classes,
+        images=args.images,
+        height=height,
+        width=width,
+        processes=_processes(args.processes),
+    )
+    return _tell(args.out, written)
+
+
+def prepare_index(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur prepare index`: a dataset of shards that somebody else wrote."""
+    from convneur.data.foreign import prepare_index
+
+    samples = prepare_index(args.shards, args.out, split=args.split, processes=_processes(args.processes))
+    print(f"{args.out}: split {args.split} has {samples:,} samples")
+    return 0
+
+
+def verify(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur data verify`: status 1 where something is damaged."""
+    from convneur.data.verify import verify_dataset
+
+    findings = verify_dataset(args.folder, _processes(args.processes))
+    for found in findings:
+        for denied in found.denied:
+            print(f"{found.split}: {denied.key}: {denied.reason}: denied")
+        for line in found.shards:
+            print(f"{found.split}: {line}")
+        print(f"{found.split}: {found.samples - len(found.denied):,} of {found.samples:,} images intact")
+    return 1 if any(found.denied or found.shards for found in findings) else 0
+
+
+def show(args: argparse.Namespace, overrides: Overrides) -> int:
+    """`convneur data show`: counts, sizes and class balance, and a picture of what training sees."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from convneur.config import load_config
+    from convneur.data.show import contact_sheet, summarize
+
+    config = load_config(args.config, [*overrides, "--data.root", str(args.folder)])
+    manifest, summaries = summarize(args.folder)
+    table = Table(
+        title=f"{args.folder}: {manifest.source}, {len(manifest.classes):,} classes", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for heading in ("split", "shards", "images", "denied", "GB", "kB an image", "images a class", "empty"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for split in summaries:
+        table.add_row(
+            split.split,
+            f"{split.shards:,}",
+            f"{split.samples:,}",
+            f"{split.denied:,}",
+            f"{split.bytes / 1e9:.3f}",
+            "/".join(f"{size / 1e3:.1f}" for size in split.image_bytes),
+            "/".join(f"{count:,}" for count in split.class_samples),
+            f"{split.empty_classes:,}",
+        )
+    Console().print(table)
+    print("kB an image, images a class: least/median/most; empty: classes without any")
+    try:
+        contact_sheet(config.data, args.sheet, seed=config.run.seed)
+    except OSError as error:
+        raise InputError(f"--sheet {args.sheet} can't be written ({error}): name another file") from None
+    print(f"{args.sheet}: what training shows the model, with its labels")
+    return 0
+
+
+def _tell(out: Path, written: bool) -> int:
+    print(f"{out}: {'written' if written else 'already there, and intact'}")
+    return 0
+
+
+def _processes(given: int | None) -> int:
+    from convneur.data.parallel import processors
+
+    return processors() if given is None else _at_least_1("--processes", given)
+
+
+def _at_least_1(flag: str, value: int) -> int:
+    if value < 1:
+        raise InputError(f"{flag} is {value}, expected at least 1")
+    return value
+
+
+def _part(text: str | None) -> "Part | None":
+    from convneur.data.prepare import Part
+
+    if text is None:
+        return None
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise InputError(f"--part is {text}, expected I/N with I from 1 to N, such as 3/64")
+    return Part(int(number), int(of))
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise InputError(f"--size is {text}, expected HEIGHTxWIDTH in pixels, such as 375x500")
+    return int(height), int(width)
