@@ -2,6 +2,7 @@
 
 import signal
 from types import FrameType
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received = 0
-        self._group = dist.new_group(backend="gloo")
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # every rank is in it
         self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def agreed(self) -> str | None:

@@ -69,5 +69,6 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never") ->
         stopping = run.stop_request.agreed()
         run.checkpoint_if_due(step + 1, at_once=stopping is not None)
         if stopping:
-            return run.stop(step + 1, stopping)
+            run.stop(step + 1, stopping)
+            return None
     return run.finish()
