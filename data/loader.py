@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.sharedctypes import Synchronized
@@ -244,14 +244,16 @@ class _Request(NamedTuple):
 
 
 def _prefetch(store: Store, requests: Iterable[_Request], reached: Reached, parent: int) -> None:
-    """Fetch the shards of `requests`, up to `PREFETCH_STEPS` ahead. Failures are left to the reader to report."""
+    """Fetch the shards of `requests`, up to `PREFETCH_STEPS` ahead; a failure ends it, for the reader to report."""
     for request in requests:
         while request.step > reached.value + PREFETCH_STEPS:
             if os.getppid() != parent:
                 return
             time.sleep(0.05)
-        with suppress(InputError, OSError):
+        try:
             store.prefetch(request.indices)
+        except (InputError, OSError):
+            return
 
 
 class _TrainDataset(Dataset[Batch | InputError]):

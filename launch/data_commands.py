@@ -88,9 +88,8 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
 
     config = load_config(args.config, [*overrides, "--data.root", str(args.folder)])
     manifest, summaries = summarize(args.folder)
-    table = Table(
-        title=f"{args.folder}: {manifest.source}, {len(manifest.classes):,} classes", box=SIMPLE_HEAD, pad_edge=False
-    )
+    print(f"{args.folder}: {manifest.source}, {len(manifest.classes):,} classes")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("split", "shards", "images", "denied", "GB", "kB an image", "images a class", "empty"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for split in summaries:
