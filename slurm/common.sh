@@ -1,6 +1,10 @@
 # shellcheck shell=bash
 # What the batch scripts share. They source it and call `train VARIANT [--dry-run] [--section.key VALUE]...`.
 set -euo pipefail
+notice=''
+srun_pid=''
+trap 'notify USR2' USR2
+trap 'notify TERM' TERM
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 data=
@@ -114,21 +118,33 @@ interface_of() {
 
 start_ranks() {
     say "$(printf '%q ' "${srun[@]}" "${command[@]}")"
-    "${srun[@]}" "${command[@]}" &
+    (trap '' USR2 && exec "${srun[@]}" "${command[@]}") & # srun, too, dies of a notice that it isn't ready for
     srun_pid=$!
-    trap 'notify USR2' USR2
-    trap 'notify TERM' TERM
+    [ -z "$notice" ] || pass_on
 }
 
-# Slurm is about to take the job's nodes away. Ranks hear of it by USR2 in either case: srun kills them on TERM.
+# Takes Slurm's notice that it is about to take the nodes away: USR2 ahead of a time limit or a preemption, TERM when it
+# does so.
 notify() {
-    say "$1: the job is about to lose its nodes"
-    kill -USR2 "$srun_pid" 2>/dev/null || true
+    [ -z "$notice" ] || return 0
+    notice=$1
+    say "$notice: the job is about to lose its nodes"
+    [ -z "$srun_pid" ] || pass_on
 }
 
-# Waits for srun, however often a signal interrupts that; its exit status.
+# Tells the ranks, by USR2 in both cases because srun kills them on TERM; and again and again, because one that is still
+# starting doesn't hear it.
+pass_on() {
+    while sleep 2 && kill -USR2 "$srun_pid" 2>/dev/null; do :; done &
+}
+
+# Waits for srun, however often a signal interrupts that, and queues the job again if ranks have stopped ahead of time.
 await_ranks() {
     local status
     while status=0 && { wait "$srun_pid" || status=$?; } && kill -0 "$srun_pid" 2>/dev/null; do :; done
+    if [ "$notice" = USR2 ] && [ $status = 0 ]; then
+        say "queueing the job again, to go on from its checkpoint"
+        scontrol requeue "$SLURM_JOB_ID" || say "that failed; submit the job again to go on" >&2
+    fi
     return $status
 }

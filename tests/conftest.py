@@ -1,6 +1,10 @@
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Cluster, dev_cluster, missing_programs
 
 from convneur.data.digits import prepare_digits
 
@@ -11,3 +15,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("datasets") / "digits"
     prepare_digits(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Slurm cluster of two nodes, n1 and n2, of its own."""
+    if missing := missing_programs():
+        pytest.skip(f"NO SLURM HERE ({', '.join(missing)}), SO BATCH SCRIPTS GO UNTESTED: apt-get install slurm-wlm")
+    folder = Path(tempfile.gettempdir()) / f"convneur-slurm-test-{os.getpid()}"  # short: sockets lie in it
+    up = dev_cluster("up", "2", folder)
+    assert up.returncode == 0, up.stdout + up.stderr
+    yield Cluster(folder)
+    down = dev_cluster("down", folder)
+    assert down.returncode == 0, down.stdout + down.stderr

@@ -1,0 +1,241 @@
+"""The batch scripts in jobs of a real Slurm cluster: whole runs, and what happens when a rank or the job is lost."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from slurm_cluster import SLURM, Cluster, dev_cluster
+
+from convneur.checkpoint import list_checkpoints
+from convneur.config import load_config
+from convneur.metrics import read_metrics
+
+pytestmark = pytest.mark.slurm
+
+SMALL = {
+    "model.variant": "n1",
+    "model.num_classes": 10,
+    "data.image_size": 32,
+    "data.global_batch_size": 128,
+    "data.lanes": 8,
+    "data.workers": 1,
+    "schedule.warmup_epochs": 0.2,
+    "run.log_every_steps": 1,
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that has ended, or is queued again."""
+
+    job: dict[str, str]
+    log: str
+
+
+# Whole runs. They go on at the same time, which is part of the test.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the jobs of the whole runs are submitted from."""
+    return tmp_path_factory.mktemp("submitted")
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, digits: Path, folder: Path) -> dict[str, Ended]:
+    """Jobs of the unmodified slurm/train_m4.sh that share node n1 for a while.
+
+    two-nodes: a rank on each of two nodes; one-node: two ranks on n1; warned: told to stop before Python is up.
+    misspelt: an override that doesn't exist.
+    """
+    script = SLURM / "train_m4.sh"
+    small = [f"--{key}={value}" for key, value in SMALL.items()] + [f"--data.root={digits}"]
+
+    def submit(name: str, options: str, *overrides: str) -> str:
+        log = [] if name == "two-nodes" else [f"--output={name}.log"]
+        words = [*log, *options.split(), script, *small, "--run.name", name, *overrides]
+        return cluster.submit(*words, cwd=folder)
+
+    numbers = {
+        "warned": submit("warned", "-N1 -n1 --gpus-per-node=1", "--schedule.epochs", "4"),
+        "two-nodes": submit("two-nodes", "-N2 --ntasks-per-node=1 --gpus-per-node=1", "--schedule.epochs", "1"),
+        "one-node": submit("one-node", "-N1 -w n1 --gpus-per-node=2", "--schedule.epochs=1", "--optimizer.lr=2e-3"),
+        "misspelt": submit("misspelt", "-N2 --gpus-per-node=1", "--optimiser.lr", "1e-3"),
+    }
+    wait_for(folder / "warned.log", "slurm: job")
+    cluster.run("scancel", "--batch", "--signal=USR2", numbers["warned"])
+    ended = {name: cluster.wait(number) for name, number in numbers.items() if name != "warned"}
+    ended["warned"] = cluster.wait(numbers["warned"], "PENDING", "COMPLETED", "FAILED")
+    logs = {name: folder / f"{name}.log" for name in numbers}
+    logs["two-nodes"] = folder / f"runs/slurm/m4-{numbers['two-nodes']}.out"
+    return {name: Ended(ended[name], logs[name].read_text()) for name in numbers}
+
+
+@pytest.mark.parametrize("name", ["two-nodes", "one-node"])
+def test_run_goes_from_start_to_an_evaluated_checkpoint(jobs: dict[str, Ended], folder: Path, name: str) -> None:
+    job, run = jobs[name].job, folder / "runs" / name
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), jobs[name].log
+    assert jobs[name].log.count("n1: 0.67 M parameters, 2 x cpu, ") == 1
+    summary = json.loads((run / "summary.json").read_text())
+    scores = [record for record in read_metrics(run) if "eval/top1" in record]
+    assert summary["top1"] == scores[-1]["eval/top1"] > 0.1
+    assert summary["images"] == 11 * 128
+    assert list_checkpoints(run / "checkpoints")[0].name == "step-00000011"
+    assert load_config([run / "config.yaml"]).optimizer.lr == (2e-3 if name == "one-node" else 1e-3)
+
+
+def test_jobs_that_share_a_node_meet_at_ports_of_their_own(jobs: dict[str, Ended]) -> None:
+    first, second = jobs["two-nodes"].job, jobs["one-node"].job
+    assert first["NodeList"] == "n[1-2]"
+    assert second["NodeList"] == "n1"
+    assert max(first["StartTime"], second["StartTime"]) < min(first["EndTime"], second["EndTime"])
+    ports = [re.findall(r"MASTER_ADDR=127\.0\.0\.1 MASTER_PORT=(\d+)", jobs[name].log) for name in jobs]
+    assert len({port for (port,) in ports}) == len(jobs)
+
+
+def test_log_is_under_runs_and_named_where_slurm_writes(jobs: dict[str, Ended], folder: Path) -> None:
+    number = jobs["two-nodes"].job["JobId"]
+    stub = (folder / f"slurm-{number}.out").read_text()
+    assert stub == f"slurm: the log of this job is runs/slurm/m4-{number}.out\n"
+    assert jobs["two-nodes"].log.count("GLOO_SOCKET_IFNAME=lo ") == 1
+    assert jobs["two-nodes"].log.count("OMP_NUM_THREADS=1") == 1
+    assert sorted(path.name for path in folder.glob("slurm-*.out")) == [f"slurm-{number}.out"]
+
+
+def test_notice_before_python_is_up_is_not_lost(cluster: Cluster, jobs: dict[str, Ended], folder: Path) -> None:
+    job, log = jobs["warned"].job, jobs["warned"].log
+    assert (job["JobState"], job["Restarts"]) == ("PENDING", "1"), log
+    assert log.index("USR2: the job is about to lose its nodes") < log.index("n1: 0.67 M parameters")
+    (step,) = re.findall(r"stopped by SIGUSR2 after (\d+) of 44 steps", log)
+    assert list_checkpoints(folder / "runs" / "warned" / "checkpoints")[0].name == f"step-{int(step):08}"
+
+    cluster.run("scontrol", "update", f"JobId={job['JobId']}", "StartTime=now")  # Slurm would wait for two minutes
+    assert cluster.wait(job["JobId"])["JobState"] == "COMPLETED"
+    appended = (folder / "warned.log").read_text().removeprefix(log)
+    assert f"job {job['JobId']}, start 2, on n" in appended
+    assert f"resuming from runs/warned/checkpoints/step-{int(step):08}, {step} of 44 steps made" in appended
+    steps = [record["step"] for record in read_metrics(folder / "runs" / "warned") if "train/loss" in record]
+    assert steps == list(range(1, 45))
+
+
+def test_bad_configuration_is_said_once_and_starts_no_ranks(jobs: dict[str, Ended], folder: Path) -> None:
+    assert (jobs["misspelt"].job["JobState"], jobs["misspelt"].job["ExitCode"]) == ("FAILED", "2:0")
+    assert jobs["misspelt"].log.count("did you mean --optimizer.lr?") == 1
+    assert "srun" not in jobs["misspelt"].log
+    assert not (folder / "runs" / "misspelt").exists()
+
+
+def wait_for(log: Path, text: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not log.exists() or text not in log.read_text():
+        assert time.monotonic() < deadline, f"{log} has no {text!r}"
+        time.sleep(0.1)
+
+
+# Small programs in the place of `convneur`, started by the same scripts from a checkout of their own.
+
+Submit = Callable[..., tuple[str, Path]]
+
+
+@pytest.fixture
+def submit(cluster: Cluster, tmp_path: Path) -> Submit:
+    """Submits train_m1.sh of a checkout whose site.sh names a Python program; the job's number and its log."""
+    checkout = tmp_path / "a checkout"
+    shutil.copytree(SLURM, checkout / "slurm")
+
+    def submit(program: str, *options: str) -> tuple[str, Path]:
+        (checkout / "program.py").write_text(f"import os, sys\nif '--check' in sys.argv: sys.exit()\n{program}")
+        with (checkout / "slurm" / "site.sh").open("a") as site:
+            site.write(
+                f"convneur=({sys.executable} -S '{checkout}/program.py')\ndata=/the/data\nruns='{tmp_path}/runs'\n"
+            )
+        script = checkout / "slurm" / "train_m1.sh"
+        number = cluster.submit("--job-name=small", *options, script, "--run.name", "a name", cwd=tmp_path)
+        return number, tmp_path / "runs" / "slurm" / f"small-{number}.out"
+
+    return submit
+
+
+def test_ranks_know_their_place(cluster: Cluster, submit: Submit) -> None:
+    variables = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURMD_NODENAME", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES"]
+    number, log = submit(f"print('place', *[os.environ[name] for name in {variables}], sys.argv[1:])", "-N2", "-n6")
+    assert cluster.wait(number)["JobState"] == "COMPLETED", log.read_text()
+    words = ["train", "--config", f"{log.parents[2]}/a checkout/configs/m1.yaml", "--launch", "env", "--resume", "auto"]
+    words += ["--run.root", f"{log.parents[1]}", "--data.root", "/the/data", "--run.name", "a name"]
+    gpus = "0,1,2,3,4,5,6,7"
+    assert sorted(line for line in log.read_text().splitlines() if line.startswith("place")) == [
+        f"place {rank} {rank % 3} 6 n{1 + rank // 3} 127.0.0.1 {gpus} {words}" for rank in range(6)
+    ]
+
+
+def test_a_rank_that_dies_takes_the_others_along(cluster: Cluster, submit: Submit) -> None:
+    program = "import time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(600)"
+    number, log = submit(program, "--nodes=2", "--ntasks-per-node=2")
+    started = time.monotonic()
+    assert cluster.wait(number)["JobState"] == "FAILED"
+    assert time.monotonic() - started < 30
+    assert "n1: task 1: Killed" in log.read_text()
+
+
+def test_cancelled_job_is_not_queued_again(cluster: Cluster, submit: Submit) -> None:
+    number, log = submit("import time\ntime.sleep(600)", "--nodes=2", "--ntasks-per-node=1")
+    wait_for(log, "srun")
+    cluster.run("scancel", number)
+    assert cluster.wait(number)["JobState"] == "CANCELLED"
+    assert "queueing the job again" not in log.read_text()
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.glob("train_*.sh")), ids=lambda script: script.stem)
+def test_slurm_takes_every_script(cluster: Cluster, script: Path) -> None:
+    cluster.run("sbatch", "--test-only", "--nodes=2", script)
+
+
+# The cluster itself.
+
+
+def test_cluster_ends_only_what_it_has_started(cluster: Cluster) -> None:
+    second = Cluster(cluster.folder.with_name(f"{cluster.folder.name}-second"))
+    assert dev_cluster("up", "1", second.folder).returncode == 0
+    bystander = subprocess.Popen(["sleep", "600"], env=os.environ | second.env)
+    try:
+        second.submit("--wrap=srun sleep 600", cwd=second.folder)
+        assert dev_cluster("status", second.folder).stdout.split().count("n1") >= 1
+        down = dev_cluster("down", second.folder)
+        assert down.returncode == 0, down.stderr
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+    assert not second.folder.exists()
+    assert not processes_that_name(second.folder)
+    assert dev_cluster("status", second.folder).returncode == 1
+    assert dev_cluster("status", cluster.folder).returncode == 0
+
+
+def test_cluster_that_is_up_stays_up(cluster: Cluster) -> None:
+    before = processes_that_name(cluster.folder)
+    again = dev_cluster("up", "2", cluster.folder)
+    assert (again.returncode, "already up" in again.stdout) == (0, True)
+    assert processes_that_name(cluster.folder) == before
+
+
+def test_cluster_removes_no_folder_of_others(tmp_path: Path) -> None:
+    (tmp_path / "slurm.conf").write_text("ClusterName=ours\n")
+    refused = dev_cluster("down", tmp_path)
+    assert refused.returncode == 1
+    assert "is not a folder of this script" in refused.stderr
+    assert (tmp_path / "slurm.conf").exists()
+
+
+def processes_that_name(folder: Path) -> set[str]:
+    """Processes with a folder in their command lines."""
+    lines = subprocess.run(["ps", "-eo", "pid,args"], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    return {line.split()[0] for line in lines if str(folder) in line}
