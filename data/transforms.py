@@ -72,11 +72,7 @@ def train_transform(config: DataConfig) -> Transform:
         mean=config.mean,
         use_prefetcher=True,
     )
-    for part in transform.transforms:
-        if isinstance(part, RandAugment):
-            for operation in part.ops:
-                if operation.aug_fn is posterize:
-                    operation.aug_fn = _posterize
+    mend_posterize(transform)
     return cast(Transform, transform)
 
 
@@ -89,6 +85,15 @@ def eval_transform(config: DataConfig) -> Transform:
         use_prefetcher=True,
     )
     return transform
+
+
+def mend_posterize(transform: Compose) -> None:
+    """Let timm's RandAugment work with Pillow 13, which refuses what it asks for at full strength; see `_posterize`."""
+    for part in transform.transforms:
+        if isinstance(part, RandAugment):
+            for operation in part.ops:
+                if operation.aug_fn is posterize:
+                    operation.aug_fn = _posterize
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
