@@ -9,7 +9,7 @@ For such an MLP the gradient has a closed form, so the inner loop is plain tenso
 needs only first-order autograd.
 
 This file is the method as the paper states it, in plain differentiable operations, and the module around it.
-`convneur.memory_fused` and `convneur.memory_triton` compute the same function faster; `NeuralMemory.recurrence` picks.
+`convneur.memory_operator` computes the same function faster; `NeuralMemory.recurrence` picks.
 
 Widths and depths are not in the paper: `convneur.model` says how they were derived.
 """
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from convneur import memory_fused
+from convneur import memory_operator
 from convneur.memory_steps import ReadOrder, steps, updates
 
 HIDDEN_RATIO = 4
@@ -75,7 +75,7 @@ class UpdateGenerator(nn.Linear):
         super().__init__(dim, 3 * dim)
         self.inner_lr = inner_lr
 
-    def forward(self, surprise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, surprise: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Maps the surprise (B, d) to step size, momentum and decay."""
         return update_factors(surprise, self.weight, self.bias, self.inner_lr)
 
@@ -92,20 +92,22 @@ def retrieve(state: MemoryState, q: Tensor) -> Tensor:
     return F.gelu(q @ state.w1) @ state.w2
 
 
-def update(state: MemoryState, k: Tensor, v: Tensor, generator: Generator) -> MemoryState:
+def update(state: MemoryState, k: Tensor, v: Tensor, generator: Generator, count: Tensor | None = None) -> MemoryState:
     """M_t = U(M_{t-1}, grad loss_t): writes one chunk of keys and values, each (B, L, d).
 
     loss_t = mean over the chunk's tokens of |M_{t-1}(k) - v|^2, and its gradient in closed form:
     with a = k W1, u = GELU(a), e = u W2 - v and g = 2 e / L,
         dloss/dW2 = u^T g            (h, d)
         dloss/dW1 = k^T ((g W2^T) * GELU'(a))   (d, h)
-    The per-channel factors act on the d axis: rows of W1, columns of W2.
+    The per-channel factors act on the d axis: rows of W1, columns of W2. Where rows of zeros fill a chunk up, count
+    is the number of its tokens, L.
     """
+    length = k.shape[-2] if count is None else count
     u, du = gelu_and_derivative(k @ state.w1)
     e = u @ state.w2 - v
-    theta, eta, alpha = generator(e.square().mean(dim=-2))
+    theta, eta, alpha = generator(e.square().sum(dim=-2) / length)
 
-    g = e * (2.0 / k.shape[-2])
+    g = e * (2.0 / length)
     grad_w2 = u.mT @ g
     grad_w1 = k.mT @ ((g @ state.w2.mT) * du)
 
@@ -147,7 +149,7 @@ class NeuralMemory(nn.Module):
     DeepSpeed's ZeRO stage 3 gathers what belongs to the module that is called.
     """
 
-    implementation: Literal["auto", "plain", "fused", "triton"] = "auto"
+    implementation: Literal["auto", "plain", "scan", "fused"] = "auto"
 
     def __init__(self, dim: int, config: MemoryConfig = MemoryConfig()) -> None:
         super().__init__()
@@ -180,7 +182,7 @@ class NeuralMemory(nn.Module):
     def project(self, tokens: Tensor) -> Tensor:
         """Queries, keys and values (B, N, 3d) of tokens (B, N, d); queries alone where nothing will be written."""
         count = updates(self.config.read, tokens.shape[1], self.config.chunk_length)
-        if torch.compiler.is_exporting() or count > 0:  # an exported graph may take images of any size
+        if torch.compiler.is_exporting() or self.implementation == "scan" or count > 0:  # images may be of any size
             return F.linear(tokens, self.qkv_weight, self.qkv_bias)
         return F.linear(tokens, self.qkv_weight[: self.dim], self.qkv_bias[: self.dim])
 
@@ -188,13 +190,21 @@ class NeuralMemory(nn.Module):
         """The loop over chunks, (B, N, 3d) -> (B, N, d), by the fastest implementation for these tokens."""
         config, implementation = self.config, self.implementation
         if implementation == "auto":
-            implementation = "plain" if torch.onnx.is_in_onnx_export() else "fused"
-        if implementation == "plain":
+            implementation = "fused"
+            if torch.onnx.is_in_onnx_export():
+                implementation = "scan" if isinstance(qkv.shape[1], torch.SymInt) else "plain"
+        if implementation in ("plain", "scan"):
             generator = partial(
                 update_factors, weight=self.generator_weight, bias=self.generator_bias, inner_lr=config.inner_lr
             )
-            return recurrence(qkv, MemoryState(self.w1, self.w2), generator, config.chunk_length, config.read)
-        return memory_fused.recurrence(
+            if implementation == "scan":
+                from convneur import memory_scan  # which builds on this module
+
+                run = memory_scan.recurrence
+            else:
+                run = recurrence
+            return run(qkv, MemoryState(self.w1, self.w2), generator, config.chunk_length, config.read)
+        return memory_operator.recurrence(
             qkv,
             self.w1,
             self.w2,

@@ -14,31 +14,23 @@ update factors scale the same axis of both weights.
 
 import math
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from convneur.memory_steps import ReadOrder, steps, updates, written_tokens
 
-NORM_EPS = 1e-12  # as torch.nn.functional.normalize
 CACHE_BYTES_PER_THREAD = 2**19  # one (b, n, h) buffer; the backward pass works in five of them and three halves
 LINE = 16  # numbers in a cache line
 
 
-def state_dtype(tokens: Tensor) -> torch.dtype:
-    """Precision of the state and of all arithmetic on it: that of the tokens, but float32 at least."""
-    return torch.promote_types(tokens.dtype, torch.float32)
-
-
-def _groups(qkv: Tensor, hidden: int, chunk_length: int) -> list[slice]:
+def _groups(norms: Tensor, hidden: int, chunk_length: int) -> list[slice]:
     """Images that are processed together: as many as fit the cache on a CPU, all of them elsewhere."""
-    images, tokens, _ = qkv.shape
+    images, tokens = norms.shape[:2]
     size = images
-    if qkv.device.type == "cpu":
+    if norms.device.type == "cpu":
         threads = torch.get_num_threads()
-        bytes_per_image = 2 * min(chunk_length, tokens) * hidden * state_dtype(qkv).itemsize
+        bytes_per_image = 2 * min(chunk_length, tokens) * hidden * norms.itemsize
         size = threads * max(1, CACHE_BYTES_PER_THREAD // bytes_per_image)
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
 
@@ -67,62 +59,46 @@ def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
 
 
-@torch.library.custom_op("convneur::neural_memory", mutates_args=())
-def neural_memory(
+def forward(
     qkv: Tensor,
-    w1: Tensor,
-    w2: Tensor,
+    norms: Tensor,
+    start: Tensor,
     generator_weight: Tensor,
     generator_bias: Tensor,
     chunk_length: int,
     inner_lr: float,
-    read: str,
+    read: ReadOrder,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The recurrence as one operator, so that compilers and exporters take it as it is.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Context, states, surprises, factors and errors, as `convneur.memory_operator.neural_memory` returns them.
 
     Args:
         qkv: queries, keys and values (B, N, 3d); where there is no update, queries alone will do, (B, N, d).
-        w1: (d, h).
-        w2: (h, d).
+        norms: of queries and keys, (B, N, 2, 1).
+        start: W1 and W2^T of M_0, (2, d, h).
         generator_weight: of the update generator, (3d, d).
         generator_bias: (3d,).
         chunk_length: L.
         inner_lr: scale of the inner step size.
-        read: a ReadOrder.
-        keep: whether to return more than the context.
-
-    Returns:
-        The context (B, N, d), in the precision of qkv; then, in the precision of the state, and empty if not kept,
-        states (U, 2, 2, B, d, h), weights and velocities after each update;
-        surprises (U, B, d);
-        factors (U, B, 3d), what the update generator makes of the surprises;
-        errors e (B, M, d) of the M tokens that are written;
-        norms (B, N, 2, 1) of queries and keys.
+        read: reading order.
+        keep: whether to keep all states; otherwise there is room for two.
     """
-    (images, tokens, _), (d, h) = qkv.shape, w1.shape
-    dtype = state_dtype(qkv)
+    (images, tokens, _), (_, d, h) = qkv.shape, start.shape
     plan, count = steps(read, tokens, chunk_length), updates(read, tokens, chunk_length)
-    start = torch.stack((w1, w2.T)).to(dtype).unsqueeze(1)
-    generator_weight, generator_bias = generator_weight.to(dtype), generator_bias.to(dtype)
-
     parts = qkv.unflatten(-1, (-1, d))
     y = qkv.new_empty(images, tokens, d)
-    norms = torch.linalg.vector_norm(parts[:, :, :2], dim=-1, keepdim=True, dtype=dtype).clamp_min_(NORM_EPS)
     states = norms.new_empty(count if keep else min(count, 2), 2, 2, images, d, h)
     factors = norms.new_empty(count, images, 3 * d)
     surprises = norms.new_empty(count, images, d)
     errors = norms.new_empty(images, written_tokens(read, tokens, chunk_length), d)
 
-    for group in _groups(qkv, h, chunk_length):
+    for group in _groups(norms, h, chunk_length):
         b = group.stop - group.start
         scratch = _Scratch(norms, b, min(chunk_length, tokens), per_key=[d, d, h], per_row=[d, d, h, h])
-        w, z = start.expand(2, b, d, h), None
+        w, z = start.unsqueeze(1).expand(2, b, d, h), None
         for t, step in enumerate(plan):
-            (k_step, g_step, back), (x, out, a, u), (x_k, out_k, a_k, u_k), (x_q, out_q, _, _) = scratch.cut(
-                *step.sizes
-            )
             n_k, n_q = step.sizes
+            (k_step, g_step, back), (x, out, a, u), (x_k, out_k, a_k, u_k), (x_q, out_q, *_) = scratch.cut(n_k, n_q)
             if n_k:
                 torch.div(parts[group, step.keys, 1], norms[group, step.keys, 1], out=x_k)
             if n_q:
@@ -155,27 +131,23 @@ def neural_memory(
                 new_z[1].baddbmm_(g_step.mT, u_k)
             torch.addcmul(new_z, w, 1.0 - alpha, out=new_w)
             w, z = new_w, new_z
-    kept = states, surprises, factors, errors, norms
-    return y, *(kept if keep else (states.new_empty(0) for _ in kept))
+    return y, states, surprises, factors, errors
 
 
-@torch.library.custom_op("convneur::neural_memory_backward", mutates_args=())
-def neural_memory_backward(
+def backward(
     dy: Tensor,
     qkv: Tensor,
-    w1: Tensor,
-    w2: Tensor,
+    norms: Tensor,
+    start: Tensor,
     generator_weight: Tensor,
     states: Tensor,
-    surprises: Tensor,
     factors: Tensor,
     errors: Tensor,
-    norms: Tensor,
     chunk_length: int,
     inner_lr: float,
-    read: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, w1, w2 and the update generator's weight and bias, from what `neural_memory` returns.
+    read: ReadOrder,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv, of M_0 as (2, d, h) and of the update generator's logits, (U, B, 3d).
 
     With a = x W1 for keys and queries alike, it computes t = -a / sqrt(2), E = erfc(t) = 2 Phi(a) and p = exp(-t^2), so
         GELU(a)   = -sqrt(1/2) (t E),
@@ -183,10 +155,8 @@ def neural_memory_backward(
         GELU''(a) = sqrt(2/pi) (p - t^2 p),
     and leaves the constants to the matrix products before or after.
     """
-    (_, tokens, _), (d, h) = qkv.shape, w1.shape
+    (_, tokens, _), (_, d, h) = qkv.shape, start.shape
     plan, count = steps(read, tokens, chunk_length), updates(read, tokens, chunk_length)
-    start = torch.stack((w1, w2.T)).to(norms.dtype).unsqueeze(1)
-    generator_weight = generator_weight.to(norms.dtype)
     zero = norms.new_zeros(())
 
     parts = qkv.unflatten(-1, (-1, d))
@@ -196,11 +166,12 @@ def neural_memory_backward(
     d_logits = torch.empty_like(factors)
     d_parts[:, plan[count - 1].keys.stop if count else 0 :, 1:] = 0.0  # keys and values that nothing read
 
-    for group in _groups(qkv, h, chunk_length):
+    for group in _groups(norms, h, chunk_length):
         b = group.stop - group.start
         scratch = _Scratch(norms, b, min(chunk_length, tokens), per_key=[d] * 5 + [h] * 3, per_row=[d] * 3 + [h] * 5)
-        dw = dz = None
-        product = norms.new_empty(2, b, d, h)
+        # Adjoints of the weights and velocities that a step leaves; without updates there is but one step.
+        dw, dz = (norms.new_zeros(2, b if count else 0, d, h) for _ in range(2))
+        product = torch.empty_like(dw)
         for t in reversed(range(len(plan))):
             keys, queries = plan[t]
             n_k, n_q = plan[t].sizes
@@ -209,7 +180,11 @@ def neural_memory_backward(
             x, r, dx, arg, u, slope, exponent, density = per_row
             x_k, r_k, dx_k, _, u_k, slope_k, exponent_k, density_k = of_keys
             x_q, r_q, dx_q, *_ = of_queries
-            w, z = states[min(t, count) - 1, :, :, group] if min(t, count) else (start.expand(2, b, d, h), None)
+            w, z = (
+                states[min(t, count) - 1, :, :, group]
+                if min(t, count)
+                else (start.unsqueeze(1).expand(2, b, d, h), None)
+            )
 
             if n_k:
                 torch.div(parts[group, keys, 1], norms[group, keys, 1], out=x_k)
@@ -232,7 +207,7 @@ def neural_memory_backward(
                 _product(e, w[1], out=half, scale=1.0 / n_k)
                 torch.mul(half, slope_k, out=back)
 
-                dz = dw.clone() if dz is None else dz.add_(dw)
+                dz.add_(dw)
                 d_logit = d_logits[t, group]
                 d_theta, d_eta, d_alpha = d_logit.split(d, dim=1)
                 torch.sum(torch.mul(dw, w, out=product), (0, 3), out=d_alpha).neg_()
@@ -268,26 +243,20 @@ def neural_memory_backward(
             if n_k:
                 dx_k.addcmul_(dk_step, rate)
 
-            if t == 0:
-                if dw is not None:
-                    d_start += (dw.mul_(1.0 - alpha) if n_k else dw).sum(1)
+            if n_k:
+                dw.mul_(1.0 - alpha)
+                dz.mul_(eta)
+            if t:
+                dw[0].baddbmm_(x.mT, da)
+                dw[1].baddbmm_(r.mT, u, alpha=-math.sqrt(0.5))
+                if n_k:
+                    dw[1].baddbmm_(e.mT, back, alpha=2.0 / n_k)
+            else:  # all images share M_0
+                d_start += dw.sum(1)
                 d_start[0].addmm_(x.flatten(0, 1).T, da.flatten(0, 1))
                 d_start[1].addmm_(r.flatten(0, 1).T, u.flatten(0, 1), alpha=-math.sqrt(0.5))
                 if n_k:
                     d_start[1].addmm_(e.flatten(0, 1).T, back.flatten(0, 1), alpha=2.0 / n_k)
-            else:
-                if dw is None:
-                    dw = torch.empty_like(product)
-                    torch.bmm(x.mT, da, out=dw[0])
-                    _product(r.mT, u, out=dw[1], scale=-math.sqrt(0.5))
-                else:
-                    if n_k:
-                        dw.mul_(1.0 - alpha)
-                        dz.mul_(eta)
-                    dw[0].baddbmm_(x.mT, da)
-                    dw[1].baddbmm_(r.mT, u, alpha=-math.sqrt(0.5))
-                if n_k:
-                    dw[1].baddbmm_(e.mT, back, alpha=2.0 / n_k)
 
             dx.addcmul_(x, torch.linalg.vecdot(x, dx).unsqueeze(-1), value=-1.0)
             if n_k:
@@ -295,94 +264,4 @@ def neural_memory_backward(
             if n_q:
                 torch.div(dx_q, norms[group, queries, 0], out=d_parts[group, queries, 0])
 
-    d_logits, surprises = d_logits.flatten(0, 1), surprises.flatten(0, 1)
-    return d_qkv, d_start[0], d_start[1].T.contiguous(), d_logits.T @ surprises, d_logits.sum(0)
-
-
-@neural_memory.register_fake
-def _(
-    qkv: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    generator_weight: Tensor,
-    generator_bias: Tensor,
-    chunk_length: int,
-    inner_lr: float,
-    read: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (images, tokens, width), (d, h) = qkv.shape, w1.shape
-    count = updates(read, tokens, chunk_length)
-    shapes = (
-        (count, 2, 2, images, d, h),
-        (count, images, d),
-        (count, images, 3 * d),
-        (images, written_tokens(read, tokens, chunk_length), d),
-        (images, tokens, min(2, width // d), 1),
-    )
-    kept = (qkv.new_empty(shape if keep else 0, dtype=state_dtype(qkv)) for shape in shapes)
-    return qkv.new_empty(images, tokens, d), *kept
-
-
-@neural_memory_backward.register_fake
-def _(
-    dy: Tensor, qkv: Tensor, w1: Tensor, w2: Tensor, generator_weight: Tensor, states: Tensor, *rest: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d = w1.shape[0]
-    return (
-        torch.empty_like(qkv),
-        *(states.new_empty(shape) for shape in (w1.shape, w2.shape, (3 * d, d), (3 * d,))),
-    )
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, w1, w2, generator_weight, _, *settings, _ = inputs
-    ctx.settings = settings
-    ctx.save_for_backward(qkv, w1, w2, generator_weight, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    with torch.autocast(dy.device.type, enabled=False):
-        return *neural_memory_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None
-
-
-neural_memory.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-@register_flop_formula(torch.ops.convneur.neural_memory)
-def _(
-    qkv: Any,
-    w1: Any,
-    w2: Any,
-    weight: Any,
-    bias: Any,
-    chunk_length: int,
-    inner_lr: float,
-    read: str,
-    *_: Any,
-    **__: Any,
-) -> int:
-    """Matrix products only, as for every operator: 8 d^2 multiply-accumulates a token to read it, 20 to write it."""
-    (images, tokens, _), (d, h) = qkv, w1
-    count, written = updates(read, tokens, chunk_length), written_tokens(read, tokens, chunk_length)
-    return 2 * images * (2 * tokens * d * h + 5 * written * d * h + count * 3 * d * d)
-
-
-def recurrence(
-    qkv: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    generator_weight: Tensor,
-    generator_bias: Tensor,
-    chunk_length: int,
-    inner_lr: float,
-    read: ReadOrder,
-) -> Tensor:
-    """`convneur.memory.recurrence`, fused: (B, N, 3d) or, where there is no update, (B, N, d) -> (B, N, d)."""
-    tensors = qkv, w1, w2, generator_weight, generator_bias
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors) and not torch.compiler.is_exporting()
-    with torch.autocast(qkv.device.type, enabled=False):
-        context: Tensor = neural_memory(*tensors, chunk_length, inner_lr, read, keep)[0]
-    return context
+    return d_qkv, d_start, d_logits

@@ -1,0 +1,222 @@
+"""The neural memory's recurrence as one PyTorch operator, `convneur::neural_memory`, with its own backward pass.
+
+Compilers and exporters take an operator as it is: no graph breaks, no loop unrolled over chunks, any number of tokens.
+What computes it is `convneur.memory_triton` on CUDA, where that fits, and `convneur.memory_fused` elsewhere.
+
+Shape legend: B images, N tokens, M written tokens, U updates, L tokens a chunk, d memory width, h hidden width.
+"""
+
+import os
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from convneur import memory_fused
+from convneur.memory_steps import ReadOrder, updates, written_tokens
+
+NORM_EPS = 1e-12  # as torch.nn.functional.normalize
+
+
+def recurrence(
+    qkv: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    generator_weight: Tensor,
+    generator_bias: Tensor,
+    chunk_length: int,
+    inner_lr: float,
+    read: ReadOrder,
+    kernels: bool = True,
+) -> Tensor:
+    """Context (B, N, d), the same as `convneur.memory.recurrence` computes; the arguments are the operator's."""
+    tensors = qkv, w1, w2, generator_weight, generator_bias
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors) and not torch.compiler.is_exporting()
+    with torch.autocast(qkv.device.type, enabled=False):
+        context: Tensor = neural_memory(*tensors, chunk_length, inner_lr, read, keep, kernels)[0]
+    return context
+
+
+def _state_dtype(qkv: Tensor) -> torch.dtype:
+    """Precision of the state and of all arithmetic on it: that of the tokens, but float32 at least."""
+    return torch.promote_types(qkv.dtype, torch.float32)
+
+
+def _implementation(qkv: Tensor, d: int, count: int, kernels: bool) -> ModuleType:
+    """The module whose `forward` and `backward` are to be called."""
+    if kernels and count and (qkv.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        from convneur import memory_triton  # takes seconds to import
+
+        if memory_triton.fits(qkv, d):
+            return memory_triton
+    return memory_fused
+
+
+@torch.library.custom_op("convneur::neural_memory", mutates_args=())
+def neural_memory(
+    qkv: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    generator_weight: Tensor,
+    generator_bias: Tensor,
+    chunk_length: int,
+    inner_lr: float,
+    read: str,
+    keep: bool,
+    kernels: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Reads and writes the memory chunk by chunk.
+
+    Args:
+        qkv: queries, keys and values (B, N, 3d); where there is no update, queries alone will do, (B, N, d).
+        w1: (d, h).
+        w2: (h, d).
+        generator_weight: of the update generator, (3d, d).
+        generator_bias: (3d,).
+        chunk_length: L.
+        inner_lr: scale of the inner step size.
+        read: a ReadOrder.
+        keep: whether to return more than the context.
+        kernels: whether Triton kernels may be used.
+
+    Returns:
+        The context (B, N, d), in the precision of qkv; then, in the precision of the state, and empty if not kept,
+        states (U, 2, 2, B, d, h), weights and velocities after each update, W1 and W2^T of both;
+        surprises (U, B, d);
+        factors (U, B, 3d), what the update generator makes of the surprises;
+        errors e (B, M, d) of the tokens that are written;
+        norms (B, N, 2, 1) of queries and keys.
+    """
+    d, count = w1.shape[0], updates(cast(ReadOrder, read), qkv.shape[1], chunk_length)
+    dtype = _state_dtype(qkv)
+    query_and_key = qkv.unflatten(-1, (-1, d))[:, :, :2]
+    norms = torch.linalg.vector_norm(query_and_key, dim=-1, keepdim=True, dtype=dtype).clamp_min_(NORM_EPS)
+    y, states, surprises, factors, errors = _implementation(qkv, d, count, kernels).forward(
+        qkv,
+        norms,
+        torch.stack((w1, w2.T)).to(dtype),
+        generator_weight.to(dtype),
+        generator_bias.to(dtype),
+        chunk_length,
+        inner_lr,
+        read,
+        keep,
+    )
+    if not keep:
+        states, surprises, factors, errors, norms = (norms.new_empty(0) for _ in range(5))
+    return y, states, surprises, factors, errors, norms
+
+
+@torch.library.custom_op("convneur::neural_memory_backward", mutates_args=())
+def neural_memory_backward(
+    dy: Tensor,
+    qkv: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    generator_weight: Tensor,
+    states: Tensor,
+    surprises: Tensor,
+    factors: Tensor,
+    errors: Tensor,
+    norms: Tensor,
+    chunk_length: int,
+    inner_lr: float,
+    read: str,
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, w1, w2 and the update generator's weight and bias, from what `neural_memory` kept."""
+    d_qkv, d_start, d_logits = _implementation(qkv, w1.shape[0], len(states), kernels).backward(
+        dy.contiguous(),
+        qkv,
+        norms,
+        torch.stack((w1, w2.T)).to(norms.dtype),
+        generator_weight.to(norms.dtype),
+        states,
+        factors,
+        errors,
+        chunk_length,
+        inner_lr,
+        read,
+    )
+    d_logits, surprises = d_logits.flatten(0, 1), surprises.flatten(0, 1)
+    return d_qkv, d_start[0], d_start[1].T.contiguous(), d_logits.T @ surprises, d_logits.sum(0)
+
+
+@neural_memory.register_fake
+def _(
+    qkv: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    generator_weight: Tensor,
+    generator_bias: Tensor,
+    chunk_length: int,
+    inner_lr: float,
+    read: str,
+    keep: bool,
+    kernels: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (images, tokens, width), (d, h) = qkv.shape, w1.shape
+    count = updates(cast(ReadOrder, read), tokens, chunk_length)
+    shapes = (
+        (count, 2, 2, images, d, h),
+        (count, images, d),
+        (count, images, 3 * d),
+        (images, written_tokens(cast(ReadOrder, read), tokens, chunk_length), d),
+        (images, tokens, min(2, width // d), 1),
+    )
+    states, surprises, factors, errors, norms = (
+        qkv.new_empty(shape if keep else (0,), dtype=_state_dtype(qkv)) for shape in shapes
+    )
+    return qkv.new_empty(images, tokens, d), states, surprises, factors, errors, norms
+
+
+@neural_memory_backward.register_fake
+def _(
+    dy: Tensor, qkv: Tensor, w1: Tensor, w2: Tensor, generator_weight: Tensor, states: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias = states.new_empty(generator_weight.shape[0])
+    return (
+        torch.empty_like(qkv),
+        states.new_empty(w1.shape),
+        states.new_empty(w2.shape),
+        states.new_empty(generator_weight.shape),
+        bias,
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, w1, w2, generator_weight, _, chunk_length, inner_lr, read, _, kernels = inputs
+    ctx.settings = chunk_length, inner_lr, read, kernels
+    ctx.save_for_backward(qkv, w1, w2, generator_weight, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    with torch.autocast(dy.device.type, enabled=False):
+        return *neural_memory_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+
+
+neural_memory.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.convneur.neural_memory)
+def _(
+    qkv: Any,
+    w1: Any,
+    w2: Any,
+    weight: Any,
+    bias: Any,
+    chunk_length: int,
+    inner_lr: float,
+    read: ReadOrder,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Matrix products only, as for every operator: 8 d^2 multiply-accumulates a token to read it, 20 to write it."""
+    (images, tokens, _), (d, h) = qkv, w1
+    count, written = updates(read, tokens, chunk_length), written_tokens(read, tokens, chunk_length)
+    macs: int = images * (2 * tokens * d * h + 5 * written * d * h + count * 3 * d * d)
+    return 2 * macs
