@@ -19,6 +19,7 @@ setup:
 	@scripts/setup.sh $(VENV) constraints/torch-$(TORCH).txt
 
 test: lint
+	@scripts/test_packages.sh
 	python -m pytest
 
 # mypy does not know setup.cfg's package_dir: the links show it the packages as they are installed.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -237,5 +238,9 @@ def test_cluster_removes_no_folder_of_others(tmp_path: Path) -> None:
 
 def processes_that_name(folder: Path) -> set[str]:
     """Processes with a folder in their command lines."""
-    lines = subprocess.run(["ps", "-eo", "pid,args"], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-    return {line.split()[0] for line in lines if str(folder) in line}
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if str(folder).encode() in (process / "cmdline").read_bytes():
+                found.add(process.name)
+    return found
