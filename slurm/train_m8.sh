@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 
 # Slurm runs a copy of this file; what it needs lies beside the original.
-original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n 's/^ *Command=\(.*\/train_m8\.sh\).*/\1/p')
+original=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\/train_m8\.sh\).*/\1/p')}
 # shellcheck source=slurm/common.sh
 . "$(dirname "${original:-$0}")/common.sh"
 train m8 "$@"
