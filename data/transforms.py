@@ -28,7 +28,9 @@ def decode(image: bytes) -> Image.Image:
     """
     pixels = _decode_plain_jpeg(image)
     if pixels is not None:
-        return Image.fromarray(pixels)
+        height, width, _ = pixels.shape
+        # Pillow keeps four bytes a pixel, so this is a plain copy.
+        return Image.frombytes("RGB", (width, height), pixels.data, "raw", "RGBX")
     try:
         return Image.open(io.BytesIO(image)).convert("RGB")
     except UnidentifiedImageError:
@@ -40,14 +42,17 @@ def decode(image: bytes) -> Image.Image:
 
 
 def _decode_plain_jpeg(image: bytes) -> np.ndarray | None:
-    """(H, W, 3) uint8, or None for whatever Pillow is to judge: other formats and colours, damage, gigantic sizes."""
+    """(H, W, 4) uint8, the fourth unused.
+
+    None for whatever Pillow is to judge: other formats and colours, damage, gigantic sizes.
+    """
     if not image.startswith(b"\xff\xd8"):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(image)
         if colorspace not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
-        pixels: np.ndarray = simplejpeg.decode_jpeg(image)
+        pixels: np.ndarray = simplejpeg.decode_jpeg(image, "RGBX")
         return pixels
     except ValueError:
         return None

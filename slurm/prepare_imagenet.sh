@@ -19,8 +19,9 @@ original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
 
 part=()
 if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
-    [ "$SLURM_ARRAY_TASK_MIN" = 1 ] && [ "$SLURM_ARRAY_TASK_MAX" = "$SLURM_ARRAY_TASK_COUNT" ] ||
+    if [ "${SLURM_ARRAY_TASK_MIN-}" != 1 ] || [ "$SLURM_ARRAY_TASK_MAX" != "$SLURM_ARRAY_TASK_COUNT" ]; then
         die "--array is ${SLURM_ARRAY_TASK_MIN}-${SLURM_ARRAY_TASK_MAX}, expected 1-N"
+    fi
     part=(--part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")
 fi
 exec "${convneur[@]}" prepare imagenet --source "$1" --out "$2" "${part[@]}" \

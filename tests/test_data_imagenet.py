@@ -192,6 +192,27 @@ def test_both_layouts_and_all_divisions_of_the_work_give_the_same_bytes(
     assert prepare_imagenet(archives, out, processes=2, shard_samples=10) is False
 
 
+def test_an_array_job_and_a_job_after_it_do_the_same(archives: Path, tmp_path: Path) -> None:
+    """The batch script, as Slurm runs it: the tasks of an array, then a job that isn't one."""
+    script = Path(__file__).parents[1] / "slurm" / "prepare_imagenet.sh"
+    if not (script.parents[1] / ".venv/bin/convneur").exists():
+        pytest.skip("the batch scripts run the checkout's .venv/bin/convneur")
+
+    def job(**env: str) -> subprocess.CompletedProcess[str]:
+        words = ["bash", script, archives, tmp_path / "out", "--max-side", "50"]
+        return subprocess.run(words, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+
+    array = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
+    for task in ("2", "1"):
+        result = job(SLURM_ARRAY_TASK_ID=task, SLURM_CPUS_PER_TASK="1", **array)
+        assert f"part {task}/2 written" in result.stdout, result.stderr
+    assert job().returncode == 0
+    prepare_imagenet(archives, tmp_path / "expected", processes=1, max_side=50)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    result = job(SLURM_ARRAY_TASK_ID="0", **array | {"SLURM_ARRAY_TASK_MIN": "0"})
+    assert (result.returncode, result.stderr) == (2, "slurm: --array is 0-2, expected 1-N\n")
+
+
 def test_an_unpacked_devkit_and_a_mix_of_layouts_do(
     archives: Path, folders: Path, prepared: Path, tmp_path: Path
 ) -> None:
