@@ -66,7 +66,7 @@ class NonLocal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, d) -> (B, H, W, d)."""
-        theta, phi, g = self.theta_phi_g(x.flatten(1, 2)).chunk(3, dim=-1)
+        theta, phi, g = self.theta_phi_g(x.flatten(1, 2)).unsqueeze(1).chunk(3, dim=-1)  # one head
         return F.scaled_dot_product_attention(theta, phi, g, scale=1.0).view_as(x)
 
 
@@ -214,7 +214,7 @@ class Titans(nn.Module):
             return self._read_and_write(x.to(self.w1.dtype).flatten(1, 2)).view_as(x)
 
     def _read_and_write(self, tokens: Tensor) -> Tensor:
-        persistent = self.persistent_tokens.expand(len(tokens), -1, -1)
+        persistent = self.persistent_tokens.expand(tokens.shape[0], -1, -1)
         state = MemoryState(self.w1, self.w2)
         outputs = []
         for segment in torch.split(tokens, self.chunk_length, dim=1):
