@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,6 @@ class Run:
         if done % (self.config.run.eval_every_epochs * self.loader.steps_per_epoch) == 0 and done < self.total_steps:
             self._evaluate(done)
 
-    def stop(self, done: int, reason: str) -> None:
-        """Ends this start of the run before its last step; the checkpoint has been saved."""
-        self.log.say(f"stopped by {reason} after {done} of {self.total_steps} steps; --resume auto goes on from there")
-        self.log.close()
-        self.stop_request.close()
-
     def finish(self) -> Summary:
         """Evaluates the final weights, draws the curves and writes the summary. Collective."""
         raw, averaged = self._evaluate(self.total_steps)
@@ -124,8 +119,6 @@ class Run:
             seconds=round(self.seconds, 1),
             checkpoint=str(list_checkpoints(self.folder / CHECKPOINTS)[0]),
         )
-        self.log.close()
-        self.stop_request.close()
         if self.world.is_main:
             plot_run(self.folder)
             write_summary(summary, self.folder)
@@ -148,10 +141,23 @@ class Run:
         return evaluate(model, self.eval_loader, self.normalize, self.autocast, self.eval_images)
 
 
-def start_run(config: Config, world: World, folder: Path, resume: str) -> Run:
-    """Builds everything a rank trains with, at the position to start from. Collective; see `convneur.train.train`."""
+@contextmanager
+def started_run(config: Config, world: World, folder: Path, resume: str) -> Iterator[Run]:
+    """A run at the position to start from; closes its files and lets go of signals, however the block ends.
+
+    Collective; see `convneur.train.train` for what it takes and raises.
+    """
+    with StopRequest() as stop_request:
+        run = _start(config, world, folder, resume, stop_request)
+        try:
+            yield run
+        finally:
+            run.log.close()
+
+
+def _start(config: Config, world: World, folder: Path, resume: str, stop_request: StopRequest) -> Run:
+    """Builds everything a rank trains with."""
     started = time.monotonic()
-    stop_request = StopRequest()
     train_store = open_store(config.data, config.data.train_split)
     eval_store = open_store(config.data, config.data.val_split)
     loader = TrainLoader(

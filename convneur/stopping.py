@@ -2,7 +2,7 @@
 
 import signal
 from types import FrameType
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ class StopRequest:
     def __init__(self) -> None:
         self._received = 0
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # every rank is in it
-        self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
 
     def agreed(self) -> str | None:
         """The name of a signal that some rank has got, the same on all of them, or None. Collective."""
@@ -28,7 +27,12 @@ class StopRequest:
         dist.all_reduce(received, dist.ReduceOp.MAX, self._group)
         return signal.Signals(int(received)).name if received else None
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """Starts to listen for the signals."""
+        self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Gives the signals back their former effect."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

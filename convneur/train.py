@@ -15,7 +15,7 @@ from convneur.data.keys import key, seed_libraries
 from convneur.data.loader import Batch
 from convneur.data.mixing import DeviceTransform
 from convneur.ema import Ema
-from convneur.run import start_run
+from convneur.run import started_run
 from convneur.summary import Summary
 from convneur.world import World
 
@@ -58,17 +58,17 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never") ->
         InputError: configuration, data and checkpoint don't fit each other; nothing has been written then.
         NonFiniteError: the loss or the weights are no longer finite; the newest checkpoint is from before that.
     """
-    run = start_run(config, world, run_dir, resume)
-    for step, batches in run.steps():
-        # Drop path draws from (seed, step, rank) alone, so a resumed run needs no saved generators.
-        seed_libraries(key(config.run.seed, "step", step, world.rank), world.device)
-        run.schedule.step_update(step)
-        loss = train_step(run.engine, batches, run.prepare, run.ema)
-        run.log.step(step + 1, loss, run.learning_rate)
-        run.evaluate_if_due(step + 1)
-        stopping = run.stop_request.agreed()
-        run.checkpoint_if_due(step + 1, at_once=stopping is not None)
-        if stopping:
-            run.stop(step + 1, stopping)
-            return None
-    return run.finish()
+    with started_run(config, world, run_dir, resume) as run:
+        for step, batches in run.steps():
+            # Drop path draws from (seed, step, rank) alone, so a resumed run needs no saved generators.
+            seed_libraries(key(config.run.seed, "step", step, world.rank), world.device)
+            run.schedule.step_update(step)
+            loss = train_step(run.engine, batches, run.prepare, run.ema)
+            run.log.step(step + 1, loss, run.learning_rate)
+            run.evaluate_if_due(step + 1)
+            stopping = run.stop_request.agreed()
+            run.checkpoint_if_due(step + 1, at_once=stopping is not None)
+            if stopping:
+                run.log.say(f"stopped by {stopping} after {step + 1} steps; --resume auto goes on from there")
+                return None
+        return run.finish()

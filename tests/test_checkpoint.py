@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -139,6 +140,7 @@ def test_a_save_that_dies_leaves_the_last_good_one(
         train(config, world, tmp_path)
     monkeypatch.undo()
     assert len(calls) == 1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     found, faults = newest_intact(list_checkpoints(tmp_path / "checkpoints"), world)
     assert found is not None
     assert found.name == "step-00000004"
