@@ -17,6 +17,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from convneur.memory import HIDDEN_RATIO, MemoryConfig, MemoryState, NeuralMemory, UpdateGenerator, retrieve, update
+from convneur.precision import own_precision
 
 MixerKind = Literal["neural_memory", "cbam", "non_local", "self_attention", "ir_rwkv", "titans"]
 
@@ -152,7 +153,7 @@ class SpatialMix(nn.Module):
         shifted = quad_shift(x)
         r, k, v = (shifted + mix * (x - shifted) for mix in self.mix_rkv)
         r, k, v = self.receptance(r).sigmoid(), self.key(k), self.value(v)
-        with torch.autocast(x.device.type, enabled=False):  # exponentials and long sums
+        with own_precision(x):  # exponentials and long sums
             parts = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in (self.decay, self.bonus, k, v))
             decay, bonus, k, v = parts
             y = bidirectional_wkv(decay, bonus, k.flatten(1, 2), v.flatten(1, 2)).view_as(v)
@@ -210,7 +211,7 @@ class Titans(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, d) -> (B, H, W, d)."""
-        with torch.autocast(x.device.type, enabled=False):  # the memory is a running sum
+        with own_precision(x):  # the memory is a running sum
             return self._read_and_write(x.to(self.w1.dtype).flatten(1, 2)).view_as(x)
 
     def _read_and_write(self, tokens: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from convneur import memory_operator
 from convneur.memory_steps import ReadOrder, steps, updates
+from convneur.precision import own_precision
 
 HIDDEN_RATIO = 4
 
@@ -128,7 +129,7 @@ def recurrence(qkv: Tensor, state: MemoryState, generator: Generator, chunk_leng
     all arithmetic on it are in float32 (float64 for float64 tokens) whatever autocast is on: the state is a running
     sum over up to hundreds of chunks, which half precision would round away.
     """
-    with torch.autocast(qkv.device.type, enabled=False):
+    with own_precision(qkv):
         q, *kv = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).split(state.w1.shape[0], dim=-1)
         q = F.normalize(q, dim=-1)
         if kv:

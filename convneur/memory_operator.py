@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from convneur import memory_fused
 from convneur.memory_steps import ReadOrder, updates, written_tokens
+from convneur.precision import own_precision
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
 
@@ -34,7 +35,7 @@ def recurrence(
     """Context (B, N, d), the same as `convneur.memory.recurrence` computes; the arguments are the operator's."""
     tensors = qkv, w1, w2, generator_weight, generator_bias
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors) and not torch.compiler.is_exporting()
-    with torch.autocast(qkv.device.type, enabled=False):
+    with own_precision(qkv):
         context: Tensor = neural_memory(*tensors, chunk_length, inner_lr, read, keep, kernels)[0]
     return context
 

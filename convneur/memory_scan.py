@@ -17,13 +17,14 @@ from torch._higher_order_ops.scan import scan
 
 from convneur.memory import Generator, MemoryState, retrieve, update
 from convneur.memory_steps import ReadOrder
+from convneur.precision import own_precision
 
 
 def recurrence(qkv: Tensor, state: MemoryState, generator: Generator, chunk_length: int, read: ReadOrder) -> Tensor:
     """`convneur.memory.recurrence` for a number of tokens that is not known yet: (B, N, 3d) -> (B, N, d)."""
-    with torch.autocast(qkv.device.type, enabled=False):
+    with own_precision(qkv):
         images, tokens, _ = qkv.shape
-        chunks = (tokens + chunk_length - 1) // chunk_length
+        chunks = torch.sym_max((tokens + chunk_length - 1) // chunk_length, 2)  # exporters make 1 a constant
         q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).chunk(3, dim=-1)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
 
@@ -37,8 +38,10 @@ def recurrence(qkv: Tensor, state: MemoryState, generator: Generator, chunk_leng
 
         def step(carry: list[Tensor], chunk: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[list[Tensor], Tensor]:
             before, (q_t, k_t, v_t, valid_t) = MemoryState(*carry), chunk
-            after = update(before, k_t * valid_t, v_t * valid_t, generator, count=valid_t.sum())
-            return [x for x in after if x is not None], retrieve(before if read == "before_update" else after, q_t)
+            count = valid_t.sum()
+            after = update(before, k_t * valid_t, v_t * valid_t, generator, count.clamp(min=1))
+            context = retrieve(before if read == "before_update" else after, q_t)
+            return [torch.where(count > 0, x, y) for x, y in zip(after, before, strict=True)], context
 
         w1, w2 = (w.expand(images, -1, -1).clone() for w in (state.w1, state.w2))
         start = [w1, w2, torch.zeros_like(w1), torch.zeros_like(w2)]

@@ -19,8 +19,9 @@ READS = get_args(ReadOrder)
 KINDS = get_args(MixerKind)
 OPEN_BATCH = {0: Dim("batch", min=1)}
 OPEN = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-# Stages of one chunk and of several, with whole and with ragged last chunks; graphs are traced with the first.
-SIZES = [(64, 96), (64, 64), (128, 128), (78, 113)]
+# Stages of one chunk and of several, with whole and with ragged last chunks. The first, which graphs are traced with,
+# has stages of one chunk that the others have several of.
+SIZES = [(64, 64), (64, 96), (128, 128), (78, 113)]
 
 
 def create(read: ReadOrder = "before_update") -> nn.Module:
