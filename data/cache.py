@@ -101,7 +101,8 @@ class ShardCache:
                     raise OSError("it is not the shard that was indexed: size or checksum differ")
                 file.flush()
                 os.fsync(file.fileno())
-            part.rename(path)
+            with _locked(self.folder / "lock"):  # who makes room would miss a file that changes its name meanwhile
+                part.rename(path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise

@@ -187,7 +187,7 @@ class TrainLoader:
         try:
             yield reached
         finally:
-            process.terminate()
+            process.kill()  # it may have inherited a handler for TERM; what it leaves half-fetched, the cache removes
             process.join()
 
     def _requests(self, start_step: int, stop_step: int) -> Iterator["_Request"]:

@@ -1,14 +1,16 @@
 """Shards on HTTP and S3 servers, good ones and bad ones, through the node's cache."""
 
+import fcntl
 import itertools
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
@@ -232,13 +234,14 @@ def test_indexing_notices_what_is_not_whole(server: Server, tmp_path: Path, faul
 
 
 def cached_bytes(cache: Path) -> int:
-    total = 0
-    for path in [*cache.glob("*.tar"), *cache.glob("*.part")]:
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
+    """What the shards in a cache take. Nobody makes room meanwhile; a shard that gets its final name counts once."""
+    sizes = {}
+    with (cache / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in [*cache.glob("*.part"), *cache.glob("*.tar")]:
+            with suppress(FileNotFoundError):
+                sizes[path.stem] = path.stat().st_size
+    return sum(sizes.values())
 
 
 def _read_all(store: TarStore, order: list[int], results: object) -> None:
@@ -264,6 +267,18 @@ def test_several_ranks_share_a_cache_without_fetching_twice(server: Server, tmp_
     assert len(seen) == 64
     assert set(seen.values()) == {4}
     assert server.asked == {f"train-{number:06d}.tar": 1 for number in range(SHARDS)}
+
+
+def test_prefetching_ends_in_a_process_that_handles_term(server: Server, tmp_path: Path) -> None:
+    """As training does: what it forks inherits the handler, so TERM doesn't end it."""
+    index(server, tmp_path / "index")
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        start = time.monotonic()
+        stream(config_for(tmp_path / "index", tmp_path / "cache"), stop=2)
+        assert time.monotonic() - start < 60
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_the_budget_is_kept_while_ranks_compete(server: Server, tmp_path: Path) -> None:
