@@ -18,9 +18,10 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 setup:
 	@scripts/setup.sh $(VENV) constraints/torch-$(TORCH).txt
 
+# Files of tests side by side, on a thread each: many of them start processes of their own.
 test: lint
 	@scripts/test_packages.sh
-	python -m pytest
+	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # mypy does not know setup.cfg's package_dir: the links show it the packages as they are installed.
 lint: setup
