@@ -9,6 +9,7 @@ Shape legend: B images, N tokens, L tokens a chunk, T = ceil(N / L) chunks, d me
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,9 @@ def recurrence(qkv: Tensor, state: MemoryState, generator: Generator, chunk_leng
             before, (q_t, k_t, v_t, valid_t) = MemoryState(*carry), chunk
             count = valid_t.sum()
             after = update(before, k_t * valid_t, v_t * valid_t, generator, count.clamp(min=1))
+            written = cast(tuple[Tensor, ...], after)  # an update leaves no velocity out
             context = retrieve(before if read == "before_update" else after, q_t)
-            return [torch.where(count > 0, x, y) for x, y in zip(after, before, strict=True)], context
+            return [torch.where(count > 0, x, y) for x, y in zip(written, carry, strict=True)], context
 
         w1, w2 = (w.expand(images, -1, -1).clone() for w in (state.w1, state.w2))
         start = [w1, w2, torch.zeros_like(w1), torch.zeros_like(w2)]
