@@ -129,11 +129,20 @@ def _parser() -> _Parser:
     evaluate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN", help="folder of a checkpoint, or of a run")
     evaluate.add_argument("--data", metavar="DIR", help="prepared dataset (default: the run's own)")
     evaluate.add_argument("--split", help="split of the dataset (default: the run's own)")
-    weights = evaluate.add_mutually_exclusive_group()
-    weights.add_argument("--raw", action="store_true", help="evaluate the weights as trained (default)")
-    weights.add_argument("--ema", action="store_true", help="evaluate their moving average")
+    _add_weights(evaluate)
     _add_launch(evaluate)
     _add_json(evaluate)
+
+    export = add("export", commands.export, "Write a checkpoint as a file for others, checked to give the same logits.")
+    export.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN", help="folder of a checkpoint, or of a run")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=["safetensors", "onnx", "torch"],
+        help="safetensors: the weights, as timm's convneur_* models name them; onnx; torch: for torch.export.load",
+    )
+    export.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: the run's name, here)")
+    _add_weights(export)
 
     ablate = add(
         "ablate",
@@ -248,6 +257,12 @@ def _add_data(subparsers: Any) -> None:
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="how many at a time (default: one a processor)")
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--raw", action="store_true", help="take the weights as trained (default)")
+    weights.add_argument("--ema", action="store_true", help="take their moving average")
 
 
 def _add_launch(parser: argparse.ArgumentParser) -> None:

@@ -134,6 +134,19 @@ def evaluate(args: argparse.Namespace, _: Overrides) -> int:
     return 0
 
 
+def export(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur export`: writes a checkpoint as a file for others, once it has given the same logits."""
+    from convneur.world import name_accelerator
+
+    name_accelerator()
+    from convneur.export import export_checkpoint
+
+    written = export_checkpoint(args.path, args.format, args.out, averaged=args.ema)
+    takes = "" if args.format == "safetensors" else f"; takes any batch{' and image size' * written.any_size}"
+    print(f"{written.path}: logits within {written.difference:.1e} of the checkpoint's{takes}")
+    return 0
+
+
 def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur ablate`: trains the rows of the ablation table that are missing, and prints and saves the table."""
     from convneur.ablate import AblationConfig, check_finished_runs, run_configs, train_rows

@@ -1,0 +1,127 @@
+"""`convneur export`: each format from a checkpoint, read back by a program that knows nothing of this package."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import convneur.timm_models  # noqa: F401
+from convneur import export
+from convneur.branches import MixerKind
+from convneur.checkpoint import CONFIG_FILE, MANIFEST
+from convneur.config import Config, RunConfig, load_config, save_config
+from convneur.data.config import DataConfig
+from convneur.data.errors import InputError
+from convneur.export import export_checkpoint
+from convneur.launch.cli import main
+from convneur.memory import MemoryConfig
+from convneur.model import ConvNeur, ModelConfig
+
+
+def checkpoint(folder: Path, branch: MixerKind = "neural_memory", image_size: int = 96) -> tuple[Path, ConvNeur]:
+    """What a checkpoint folder has of a model: configuration, raw and averaged weights. Returns the averaged one."""
+    model = ModelConfig("n1", num_classes=5, branch=branch, memory=MemoryConfig(chunk_length=90), layer_scale=1.0)
+    config = Config(run=RunConfig(name="small"), model=model, data=DataConfig(image_size=image_size))
+    folder /= "step-00000001"
+    folder.mkdir()
+    torch.manual_seed(0)
+    for name in ("model", "ema"):
+        weights = ConvNeur(model).eval()
+        save_file(weights.state_dict(), folder / f"{name}.safetensors")
+    save_config(config, folder / CONFIG_FILE)
+    (folder / MANIFEST).write_text("{}")
+    return folder, weights
+
+
+def run_elsewhere(program: str, folder: Path) -> None:
+    """Runs a program that must not import this package."""
+    check = "\nimport sys; assert not [name for name in sys.modules if name.startswith('convneur')]"
+    subprocess.run([sys.executable, "-P", "-c", program + check], cwd=folder, check=True, timeout=120)
+
+
+def test_safetensors_for_timm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, averaged = checkpoint(tmp_path)
+    assert main(["export", str(folder), "--format", "safetensors", "--ema"]) == 0
+    assert capsys.readouterr().out == "small.safetensors: logits within 0.0e+00 of the checkpoint's\n"
+    loaded = timm.create_model(
+        "convneur_n1",
+        num_classes=5,
+        layer_scale=1.0,
+        memory=MemoryConfig(chunk_length=90),
+        checkpoint_path="small.safetensors",
+    ).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(loaded(x), averaged(x))
+
+
+def test_onnx(tmp_path: Path) -> None:
+    folder, averaged = checkpoint(tmp_path)
+    written = export_checkpoint(folder, "onnx", tmp_path / "model.onnx", averaged=True)
+    assert written.any_size
+    x = torch.randn(3, 3, 128, 160)
+    torch.save((x, averaged(x).detach()), tmp_path / "case.pt")
+    run_elsewhere(
+        "import onnxruntime, torch\n"
+        "session = onnxruntime.InferenceSession('model.onnx', providers=['CPUExecutionProvider'])\n"
+        "x, logits = torch.load('case.pt')\n"
+        "torch.testing.assert_close(torch.from_numpy(session.run(['logits'], {'images': x.numpy()})[0]), logits)\n"
+        "assert 'chunk_length: 90' in session.get_modelmeta().custom_metadata_map['config']",
+        tmp_path,
+    )
+
+
+def test_exported_program(tmp_path: Path) -> None:
+    folder, averaged = checkpoint(tmp_path)
+    written = export_checkpoint(folder, "torch", tmp_path / "model.pt2", averaged=True)
+    assert written.any_size
+    x = torch.randn(3, 3, 128, 160)
+    torch.save((x, averaged(x).detach()), tmp_path / "case.pt")
+    run_elsewhere(
+        "import torch\n"
+        "files = {'config.yaml': ''}\n"
+        "program = torch.export.load('model.pt2', extra_files=files)\n"
+        "x, logits = torch.load('case.pt')\n"
+        "torch.testing.assert_close(program.module()(x), logits)\n"
+        "assert 'chunk_length: 90' in files['config.yaml']",
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("branch", ["ir_rwkv", "titans"])
+def test_other_branches(branch: MixerKind, tmp_path: Path) -> None:
+    folder, _ = checkpoint(tmp_path, branch)
+    assert export_checkpoint(folder, "torch", tmp_path / "model.pt2").any_size == (branch != "titans")
+
+
+def test_images_too_small_for_an_open_size(tmp_path: Path) -> None:
+    folder, _ = checkpoint(tmp_path, image_size=32)
+    assert not export_checkpoint(folder, "torch", tmp_path / "model.pt2").any_size
+    assert export_checkpoint(folder, "onnx", tmp_path / "model.onnx").any_size
+
+
+def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = checkpoint(tmp_path)
+
+    def perturb(model: ConvNeur, *args: object) -> export.Run:
+        return lambda x: model(x) + 0.01
+
+    monkeypatch.setattr(export, "_write_onnx", perturb)
+    with pytest.raises(RuntimeError, match=r"the onnx file gives logits that differ from the checkpoint's by 0\.01"):
+        export_checkpoint(folder, "onnx", tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"no checkpoint in {tmp_path}: expected a folder"):
+        export_checkpoint(tmp_path, "onnx")
+    folder, _ = checkpoint(tmp_path)
+    with pytest.raises(InputError, match=r"absent/model\.safetensors can't be written"):
+        export_checkpoint(folder, "safetensors", tmp_path / "absent" / "model.safetensors")
+    assert load_config([folder / CONFIG_FILE]).model.num_classes == 5
