@@ -16,7 +16,6 @@ then the folder gets its name. A kill at any instant leaves the previous checkpo
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
-from convneur.data.files import atomic_write, fsync_folder
+from convneur.data.files import atomic_write, fsync
 from convneur.ema import Ema
 from convneur.engine import Weights, full_weights
 from convneur.errors import NonFiniteError
@@ -132,7 +131,7 @@ def save_checkpoint(folder: Path, config: Config, engine: DeepSpeedEngine, ema: 
 
     files = _files(temporary)
     for path in files:
-        _fsync(path)  # every rank flushes every file: what a rank wrote sits in the page cache of its own node
+        fsync(path)  # every rank flushes every file: what a rank wrote sits in the page cache of its own node
     entries: list[dict[str, Any]] = [{} for _ in range(size)]
     dist.all_gather_object(entries, {str(p.relative_to(temporary)): _digest(p) for p in files[rank::size]})
     if rank == 0:
@@ -191,14 +190,6 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
@@ -207,14 +198,14 @@ def _digest(path: Path) -> dict[str, Any]:
 def _publish(temporary: Path, final: Path) -> None:
     """Gives a complete checkpoint its name; one that is there already was found damaged, or it would not be redone."""
     for folder in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
-        fsync_folder(folder)
+        fsync(folder)
     if final.exists():
         damaged = final.with_name(f"{_TEMPORARY}damaged-{final.name}")
         shutil.rmtree(damaged, ignore_errors=True)
         final.rename(damaged)
         shutil.rmtree(damaged)
     temporary.rename(final)
-    fsync_folder(final.parent)
+    fsync(final.parent)
 
 
 def _damage(checkpoint: Path, rank: int, size: int) -> Iterator[str]:

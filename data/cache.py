@@ -18,7 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from convneur.data.errors import InputError
-from convneur.data.files import fsync_folder
+from convneur.data.files import fsync
 from convneur.data.remote import download
 from convneur.data.retry import retrying
 from convneur.data.shards import Shard
@@ -106,7 +106,7 @@ class ShardCache:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        fsync_folder(self.folder)
+        fsync(self.folder)
 
     def _reserve(self, part: Path, size: int) -> None:
         """Create `part` with `size` bytes once there is room, made by evicting what was read longest ago."""

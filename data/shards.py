@@ -26,7 +26,7 @@ import webdataset
 from webdataset.tariterators import base_plus_ext
 
 from convneur.data.errors import InputError
-from convneur.data.files import TEMPORARY, atomic_write, fsync_folder
+from convneur.data.files import TEMPORARY, atomic_write, fsync
 
 MANIFEST = "manifest.json"
 UNFINISHED = "preparing"
@@ -122,7 +122,7 @@ class Manifest:
         with atomic_write(folder / MANIFEST) as file:
             file.write(json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode())
         (folder / UNFINISHED).unlink(missing_ok=True)
-        fsync_folder(folder)
+        fsync(folder)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
