@@ -144,6 +144,14 @@ def _parser() -> _Parser:
     export.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: the run's name, here)")
     _add_weights(export)
 
+    explain = add("explain", commands.explain, "Draw what a model's gates and memories do to an image.")
+    explain.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN", help="folder of a checkpoint, or of a run")
+    explain.add_argument("image", type=Path, metavar="IMAGE", help="image file")
+    explain.add_argument(
+        "-o", "--output", type=Path, default=Path("gates.png"), metavar="FILE", help="picture (default: gates.png)"
+    )
+    _add_weights(explain)
+
     ablate = add(
         "ablate",
         commands.ablate,

@@ -147,6 +147,37 @@ def export(args: argparse.Namespace, _: Overrides) -> int:
     return 0
 
 
+def explain(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur explain`: draws what the gates of a model do to an image, and prints their statistics."""
+    from convneur.world import name_accelerator
+
+    name_accelerator()
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from convneur.explain import draw, explain
+
+    explanation = explain(args.path, args.image, averaged=args.ema)
+    draw(explanation, args.output)
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    for heading in ("stage", "gate A", "below 1/4", "above 3/4", "over the image", "surprise, first to last chunk"):
+        table.add_column(heading, justify="right")
+    for number, stage in enumerate(explanation.stages, 1):
+        gate, surprise = stage.gate, stage.surprise
+        table.add_row(
+            str(number),
+            f"{gate.mean():.3f} ± {gate.std():.3f}",
+            f"{(gate < 0.25).float().mean():.0%}",
+            f"{(gate > 0.75).float().mean():.0%}",
+            f"{stage.map.min():.3f} to {stage.map.max():.3f}",
+            "-" if surprise is None else f"{surprise[0]:.3g} to {surprise[-1]:.3g}",
+        )
+    Console().print(table)
+    print(f"over the image: smallest and largest mean over the channels\npicture         {args.output}")
+    return 0
+
+
 def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur ablate`: trains the rows of the ablation table that are missing, and prints and saves the table."""
     from convneur.ablate import AblationConfig, check_finished_runs, run_configs, train_rows
