@@ -69,6 +69,6 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never") ->
             stopping = run.stop_request.agreed()
             run.checkpoint_if_due(step + 1, at_once=stopping is not None)
             if stopping:
-                run.log.say(f"stopped by {stopping} after {step + 1} steps; --resume auto goes on from there")
+                run.log.say(f"stopped by {stopping} after {step + 1} of {run.total_steps} steps; --resume auto goes on")
                 return None
         return run.finish()

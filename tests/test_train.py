@@ -155,7 +155,7 @@ def test_term_saves_a_checkpoint_of_the_last_step(digits: Path, tmp_path: Path) 
     steps = [record["step"] for record in read_metrics(run)]
     assert 0 < steps[-1] < STEPS
     assert [p.name for p in list_checkpoints(run / "checkpoints")] == [f"step-{steps[-1]:08d}"]
-    assert f"stopped by SIGTERM after {steps[-1]} steps" in (tmp_path / "log").read_text()
+    assert f"stopped by SIGTERM after {steps[-1]} of {STEPS} steps" in (tmp_path / "log").read_text()
     assert not (run / "summary.json").exists()
 
 
