@@ -11,6 +11,8 @@ neural memory).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
+from operator import attrgetter
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from convneur.branches import MIXERS, MixerKind
 from convneur.memory import MemoryConfig
+from convneur.memory_steps import ReadOrder
 
 Placement = Literal["none", "per_stage", "per_layer"]
 Fusion = Literal["gate", "add", "concat"]
@@ -103,12 +106,13 @@ class ModelConfig:
             "branch": get_args(MixerKind),
             "fusion": get_args(Fusion),
             "global_pool": get_args(GlobalPool),
+            "memory.read": get_args(ReadOrder),
         }
         for key, allowed in choices.items():
-            if (value := getattr(self, key)) not in allowed:
+            if (value := attrgetter(key)(self)) not in allowed:
                 raise ValueError(f"model.{key} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
-        for key, least in {"num_classes": 0, "in_chans": 1}.items():
-            if (value := getattr(self, key)) < least:
+        for key, least in {"num_classes": 0, "in_chans": 1, "memory.chunk_length": 1, "memory.inner_lr": 0}.items():
+            if not least <= (value := attrgetter(key)(self)) < inf:
                 raise ValueError(f"model.{key} is {value}, expected at least {least}")
         for key in ("drop_rate", "drop_path"):
             if not 0 <= (value := getattr(self, key)) < 1:

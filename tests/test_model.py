@@ -1,5 +1,8 @@
 """The model family: sizes and costs against the derivation, any input size, and the gate's equation."""
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -84,9 +87,65 @@ def test_local_only_control_has_no_memory() -> None:
     assert not [name for name, _ in model.named_parameters() if "global_branch" in name]
 
 
-def test_unknown_variant() -> None:
-    with pytest.raises(ValueError, match=r"model\.variant is 'm10', expected one of 'n1', "):
-        ModelConfig("m10")
+@pytest.mark.parametrize(("fusion", "extra"), [("gate", 0), ("add", 0), ("concat", 2 * 8 * 8 + 8)])
+def test_fusion(fusion: str, extra: int) -> None:
+    torch.manual_seed(0)
+    branch = GlobalBranch(8, 4, MemoryMixer(4, MemoryConfig(chunk_length=5)))
+    block = Block(8, branch, fusion, drop_path=0.0, layer_scale=0.5).eval()
+    x = torch.randn(2, 8, 6, 7)
+    context, local = branch(x.permute(0, 2, 3, 1)), block.local_branch(x)
+    match fusion:
+        case "gate":
+            fused = local / (1 + (-context).exp())
+        case "add":
+            fused = local + context
+        case "concat":
+            weight = block.project.weight
+            fused = local @ weight[:, :8].T + context @ weight[:, 8:].T + block.project.bias
+    torch.testing.assert_close(block(x), x + 0.5 * fused.permute(0, 3, 1, 2))
+    assert sum(p.numel() for p in block.project.parameters()) == extra
+
+
+def test_stages_may_differ() -> None:
+    config = ModelConfig(
+        "n1",
+        memory=MemoryConfig(chunk_length=99, inner_lr=0.5, read="final_state"),
+        chunk_lengths=(7, 8, 9, 10),
+        inner_lrs=(1.0, 0.1, 0.01, 0.001),
+        branch_widths=(16, 12, 20, 8),
+    )
+    model = ConvNeur(config)
+    memories = [stage.blocks[0].global_branch.mixer.memory for stage in model.stages]
+    assert [memory.config.chunk_length for memory in memories] == [7, 8, 9, 10]
+    assert [memory.config.inner_lr for memory in memories] == [1.0, 0.1, 0.01, 0.001]
+    assert {memory.config.read for memory in memories} == {"final_state"}
+    assert [memory.dim for memory in memories] == [16, 12, 20, 8]
+    assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variant": "m10"}, "model.variant is 'm10', expected one of 'n1', "),
+        ({"placement": "first"}, "model.placement is 'first', expected one of 'none', 'per_stage', 'per_layer'"),
+        ({"branch": "mamba"}, "model.branch is 'mamba', expected one of 'neural_memory', 'cbam', "),
+        ({"fusion": "mul"}, "model.fusion is 'mul', expected one of 'gate', 'add', 'concat'"),
+        ({"global_pool": "gem"}, "model.global_pool is 'gem', expected one of 'avg', 'max', 'avgmax', ''"),
+        ({"num_classes": -1}, "model.num_classes is -1, expected at least 0"),
+        ({"in_chans": 0}, "model.in_chans is 0, expected at least 1"),
+        ({"drop_path": 1.0}, "model.drop_path is 1.0, expected a rate in [0, 1)"),
+        ({"drop_rate": float("nan")}, "model.drop_rate is nan, expected a rate in [0, 1)"),
+        ({"memory": MemoryConfig(chunk_length=0)}, "model.memory.chunk_length is 0, expected at least 1"),
+        ({"memory": MemoryConfig(inner_lr=-0.1)}, "model.memory.inner_lr is -0.1, expected at least 0"),
+        ({"memory": MemoryConfig(read="after")}, "model.memory.read is 'after', expected one of 'before_update', "),
+        ({"chunk_lengths": (1, 2, 3)}, "model.chunk_lengths is [1, 2, 3], expected four numbers above 0, one a stage"),
+        ({"inner_lrs": (1, 1, 0, 1)}, "model.inner_lrs is [1, 1, 0, 1], expected four numbers above 0, one a stage"),
+        ({"branch_widths": (8, 8, -8, 8)}, "model.branch_widths is [8, 8, -8, 8], expected four numbers above 0"),
+    ],
+)
+def test_settings_that_make_no_model(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ModelConfig(**settings)
 
 
 def test_variants_are_ordered_by_size() -> None:
