@@ -200,6 +200,8 @@ MODEL_VALUES = {
     "drop_rate": st.floats(0, 1, exclude_max=True),
     "drop_path": st.floats(0, 1, exclude_max=True),
     "chunk_lengths": st.none() | st.tuples(*4 * [POSITIVE]),
+    "chunk_length": st.integers(1, 10**6),
+    "inner_lr": st.floats(0, 1e9),
     "inner_lrs": st.none() | st.tuples(*4 * [st.floats(1e-9, 1e9)]),
     "branch_widths": st.none() | st.tuples(*4 * [POSITIVE]),
 }
