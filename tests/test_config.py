@@ -13,6 +13,7 @@ from convneur.check import check_config
 from convneur.config import Config, config_keys, load_config, nearest_key, save_config
 from convneur.data.errors import InputError
 from convneur.deepspeed_config import deepspeed_config, parse_with_deepspeed
+from convneur.memory import MemoryConfig
 from convneur.model import VARIANTS, ModelConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -220,7 +221,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 
 def sections(section: type) -> st.SearchStrategy[Any]:
-    special = MODEL_VALUES if section is ModelConfig else {}
+    special = MODEL_VALUES if section in (ModelConfig, MemoryConfig) else {}
     hints = get_type_hints(section)
     return st.builds(section, **{name: special[name] if name in special else values(hints[name]) for name in hints})
 
