@@ -125,15 +125,13 @@ def update(state: MemoryState, k: Tensor, v: Tensor, generator: Generator, count
 def recurrence(qkv: Tensor, state: MemoryState, generator: Generator, chunk_length: int, read: ReadOrder) -> Tensor:
     """The retrieve-update loop over chunks: (B, N, 3d) queries, keys and values -> (B, N, d) context.
 
-    Updates that nothing reads are not made; where there is none, queries alone, (B, N, d), will do. The state and
-    all arithmetic on it are in float32 (float64 for float64 tokens) whatever autocast is on: the state is a running
-    sum over up to hundreds of chunks, which half precision would round away.
+    Updates that nothing reads are not made. The state and all arithmetic on it are in float32 (float64 for float64
+    tokens) whatever autocast is on: the state is a running sum over up to hundreds of chunks, which half precision
+    would round away.
     """
     with own_precision(qkv):
-        q, *kv = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).split(state.w1.shape[0], dim=-1)
-        q = F.normalize(q, dim=-1)
-        if kv:
-            k, v = F.normalize(kv[0], dim=-1), kv[1]
+        q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).chunk(3, dim=-1)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         context = []
         for keys, queries in steps(read, qkv.shape[1], chunk_length):
             if queries.stop:
@@ -185,15 +183,21 @@ class NeuralMemory(nn.Module):
         count = updates(self.config.read, tokens.shape[1], self.config.chunk_length)
         if torch.compiler.is_exporting() or self.implementation == "scan" or count > 0:  # images may be of any size
             return F.linear(tokens, self.qkv_weight, self.qkv_bias)
-        return F.linear(tokens, self.qkv_weight[: self.dim], self.qkv_bias[: self.dim])
+        bias = self.qkv_bias[: self.dim]
+        if torch.is_grad_enabled():
+            # A gradient of zero, instead of none, spares data-parallel wrappers and optimizers parameters that take
+            # part at some resolutions only.
+            bias = bias + 0.0 * (self.generator_weight.sum() + self.generator_bias.sum())
+        return F.linear(tokens, self.qkv_weight[: self.dim], bias)
 
     def recurrence(self, qkv: Tensor) -> Tensor:
         """The loop over chunks, (B, N, 3d) -> (B, N, d), by the fastest implementation for these tokens."""
-        config, implementation = self.config, self.implementation
-        if implementation == "auto":
-            implementation = "fused"
-            if torch.onnx.is_in_onnx_export():
-                implementation = "scan" if isinstance(qkv.shape[1], torch.SymInt) else "plain"
+        config, state = self.config, MemoryState(self.w1, self.w2)
+        if qkv.shape[-1] == self.dim:  # nothing is written: an MLP like any other, in whatever precision autocast likes
+            return retrieve(state, F.normalize(qkv, dim=-1)).to(qkv.dtype)
+        implementation = self.implementation
+        if implementation == "auto" and torch.onnx.is_in_onnx_export():
+            implementation = "scan" if isinstance(qkv.shape[1], torch.SymInt) else "plain"
         if implementation in ("plain", "scan"):
             generator = partial(
                 update_factors, weight=self.generator_weight, bias=self.generator_bias, inner_lr=config.inner_lr
@@ -204,7 +208,7 @@ class NeuralMemory(nn.Module):
                 run = memory_scan.recurrence
             else:
                 run = recurrence
-            return run(qkv, MemoryState(self.w1, self.w2), generator, config.chunk_length, config.read)
+            return run(qkv, state, generator, config.chunk_length, config.read)
         return memory_operator.recurrence(
             qkv,
             self.w1,
@@ -214,4 +218,5 @@ class NeuralMemory(nn.Module):
             config.chunk_length,
             config.inner_lr,
             config.read,
+            kernels=implementation == "auto",
         )

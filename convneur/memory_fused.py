@@ -1,67 +1,141 @@
 """The neural memory's recurrence with its backward pass written by hand: the fast version for CPUs and any device.
 
 `convneur.memory` has the equations; this is the same function, faster, for four reasons:
-- Keys and queries that meet the same state go through the memory MLP as one matrix.
 - Only the states and the recall errors are kept for the backward pass. It recomputes everything of size (B, L, h),
   which costs 12 of 96 d^2 multiply-accumulates a token and less time than writing and reading it would.
 - Images are taken in groups small enough for the cache, and every step works in the same few buffers.
+- What can be done for all chunks at once is, and leaves each chunk in one piece.
 - Constant factors ride along with matrix products, and GELU's derivatives share one erf and one exponential.
 
-Shape legend: B images, b images of a group, N tokens, U updates, n_k keys and n_q queries of a step (n together, keys
-first), d memory width, h hidden width. W2 is held transposed, so that a state is one tensor (2, B, d, h) and the
-update factors scale the same axis of both weights.
+Shape legend: B images, b images of a group, N tokens, M written tokens, U updates, L tokens a chunk, n_k keys and n_q
+queries of a step, d memory width, h hidden width. W2 is held transposed, so that a state is one tensor (2, B, d, h) and
+the update factors scale the same axis of both weights.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from convneur.memory_steps import ReadOrder, steps, updates, written_tokens
+from convneur.memory_steps import ReadOrder, steps, updates
 
-CACHE_BYTES_PER_THREAD = 2**19  # one (b, n, h) buffer; the backward pass works in five of them and three halves
+CACHE_BYTES_PER_THREAD = 2**20  # one (b, n, h) buffer; the backward pass works in five of them and three halves
 LINE = 16  # numbers in a cache line
 
 
-def _groups(norms: Tensor, hidden: int, chunk_length: int) -> list[slice]:
+def _groups(scales: Tensor, hidden: int, chunk_length: int) -> list[slice]:
     """Images that are processed together: as many as fit the cache on a CPU, all of them elsewhere."""
-    images, tokens = norms.shape[:2]
+    images, tokens = scales.shape[:2]
     size = images
-    if norms.device.type == "cpu":
+    if scales.device.type == "cpu":
         threads = torch.get_num_threads()
-        bytes_per_image = 2 * min(chunk_length, tokens) * hidden * norms.itemsize
+        bytes_per_image = 2 * min(chunk_length, tokens) * hidden * scales.itemsize
         size = threads * max(1, CACHE_BYTES_PER_THREAD // bytes_per_image)
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
 
 
-class _Scratch:
-    """Buffers of a step, cut once for each shape of step from storage that all of them share."""
+class _Chunks:
+    """A row for every token of a group, chunk by chunk: `[i][t]`, chunk t of kind i, is in one piece, (b, L, width)."""
 
-    def __init__(self, like: Tensor, images: int, longest: int, per_key: list[int], per_row: list[int]) -> None:
-        self.images, self.per_key, self.per_row = images, per_key, per_row
-        numbers = images * longest * (sum(per_key) + 2 * sum(per_row)) + LINE * (len(per_key) + len(per_row))
-        self.storage = like.new_empty(numbers)
+    def __init__(self, like: Tensor, kinds: int, images: int, tokens: int, length: int, width: int) -> None:
+        self.edge = tokens // length * length  # where the ragged last chunk begins
+        self.whole = like.new_empty(kinds, self.edge // length, images, length, width)
+        self.ragged = like.new_empty(kinds, int(tokens > self.edge), images, tokens - self.edge, width)
+
+    def __getitem__(self, kind: int) -> list[Tensor]:
+        return [*self.whole[kind], *self.ragged[kind]]
+
+    def beside(self, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """First all whole chunks, (kinds, T, b, L, width), then the ragged one, and the same tokens of other tensors.
+
+        The others are (b, N, kinds, any width); what comes are views.
+        """
+        for mine, tokens in ((self.whole, slice(self.edge)), (self.ragged, slice(self.edge, None))):
+            if mine.numel():
+                shape = mine.shape[1], mine.shape[3]
+                yield mine, *(x[:, tokens].unflatten(1, shape).permute(3, 1, 0, 2, 4) for x in others)
+
+
+class _Scratch:
+    """Buffers for the rows of a chunk, cut once for each number of rows from storage that all of them share."""
+
+    def __init__(self, like: Tensor, images: int, longest: int, widths: Sequence[int]) -> None:
+        self.images, self.widths = images, widths
+        self.storage = like.new_empty(images * longest * sum(widths) + LINE * len(widths))
         self.cut = cache(self._cut)
 
-    def _cut(self, n_k: int, n_q: int) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Buffers with a row for every key; for every key and query; and of the latter the keys' and queries' rows."""
-        views, offset = [], 0
-        for rows, width in [(n_k, w) for w in self.per_key] + [(n_k + n_q, w) for w in self.per_row]:
+    def _cut(self, rows: int) -> list[Tensor]:
+        """One (b, rows, width) for every width."""
+        views, end = [], 0
+        for width in self.widths:
             size = self.images * rows * width
-            views.append(self.storage[offset : offset + size].view(self.images, rows, width))
-            offset += -(-size // LINE) * LINE
-        per_key, per_row = views[: len(self.per_key)], views[len(self.per_key) :]
-        return per_key, per_row, [x[:, :n_k] for x in per_row], [x[:, n_k:] for x in per_row]
+            views.append(self.storage[end : end + size].view(self.images, rows, width))
+            end += -(-size // LINE) * LINE
+        return views
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
 
 
+def _gelu(arg: Tensor, value: Tensor, slope: Tensor, exponent: Tensor, density: Tensor) -> None:
+    """GELU of a and its derivatives, up to factors that matrix products take on, from arg = -a / sqrt(2).
+
+    With E = erfc(arg) = 2 Phi(a) and p = exp(-arg^2) it leaves
+        value = arg E, GELU(a) = -sqrt(1/2) value,
+        slope = E - 2/sqrt(pi) arg p, GELU'(a) = slope / 2,
+        exponent = -arg^2 and density = p, GELU''(a) = sqrt(2/pi) (p + exponent p).
+    """
+    torch.erfc(arg, out=slope)
+    torch.mul(arg, slope, out=value)
+    torch.addcmul(arg.new_zeros(()), arg, arg, value=-1.0, out=exponent)
+    torch.exp(exponent, out=density)
+    slope.addcmul_(arg, density, value=-2.0 / math.sqrt(math.pi))
+
+
+def _add_outer(total: Tensor, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+    """Adds x^T y to a sum of each image, (b, d, h), or of all images, (d, h)."""
+    if total.dim() == 3:
+        total.baddbmm_(x.mT, y, alpha=scale)
+    else:
+        total.addmm_(x.flatten(0, 1).T, y.flatten(0, 1), alpha=scale)
+
+
+class _Factors:
+    """What the update generator's sigmoids (b, 3d) stand for, in one operation each."""
+
+    def __init__(self, like: Tensor, d: int, inner_lr: float) -> None:
+        self.d = d
+        coefficients = like.new_tensor([[-inner_lr, 1.0, -1.0], [0.0, 0.0, 1.0], [-1.0, -1.0, 1.0], [1.0, 1.0, -1.0]])
+        self.scale, self.shift, self.slope_scale, self.slope_shift = coefficients.repeat_interleave(d, dim=1)
+
+    def values(self, sigmoids: Tensor) -> tuple[Tensor, ...]:
+        """-theta, eta and 1 - alpha, each (b, d, 1)."""
+        return torch.addcmul(self.shift, sigmoids, self.scale).view(-1, 3, self.d, 1).unbind(1)
+
+    def slopes(self, sigmoids: Tensor) -> Tensor:
+        """1 - sigmoid for theta and eta, sigmoid - 1 for alpha, (b, 3d)."""
+        return torch.addcmul(self.slope_shift, sigmoids, self.slope_scale)
+
+
+def _by_step(pieces: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Deals the chunks out to the steps that have any; the others get nothing of the first."""
+    remaining = iter(pieces)
+    return [next(remaining) if size else pieces[0][:, :0] for size in sizes]
+
+
+def _in_pieces(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Cuts the memory of (b, M, d) into (b, n, d), for every n of sizes that is not 0."""
+    b, _, d = x.shape
+    sizes = [n for n in sizes if n]
+    return [piece.view(b, n, d) for piece, n in zip(x.view(-1).split([b * n * d for n in sizes]), sizes, strict=True)]
+
+
 def forward(
     qkv: Tensor,
-    norms: Tensor,
+    scales: Tensor,
     start: Tensor,
     generator_weight: Tensor,
     generator_bias: Tensor,
@@ -73,8 +147,8 @@ def forward(
     """Context, states, surprises, factors and errors, as `convneur.memory_operator.neural_memory` returns them.
 
     Args:
-        qkv: queries, keys and values (B, N, 3d); where there is no update, queries alone will do, (B, N, d).
-        norms: of queries and keys, (B, N, 2, 1).
+        qkv: queries, keys and values (B, N, 3d).
+        scales: reciprocal norms of queries and keys, (B, N, 2, 1).
         start: W1 and W2^T of M_0, (2, d, h).
         generator_weight: of the update generator, (3d, d).
         generator_bias: (3d,).
@@ -84,60 +158,68 @@ def forward(
         keep: whether to keep all states; otherwise there is room for two.
     """
     (images, tokens, _), (_, d, h) = qkv.shape, start.shape
-    plan, count = steps(read, tokens, chunk_length), updates(read, tokens, chunk_length)
-    parts = qkv.unflatten(-1, (-1, d))
-    y = qkv.new_empty(images, tokens, d)
-    states = norms.new_empty(count if keep else min(count, 2), 2, 2, images, d, h)
-    factors = norms.new_empty(count, images, 3 * d)
-    surprises = norms.new_empty(count, images, d)
-    errors = norms.new_empty(images, written_tokens(read, tokens, chunk_length), d)
+    keys_of_step, queries_of_step = zip(*(step.sizes for step in steps(read, tokens, chunk_length)), strict=True)
+    count, length = updates(read, tokens, chunk_length), min(chunk_length, tokens)
+    parts = qkv.unflatten(-1, (3, d))
+    decode = _Factors(scales, d, inner_lr)
 
-    for group in _groups(norms, h, chunk_length):
+    y = qkv.new_empty(images, tokens, d)
+    states = scales.new_empty(count if keep else min(count, 2), 2, 2, images, d, h)
+    surprises = scales.new_empty(count, images, d)
+    factors = scales.new_empty(count, images, 3 * d)
+    errors = scales.new_empty(images, sum(keys_of_step), d)
+
+    for group in _groups(scales, h, length):
         b = group.stop - group.start
-        scratch = _Scratch(norms, b, min(chunk_length, tokens), per_key=[d, d, h], per_row=[d, d, h, h])
+        scratch = _Scratch(scales, b, length, [h, h, h, d, d, d])
+        qk, value, context = (_Chunks(scales, kinds, b, tokens, length, d) for kinds in (2, 1, 1))
+        for mine, raw, scale in qk.beside(parts[group, :, :2], scales[group]):
+            torch.mul(raw, scale, out=mine)
+        q, out = (_by_step(x[0], queries_of_step) for x in (qk, context))
+        for mine, theirs in value.beside(parts[group, :, 2:]):
+            mine.copy_(theirs)
+        k, v, error = qk[1], value[0], _in_pieces(errors[group], keys_of_step)
+        state = states[:, :, :, group].unbind()
         w, z = start.unsqueeze(1).expand(2, b, d, h), None
-        for t, step in enumerate(plan):
-            n_k, n_q = step.sizes
-            (k_step, g_step, back), (x, out, a, u), (x_k, out_k, a_k, u_k), (x_q, out_q, *_) = scratch.cut(n_k, n_q)
-            if n_k:
-                torch.div(parts[group, step.keys, 1], norms[group, step.keys, 1], out=x_k)
+        for t, (n_k, n_q) in enumerate(zip(keys_of_step, queries_of_step, strict=True)):
+            w1, w2 = w
             if n_q:
-                torch.div(parts[group, step.queries, 0], norms[group, step.queries, 0], out=x_q)
-            torch.bmm(x, w[0], out=a)
-            torch.ops.aten.gelu.out(a, out=u)
-            torch.bmm(u, w[1].mT, out=out)
-            if n_q:
-                y[group, step.queries] = out_q
+                a, u, *_ = scratch.cut(n_q)
+                torch.ops.aten.gelu.out(torch.bmm(q[t], w1, out=a), out=u)
+                torch.bmm(u, w2.mT, out=out[t])
             if not n_k:
                 continue
 
-            e = torch.sub(out_k, parts[group, step.keys, 2], out=errors[group, step.keys])
-            surprise = torch.mean(torch.mul(e, e, out=g_step), 1, out=surprises[t, group])
-            factor = torch.addmm(generator_bias, surprise, generator_weight.T, out=factors[t, group]).sigmoid_()
-            theta, eta, alpha = factor.unsqueeze(-1).split(d, dim=1)
-            rate = theta.mT * -inner_lr
-            _product(e, w[1], out=back, scale=2.0 / n_k)
-            torch.ops.aten.gelu_backward.grad_input(back, a_k, grad_input=back)
-            torch.mul(x_k, rate, out=k_step)
-            torch.mul(e, rate.mul_(2.0 / n_k), out=g_step)
+            a, u, back, recalled, k_step, e_step = scratch.cut(n_k)
+            torch.ops.aten.gelu.out(torch.bmm(k[t], w1, out=a), out=u)
+            e = torch.sub(torch.bmm(u, w2.mT, out=recalled), v[t], out=error[t])
+            surprise = torch.sum(torch.mul(e, e, out=e_step), 1, out=surprises[t, group]).mul_(1.0 / n_k)
+            sigmoids = torch.addmm(generator_bias, surprise, generator_weight.T, out=factors[t, group]).sigmoid_()
+            rate, eta, retention = decode.values(sigmoids)
+            _product(e, w2, out=back, scale=2.0 / n_k)
+            torch.ops.aten.gelu_backward.grad_input(back, a, grad_input=back)
+            torch.mul(k[t], rate.mT, out=k_step)
+            torch.mul(e, rate.mT, out=e_step)
 
-            new_w, new_z = states[t if keep else t % 2, :, :, group]
+            new_w, new_z = state[t if keep else t % 2]
             if z is None:
-                torch.bmm(k_step.mT, back, out=new_z[0])
-                torch.bmm(g_step.mT, u_k, out=new_z[1])
+                new_z.zero_()
             else:
                 torch.mul(z, eta, out=new_z)
-                new_z[0].baddbmm_(k_step.mT, back)
-                new_z[1].baddbmm_(g_step.mT, u_k)
-            torch.addcmul(new_z, w, 1.0 - alpha, out=new_w)
+            z1, z2 = new_z
+            _add_outer(z1, k_step, back)
+            _add_outer(z2, e_step, u, scale=2.0 / n_k)
+            torch.addcmul(new_z, w, retention, out=new_w)
             w, z = new_w, new_z
+        for mine, theirs in context.beside(y[group].unsqueeze(2)):
+            theirs.copy_(mine)
     return y, states, surprises, factors, errors
 
 
 def backward(
     dy: Tensor,
     qkv: Tensor,
-    norms: Tensor,
+    scales: Tensor,
     start: Tensor,
     generator_weight: Tensor,
     states: Tensor,
@@ -149,119 +231,99 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, of M_0 as (2, d, h) and of the update generator's logits, (U, B, 3d).
 
-    With a = x W1 for keys and queries alike, it computes t = -a / sqrt(2), E = erfc(t) = 2 Phi(a) and p = exp(-t^2), so
-        GELU(a)   = -sqrt(1/2) (t E),
-        GELU'(a)  = 1/2 (E - 2/sqrt(pi) t p),
-        GELU''(a) = sqrt(2/pi) (p - t^2 p),
-    and leaves the constants to the matrix products before or after.
+    The gradient of theta is read off the states: what it scales is Z_t - eta Z_{t-1}.
     """
     (_, tokens, _), (_, d, h) = qkv.shape, start.shape
-    plan, count = steps(read, tokens, chunk_length), updates(read, tokens, chunk_length)
-    zero = norms.new_zeros(())
+    keys_of_step, queries_of_step = zip(*(step.sizes for step in steps(read, tokens, chunk_length)), strict=True)
+    count, length = len(states), min(chunk_length, tokens)
+    parts = qkv.unflatten(-1, (3, d))
+    decode = _Factors(scales, d, inner_lr)
 
-    parts = qkv.unflatten(-1, (-1, d))
     d_qkv = torch.empty_like(qkv)
-    d_parts = d_qkv.unflatten(-1, (-1, d))
-    d_start = norms.new_zeros(2, d, h)
+    d_parts = d_qkv.unflatten(-1, (3, d))
+    d_start = scales.new_zeros(2, d, h)
     d_logits = torch.empty_like(factors)
-    d_parts[:, plan[count - 1].keys.stop if count else 0 :, 1:] = 0.0  # keys and values that nothing read
 
-    for group in _groups(norms, h, chunk_length):
+    for group in _groups(scales, h, length):
         b = group.stop - group.start
-        scratch = _Scratch(norms, b, min(chunk_length, tokens), per_key=[d] * 5 + [h] * 3, per_row=[d] * 3 + [h] * 5)
-        # Adjoints of the weights and velocities that a step leaves; without updates there is but one step.
-        dw, dz = (norms.new_zeros(2, b if count else 0, d, h) for _ in range(2))
-        product = torch.empty_like(dw)
-        for t in reversed(range(len(plan))):
-            keys, queries = plan[t]
-            n_k, n_q = plan[t].sizes
-            per_key, per_row, of_keys, of_queries = scratch.cut(n_k, n_q)
-            k_step, g_step, dk_step, dg_step, tmp, half, dback, back = per_key
-            x, r, dx, arg, u, slope, exponent, density = per_row
-            x_k, r_k, dx_k, _, u_k, slope_k, exponent_k, density_k = of_keys
-            x_q, r_q, dx_q, *_ = of_queries
-            w, z = (
-                states[min(t, count) - 1, :, :, group]
-                if min(t, count)
-                else (start.unsqueeze(1).expand(2, b, d, h), None)
-            )
+        scratch = _Scratch(scales, b, length, [h] * 7)
+        qk, d_qk, d_value, d_context = (_Chunks(scales, kinds, b, tokens, length, d) for kinds in (2, 2, 1, 1))
+        for mine, raw, scale in qk.beside(parts[group, :, :2], scales[group]):
+            torch.mul(raw, scale, out=mine)
+        for mine, theirs in d_context.beside(dy[group].unsqueeze(2)):
+            mine.copy_(theirs)
+        q, dq, d_out = (_by_step(x[0], queries_of_step) for x in (qk, d_qk, d_context))
+        k, dk, d_recalled, error = qk[1], d_qk[1], d_value[0], _in_pieces(errors[group], keys_of_step)
+        for unread in (*dk[count:], *d_recalled[count:]):
+            unread.zero_()
+        first = start.unsqueeze(1).expand(2, b, d, h)
+        state = states[:, :, :, group].unbind()
+        # Adjoint of the weights that a step leaves, and of its velocities by way of them and of the next; a single step
+        # leaves neither.
+        adjoint = scales.new_zeros(2, 2, b if count else 0, d, h)
+        dw, dz = adjoint
+        product, dz_step = torch.empty_like(adjoint), torch.empty_like(dz)
+        for t in reversed(range(len(keys_of_step))):
+            n_k, n_q = keys_of_step[t], queries_of_step[t]
+            w1, w2 = state[min(t, count) - 1][0] if min(t, count) else first
 
             if n_k:
-                torch.div(parts[group, keys, 1], norms[group, keys, 1], out=x_k)
-            if n_q:
-                torch.div(parts[group, queries, 0], norms[group, queries, 0], out=x_q)
-                r_q.copy_(dy[group, queries])
-            _product(x, w[0], out=arg, scale=-math.sqrt(0.5))
-            torch.erfc(arg, out=slope)
-            torch.mul(arg, slope, out=u)
-            torch.addcmul(zero, arg, arg, value=-1.0, out=exponent)
-            torch.exp(exponent, out=density)
-            slope.addcmul_(arg, density, value=-2.0 / math.sqrt(math.pi))
-            if n_k:
-                e = errors[group, keys]
-                factor = factors[t, group]
-                theta, eta, alpha = factor.unsqueeze(-1).split(d, dim=1)
-                rate = theta.mT * -inner_lr
-                rate_g = rate * (2.0 / n_k)
-                curvature = torch.addcmul(density_k, density_k, exponent_k, out=exponent_k)
-                _product(e, w[1], out=half, scale=1.0 / n_k)
-                torch.mul(half, slope_k, out=back)
-
-                dz.add_(dw)
-                d_logit = d_logits[t, group]
-                d_theta, d_eta, d_alpha = d_logit.split(d, dim=1)
-                torch.sum(torch.mul(dw, w, out=product), (0, 3), out=d_alpha).neg_()
-                if z is None:
-                    d_eta.zero_()
+                e, de, sigmoids = error[t], d_recalled[t], factors[t, group]
+                rate, eta, retention = decode.values(sigmoids)
+                if t:
+                    torch.mul(adjoint, state[t - 1], out=product)
                 else:
-                    torch.sum(torch.mul(dz, z, out=product), (0, 3), out=d_eta)
-                torch.bmm(back, dz[0].mT, out=dk_step)
-                _product(u_k, dz[1].mT, out=dg_step, scale=-math.sqrt(0.5))
-                torch.mul(x_k, dk_step, out=tmp)
-                torch.sum(tmp.addcmul_(e, dg_step, value=2.0 / n_k), 1, out=d_theta).mul_(-inner_lr)
-                d_logit.mul_(factor).addcmul_(d_logit, factor, value=-1.0)
+                    torch.mul(dw, first, out=product[0])
+                    product[1].zero_()
+                along_w, along_old = product.sum((1, 4))
+                d_logit = d_logits[t, group]
+                d_theta, d_eta, d_alpha = d_logit.view(b, 3, d).unbind(1)
+                torch.mul(eta.squeeze(-1), along_old, out=d_eta)
+                torch.sum(torch.mul(dz, state[t][1], out=product[1]), (0, 3), out=d_theta).sub_(d_eta)
+                torch.mul(sigmoids[:, 2 * d :], along_w, out=d_alpha)
+                d_logit.mul_(decode.slopes(sigmoids))
                 d_surprise = (d_logit @ generator_weight).mul_(2.0 / n_k).unsqueeze(1)
-
-                torch.mul(x_k, rate, out=k_step)
-                torch.mul(e, rate_g, out=g_step)
-                _product(k_step, dz[0], out=dback, scale=0.5)
-                torch.mul(dback, slope_k, out=back)
-                dback.mul_(half)
-                torch.mul(e, d_surprise, out=r_k)
-                r_k.addcmul_(dg_step, rate_g)
-                r_k.baddbmm_(back, w[1].mT, alpha=2.0 / n_k)
-                torch.mul(r_k, -1.0, out=d_parts[group, keys, 2])
-
-            da, da_k = density, density_k
-            _product(r, w[1], out=da, scale=0.5)
-            if n_k:
-                da_k.baddbmm_(g_step, dz[1], alpha=0.5)
-            da.mul_(slope)
-            if n_k:
-                da_k.addcmul_(dback, curvature, value=4.0 * math.sqrt(2.0 / math.pi))
-            torch.bmm(da, w[0].mT, out=dx)
-            if n_k:
-                dx_k.addcmul_(dk_step, rate)
-
-            if n_k:
-                dw.mul_(1.0 - alpha)
-                dz.mul_(eta)
-            if t:
-                dw[0].baddbmm_(x.mT, da)
-                dw[1].baddbmm_(r.mT, u, alpha=-math.sqrt(0.5))
-                if n_k:
-                    dw[1].baddbmm_(e.mT, back, alpha=2.0 / n_k)
-            else:  # all images share M_0
+                dz1, dz2 = torch.mul(dz, rate, out=dz_step)
+                dw.mul_(retention)
+            if t == 0:
                 d_start += dw.sum(1)
-                d_start[0].addmm_(x.flatten(0, 1).T, da.flatten(0, 1))
-                d_start[1].addmm_(r.flatten(0, 1).T, u.flatten(0, 1), alpha=-math.sqrt(0.5))
-                if n_k:
-                    d_start[1].addmm_(e.flatten(0, 1).T, back.flatten(0, 1), alpha=2.0 / n_k)
+            dw1, dw2 = dw if t else d_start  # all images share M_0
 
-            dx.addcmul_(x, torch.linalg.vecdot(x, dx).unsqueeze(-1), value=-1.0)
             if n_k:
-                torch.div(dx_k, norms[group, keys, 1], out=d_parts[group, keys, 1])
+                arg, u, slope, exponent, density, back, dback = scratch.cut(n_k)
+                _gelu(_product(k[t], w1, out=arg, scale=-math.sqrt(0.5)), u, slope, exponent, density)
+                curvature = torch.addcmul(density, density, exponent, out=density)
+                half = _product(e, w2, out=exponent, scale=1.0 / n_k)
+                torch.mul(half, slope, out=back)
+                _product(k[t], dz1, out=dback, scale=0.5)
+                curvature.mul_(half).mul_(dback)
+                dback.mul_(slope)
+                torch.mul(e, d_surprise, out=de)
+                de.baddbmm_(u, dz2.mT, alpha=-math.sqrt(0.5) * 2.0 / n_k)
+                de.baddbmm_(dback, w2.mT, alpha=2.0 / n_k)
+                da = _product(de, w2, out=arg, scale=0.5)
+                da.baddbmm_(e, dz2, alpha=1.0 / n_k).mul_(slope)
+                da.add_(curvature, alpha=4.0 * math.sqrt(2.0 / math.pi))
+                torch.bmm(da, w1.mT, out=dk[t]).baddbmm_(back, dz1.mT)
+                _add_outer(dw1, k[t], da)
+                _add_outer(dw2, de, u, scale=-math.sqrt(0.5))
+                _add_outer(dw2, e, dback, scale=2.0 / n_k)
             if n_q:
-                torch.div(dx_q, norms[group, queries, 0], out=d_parts[group, queries, 0])
+                arg, u, slope, exponent, density, *_ = scratch.cut(n_q)
+                _gelu(_product(q[t], w1, out=arg, scale=-math.sqrt(0.5)), u, slope, exponent, density)
+                da = _product(d_out[t], w2, out=arg, scale=0.5).mul_(slope)
+                torch.bmm(da, w1.mT, out=dq[t])
+                _add_outer(dw1, q[t], da)
+                _add_outer(dw2, d_out[t], u, scale=-math.sqrt(0.5))
+            if n_k:
+                torch.addcmul(dw, dz, eta, out=dz)
+            else:
+                dz.copy_(dw)
 
+        of_inputs = qk.beside(scales[group], d_parts[group, :, :2])
+        for (x, scale, theirs), (dx,) in zip(of_inputs, d_qk.beside(), strict=True):
+            dx.addcmul_(x, torch.linalg.vecdot(x, dx).unsqueeze(-1), value=-1.0)
+            torch.mul(dx, scale, out=theirs)
+        for mine, theirs in d_value.beside(d_parts[group, :, 2:]):
+            torch.mul(mine, -1.0, out=theirs)
     return d_qkv, d_start, d_logits

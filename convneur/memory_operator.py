@@ -71,7 +71,7 @@ def neural_memory(
     """Reads and writes the memory chunk by chunk.
 
     Args:
-        qkv: queries, keys and values (B, N, 3d); where there is no update, queries alone will do, (B, N, d).
+        qkv: queries, keys and values (B, N, 3d).
         w1: (d, h).
         w2: (h, d).
         generator_weight: of the update generator, (3d, d).
@@ -88,15 +88,16 @@ def neural_memory(
         surprises (U, B, d);
         factors (U, B, 3d), what the update generator makes of the surprises;
         errors e (B, M, d) of the tokens that are written;
-        norms (B, N, 2, 1) of queries and keys.
+        scales (B, N, 2, 1), reciprocal norms of queries and keys.
     """
     d, count = w1.shape[0], updates(cast(ReadOrder, read), qkv.shape[1], chunk_length)
     dtype = _state_dtype(qkv)
-    query_and_key = qkv.unflatten(-1, (-1, d))[:, :, :2]
-    norms = torch.linalg.vector_norm(query_and_key, dim=-1, keepdim=True, dtype=dtype).clamp_min_(NORM_EPS)
+    query_and_key = qkv.unflatten(-1, (3, d))[:, :, :2]
+    norms = torch.linalg.vector_norm(query_and_key, dim=-1, keepdim=True, dtype=dtype)
+    scales = norms.clamp_min_(NORM_EPS).reciprocal_()
     y, states, surprises, factors, errors = _implementation(qkv, d, count, kernels).forward(
         qkv,
-        norms,
+        scales,
         torch.stack((w1, w2.T)).to(dtype),
         generator_weight.to(dtype),
         generator_bias.to(dtype),
@@ -106,8 +107,8 @@ def neural_memory(
         keep,
     )
     if not keep:
-        states, surprises, factors, errors, norms = (norms.new_empty(0) for _ in range(5))
-    return y, states, surprises, factors, errors, norms
+        states, surprises, factors, errors, scales = (scales.new_empty(0) for _ in range(5))
+    return y, states, surprises, factors, errors, scales
 
 
 @torch.library.custom_op("convneur::neural_memory_backward", mutates_args=())
@@ -121,7 +122,7 @@ def neural_memory_backward(
     surprises: Tensor,
     factors: Tensor,
     errors: Tensor,
-    norms: Tensor,
+    scales: Tensor,
     chunk_length: int,
     inner_lr: float,
     read: str,
@@ -131,9 +132,9 @@ def neural_memory_backward(
     d_qkv, d_start, d_logits = _implementation(qkv, w1.shape[0], len(states), kernels).backward(
         dy.contiguous(),
         qkv,
-        norms,
-        torch.stack((w1, w2.T)).to(norms.dtype),
-        generator_weight.to(norms.dtype),
+        scales,
+        torch.stack((w1, w2.T)).to(scales.dtype),
+        generator_weight.to(scales.dtype),
         states,
         factors,
         errors,
@@ -158,19 +159,19 @@ def _(
     keep: bool,
     kernels: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (images, tokens, width), (d, h) = qkv.shape, w1.shape
+    (images, tokens, _), (d, h) = qkv.shape, w1.shape
     count = updates(cast(ReadOrder, read), tokens, chunk_length)
     shapes = (
         (count, 2, 2, images, d, h),
         (count, images, d),
         (count, images, 3 * d),
         (images, written_tokens(cast(ReadOrder, read), tokens, chunk_length), d),
-        (images, tokens, min(2, width // d), 1),
+        (images, tokens, 2, 1),
     )
-    states, surprises, factors, errors, norms = (
+    states, surprises, factors, errors, scales = (
         qkv.new_empty(shape if keep else (0,), dtype=_state_dtype(qkv)) for shape in shapes
     )
-    return qkv.new_empty(images, tokens, d), states, surprises, factors, errors, norms
+    return qkv.new_empty(images, tokens, d), states, surprises, factors, errors, scales
 
 
 @neural_memory_backward.register_fake

@@ -55,17 +55,17 @@ def _store_rows(ptr, stride, start, stop, x, d: tl.constexpr, bm: tl.constexpr, 
 
 
 @triton.jit
-def _load_norms(ptr, start, stop, bm: tl.constexpr):
-    """(bm, 1) norms of the queries or keys start.., one beyond `stop`."""
+def _load_scales(ptr, start, stop, bm: tl.constexpr):
+    """(bm, 1) reciprocal norms of the queries or keys start.., one beyond `stop`."""
     rows = start + tl.arange(0, bm)[:, None]
     return tl.load(ptr + 2 * rows, rows < stop, other=1.0)
 
 
 @triton.jit
-def _through_norm(x, norm, dx):
-    """Gradient of x, given that of x / norm."""
-    x /= norm
-    return (dx - x * tl.sum(x * dx, 1, keep_dims=True)) / norm
+def _through_norm(x, scale, dx):
+    """Gradient of x, given that of x scale."""
+    x *= scale
+    return (dx - x * tl.sum(x * dx, 1, keep_dims=True)) * scale
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _recall(
 
 @triton.jit
 def _forward_kernel(
-    qkv, norms, start, generator_weight, generator_bias, plan, y, states, surprises, factors, errors,
+    qkv, scales, start, generator_weight, generator_bias, plan, y, states, surprises, factors, errors,
     images, tokens, written, number_of_steps, inner_lr,
     d: tl.constexpr, h: tl.constexpr, keep_states: tl.constexpr,
     bm: tl.constexpr, bd: tl.constexpr, bh: tl.constexpr, prec: tl.constexpr,
@@ -113,8 +113,8 @@ def _forward_kernel(
     width = 3 * d
     q = qkv + b * tokens * width
     k, v = q + d, q + 2 * d
-    q_norm = norms + b * tokens * 2
-    k_norm = q_norm + 1
+    q_scale = scales + b * tokens * 2
+    k_scale = q_scale + 1
     channel = tl.arange(0, bd)
     in_d = channel < d
     square = channel[:, None] * d + channel[None, :]
@@ -125,7 +125,7 @@ def _forward_kernel(
         first_key, last_key = tl.load(plan + 4 * t), tl.load(plan + 4 * t + 1)
         first_query, last_query = tl.load(plan + 4 * t + 2), tl.load(plan + 4 * t + 3)
         for row in range(first_query, last_query, bm):
-            x = _load_rows(q, width, row, last_query, d, bm, bd) / _load_norms(q_norm, row, last_query, bm)
+            x = _load_rows(q, width, row, last_query, d, bm, bd) * _load_scales(q_scale, row, last_query, bm)
             out = _recall(x, w1, w2, d, h, bm, bd, bh, prec)
             _store_rows(y + b * tokens * d, d, row, last_query, out, d, bm, bd)
 
@@ -134,7 +134,7 @@ def _forward_kernel(
             e_of_image = errors + b * written * d
             surprise = tl.zeros((bd,), tl.float32)
             for row in range(first_key, last_key, bm):
-                x = _load_rows(k, width, row, last_key, d, bm, bd) / _load_norms(k_norm, row, last_key, bm)
+                x = _load_rows(k, width, row, last_key, d, bm, bd) * _load_scales(k_scale, row, last_key, bm)
                 e = _recall(x, w1, w2, d, h, bm, bd, bh, prec)
                 e -= _load_rows(v, width, row, last_key, d, bm, bd)
                 e = tl.where(row + tl.arange(0, bm)[:, None] < last_key, e, 0.0)
@@ -160,7 +160,7 @@ def _forward_kernel(
                 w1_j, w2_j = _load_columns(w1, j, d, h, bd, bh), _load_columns(w2, j, d, h, bd, bh)
                 grad1, grad2 = tl.zeros((bd, bh), tl.float32), tl.zeros((bd, bh), tl.float32)
                 for row in range(first_key, last_key, bm):
-                    x = _load_rows(k, width, row, last_key, d, bm, bd) / _load_norms(k_norm, row, last_key, bm)
+                    x = _load_rows(k, width, row, last_key, d, bm, bd) * _load_scales(k_scale, row, last_key, bm)
                     g = _load_rows(e_of_image, d, row, last_key, d, bm, bd) * (2.0 / n)
                     u, slope, _ = _gelu_and_derivatives(tl.dot(x, w1_j, input_precision=prec))
                     back = tl.dot(g, w2_j, input_precision=prec) * slope
@@ -180,7 +180,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy, qkv, norms, start, generator_weight, plan, states, factors, errors,
+    dy, qkv, scales, start, generator_weight, plan, states, factors, errors,
     d_qkv, d_logits, dw, dz, de, dx,
     images, tokens, written, longest, number_of_steps, count, inner_lr,
     d: tl.constexpr, h: tl.constexpr,
@@ -191,8 +191,8 @@ def _backward_kernel(
     width = 3 * d
     q = qkv + b * tokens * width
     k = q + d
-    q_norm = norms + b * tokens * 2
-    k_norm = q_norm + 1
+    q_scale = scales + b * tokens * 2
+    k_scale = q_scale + 1
     dq = d_qkv + b * tokens * width
     dk, dv = dq + d, dq + 2 * d
     dy += b * tokens * d
@@ -255,7 +255,7 @@ def _backward_kernel(
 
             # Adjoint of the recalled values of the keys.
             for row in range(first_key, last_key, bm):
-                x = _load_rows(k, width, row, last_key, d, bm, bd) / _load_norms(k_norm, row, last_key, bm)
+                x = _load_rows(k, width, row, last_key, d, bm, bd) * _load_scales(k_scale, row, last_key, bm)
                 e = _load_rows(errors, d, row, last_key, d, bm, bd)
                 x_step = x * step[None, :]
                 along_g = tl.zeros((bm, bd), tl.float32)
@@ -280,7 +280,7 @@ def _backward_kernel(
             dw1 = keep[:, None] * _load_columns(dw, j, d, h, bd, bh)
             dw2 = keep[:, None] * _load_columns(dw + layer, j, d, h, bd, bh)
             for row in range(first_key, last_key, bm):
-                x = _load_rows(k, width, row, last_key, d, bm, bd) / _load_norms(k_norm, row, last_key, bm)
+                x = _load_rows(k, width, row, last_key, d, bm, bd) * _load_scales(k_scale, row, last_key, bm)
                 g = _load_rows(errors, d, row, last_key, d, bm, bd) * (2.0 / n)
                 de_row = _load_rows(de, d, row - first_key, last_key - first_key, d, bm, bd)
                 u, slope, curvature = _gelu_and_derivatives(tl.dot(x, w1_j, input_precision=prec))
@@ -297,7 +297,7 @@ def _backward_kernel(
                     dx_row += _load_rows(dx_k, d, row - first_key, last_key - first_key, d, bm, bd)
                 _store_rows(dx_k, d, row - first_key, last_key - first_key, dx_row, d, bm, bd)
             for row in range(first_query, last_query, bm):
-                x = _load_rows(q, width, row, last_query, d, bm, bd) / _load_norms(q_norm, row, last_query, bm)
+                x = _load_rows(q, width, row, last_query, d, bm, bd) * _load_scales(q_scale, row, last_query, bm)
                 dy_row = _load_rows(dy, d, row, last_query, d, bm, bd)
                 u, slope, _ = _gelu_and_derivatives(tl.dot(x, w1_j, input_precision=prec))
                 da = tl.dot(dy_row, w2_j, input_precision=prec) * slope
@@ -315,12 +315,12 @@ def _backward_kernel(
 
         for row in range(first_key, last_key, bm):
             dx_row = _load_rows(dx_k, d, row - first_key, last_key - first_key, d, bm, bd)
-            x, norm = _load_rows(k, width, row, last_key, d, bm, bd), _load_norms(k_norm, row, last_key, bm)
-            _store_rows(dk, width, row, last_key, _through_norm(x, norm, dx_row), d, bm, bd)
+            x, scale = _load_rows(k, width, row, last_key, d, bm, bd), _load_scales(k_scale, row, last_key, bm)
+            _store_rows(dk, width, row, last_key, _through_norm(x, scale, dx_row), d, bm, bd)
         for row in range(first_query, last_query, bm):
             dx_row = _load_rows(dx_q, d, row - first_query, last_query - first_query, d, bm, bd)
-            x, norm = _load_rows(q, width, row, last_query, d, bm, bd), _load_norms(q_norm, row, last_query, bm)
-            _store_rows(dq, width, row, last_query, _through_norm(x, norm, dx_row), d, bm, bd)
+            x, scale = _load_rows(q, width, row, last_query, d, bm, bd), _load_scales(q_scale, row, last_query, bm)
+            _store_rows(dq, width, row, last_query, _through_norm(x, scale, dx_row), d, bm, bd)
         tl.debug_barrier()  # the next step writes over de and dx
 
 
@@ -354,7 +354,7 @@ def fits(qkv: Tensor, d: int) -> bool:
 
 def forward(
     qkv: Tensor,
-    norms: Tensor,
+    scales: Tensor,
     start: Tensor,
     generator_weight: Tensor,
     generator_bias: Tensor,
@@ -367,7 +367,7 @@ def forward(
 
     Args:
         qkv: queries, keys and values (B, N, 3d), contiguous.
-        norms: of queries and keys, (B, N, 2, 1).
+        scales: reciprocal norms of queries and keys, (B, N, 2, 1).
         start: W1 and W2^T of M_0, (2, d, h).
         generator_weight: (3d, d).
         generator_bias: (3d,).
@@ -380,12 +380,12 @@ def forward(
     count, written = updates(read, tokens, chunk_length), written_tokens(read, tokens, chunk_length)
     plan = _plan(read, tokens, chunk_length, qkv.device)
     y = qkv.new_empty(images, tokens, d)
-    states = norms.new_empty(count if keep else min(count, 2), 2, 2, images, d, h)
-    surprises = norms.new_empty(count, images, d)
-    factors = norms.new_empty(count, images, 3 * d)
-    errors = norms.new_empty(images, written, d)
+    states = scales.new_empty(count if keep else min(count, 2), 2, 2, images, d, h)
+    surprises = scales.new_empty(count, images, d)
+    factors = scales.new_empty(count, images, 3 * d)
+    errors = scales.new_empty(images, written, d)
     _forward_kernel[(images,)](
-        qkv, norms, start, generator_weight, generator_bias, plan, y, states, surprises, factors, errors,
+        qkv, scales, start, generator_weight, generator_bias, plan, y, states, surprises, factors, errors,
         images, tokens, written, len(plan), inner_lr, d=d, h=h, keep_states=keep, **_tiles(d, backward=False),
     )  # fmt: skip
     return y, states, surprises, factors, errors
@@ -394,7 +394,7 @@ def forward(
 def backward(
     dy: Tensor,
     qkv: Tensor,
-    norms: Tensor,
+    scales: Tensor,
     start: Tensor,
     generator_weight: Tensor,
     states: Tensor,
@@ -412,10 +412,10 @@ def backward(
     d_qkv = torch.empty_like(qkv)
     d_qkv[:, written:, d:] = 0.0
     d_logits = torch.empty_like(factors)
-    dw, dz = norms.new_zeros(2, images, d, h), norms.new_zeros(2, images, d, h)
-    de, dx = norms.new_empty(images, longest, d), norms.new_empty(images, 2, longest, d)
+    dw, dz = scales.new_zeros(2, images, d, h), scales.new_zeros(2, images, d, h)
+    de, dx = scales.new_empty(images, longest, d), scales.new_empty(images, 2, longest, d)
     _backward_kernel[(images,)](
-        dy, qkv, norms, start, generator_weight, plan, states, factors, errors, d_qkv, d_logits, dw, dz, de, dx,
+        dy, qkv, scales, start, generator_weight, plan, states, factors, errors, d_qkv, d_logits, dw, dz, de, dx,
         images, tokens, written, longest, len(plan), count, inner_lr, d=d, h=h, **_tiles(d, backward=True),
     )  # fmt: skip
     return d_qkv, dw.sum(1), d_logits

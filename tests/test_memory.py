@@ -66,6 +66,21 @@ def test_outputs_and_gradients_equal_the_oracle(implementation: str, read: str, 
             assert relative_error(a, e) < 1e-9, name
 
 
+@pytest.mark.parametrize("length", [1, CHUNK])
+def test_keys_and_values_that_nothing_reads_have_no_gradient(length: int) -> None:
+    """As an exported or scripted graph calls the operator: with keys and values even where nothing is written."""
+    memory = build("before_update", "fused")
+    qkv = torch.randn(2, length, 12, dtype=torch.float64, requires_grad=True)
+    wanted = [qkv, memory.w1, memory.w2, memory.generator_weight]
+    context = memory.recurrence(qkv)
+    expected = memory.recurrence(qkv[..., :4])
+    assert relative_error(context, expected) < 1e-12
+    gradients = torch.autograd.grad(context.square().sum(), wanted)
+    for a, b in zip(gradients[:3], torch.autograd.grad(expected.square().sum(), wanted[:3]), strict=True):
+        assert relative_error(a, b) < 1e-12
+    assert gradients[3].abs().max() == 0
+
+
 @pytest.mark.parametrize("read", READS)
 def test_groups_of_images_change_nothing(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven images in groups of as many as there are threads, the last one smaller, against all at once."""
