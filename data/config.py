@@ -45,6 +45,10 @@ class DataConfig:
 
     Attributes:
         root: folder that `convneur prepare` wrote.
+        engine: what decodes training images: "webdataset" (worker processes and timm's transforms, from either format)
+            or "ffcv" (FFCV's loader: threads, random crops and flips).
+        format: format that the dataset is read from: "tar" (WebDataset shards), "ffcv" (.beton) or "auto": .beton for
+            the engine "ffcv" and where there are no shards, else shards. Both give the same images.
         train_split: split that is trained on.
         val_split: split that is evaluated on.
         image_size: side in pixels of the square that the model sees.
@@ -66,6 +70,8 @@ class DataConfig:
     """
 
     root: str = "datasets/imagenet"
+    engine: Literal["webdataset", "ffcv"] = "webdataset"
+    format: Literal["auto", "tar", "ffcv"] = "auto"
     train_split: str = "train"
     val_split: str = "val"
     image_size: int = 224

@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from convneur.data.beton import Format, Pixels, add_betons
 from convneur.data.shards import Manifest, Sample, claim_folder, write_split
 from convneur.data.store import TarStore
 
@@ -21,8 +22,13 @@ SHARD_SAMPLES = 240
 WHITE = 16  # the scans have grey levels 0..16
 
 
-def prepare_digits(out: Path) -> bool:
+def prepare_digits(out: Path, format: Format = "tar", pixels: Pixels = "jpg") -> bool:
     """Write the digits to `out`: splits "train" (1,437 samples) and "val" (360), stratified, always the same.
+
+    Args:
+        out: the dataset's folder.
+        format: formats to write; see `convneur.data.prepare.prepare`.
+        pixels: what betons hold. As the digits are no JPEGs, it is pixels with either.
 
     Returns:
         True if they were written; False if `out` held them already, every byte checked.
@@ -31,9 +37,11 @@ def prepare_digits(out: Path) -> bool:
         InputError: `out` holds something else, or damaged digits.
     """
     if not claim_folder(out, SOURCE):
-        for split in Manifest.read(out).splits:
-            TarStore(out, split).verify()
-        return False
+        manifest = Manifest.read(out, unfinished=True)
+        if manifest.has_shards:
+            for split in manifest.splits:
+                TarStore(out, split).verify()
+        return add_betons(out, format, pixels, processes=1)
     digits = load_digits()
     numbers = np.arange(len(digits.target))
     train, val = train_test_split(numbers, test_size=VAL_SAMPLES, stratify=digits.target, random_state=0)
@@ -43,7 +51,9 @@ def prepare_digits(out: Path) -> bool:
         )
         for name, chosen in (("train", train), ("val", val))
     }
-    Manifest(SOURCE, tuple(str(name) for name in digits.target_names), splits).write(out)
+    classes = tuple(str(name) for name in digits.target_names)
+    Manifest(SOURCE, classes, splits, has_shards=format != "ffcv").write(out)
+    add_betons(out, format, pixels, processes=1)
     return True
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from scipy.io import loadmat
 
+from convneur.data.beton import Format, Pixels
 from convneur.data.errors import InputError
 from convneur.data.keys import permutation
 from convneur.data.parallel import in_parallel
@@ -76,6 +77,8 @@ def prepare_imagenet(
     max_side: int | None = None,
     part: Part | None = None,
     shard_samples: int = SHARD_SAMPLES,
+    format: Format = "tar",
+    pixels: Pixels = "jpg",
 ) -> bool:
     """Write ImageNet to `out`: splits "train", in an order mixed once and for all, and "val".
 
@@ -86,6 +89,8 @@ def prepare_imagenet(
         max_side: images with a longer side than this are scaled down to it and encoded anew; None keeps all bytes.
         part: share of the shards to write; see `convneur.data.prepare.prepare`.
         shard_samples: images a shard.
+        format: formats to write; see `convneur.data.prepare.prepare`.
+        pixels: what betons hold.
 
     Returns:
         False if the dataset was there, complete.
@@ -112,6 +117,8 @@ def prepare_imagenet(
         processes=processes,
         part=part,
         shard_samples=shard_samples,
+        format=format,
+        pixels=pixels,
     )
 
 

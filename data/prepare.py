@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from convneur.data.beton import Format, Pixels, add_betons
 from convneur.data.parallel import in_parallel
 from convneur.data.shards import (
     Manifest,
@@ -52,6 +53,8 @@ def prepare(
     processes: int,
     part: Part | None = None,
     shard_samples: int = SHARD_SAMPLES,
+    format: Format = "tar",
+    pixels: Pixels = "jpg",
 ) -> bool:
     """Write a dataset of JPEGs, or what is missing of it.
 
@@ -64,6 +67,9 @@ def prepare(
         processes: how many write at a time.
         part: write this share of the shards only; without, write what is missing, then index and manifest.
         shard_samples: samples a shard.
+        format: "tar" for shards, "ffcv" for betons, or "both". Betons are written from shards, which are removed then
+            unless they were asked for, or were there before.
+        pixels: what betons hold; see `convneur.data.beton.add_betons`.
 
     Returns:
         False if the dataset was there, complete.
@@ -72,7 +78,7 @@ def prepare(
         InputError: `out` holds something else, or can't be written to.
     """
     if not claim_folder(out, source, plan, shared=part is not None):
-        return False
+        return part is None and add_betons(out, format, pixels, processes)
     entries = {}
     for split, samples in splits.items():
         firsts = range(0, len(samples), shard_samples)
@@ -92,7 +98,8 @@ def prepare(
             scans = in_parallel(_scan, paths, processes, what=f"indexing {split}", unit="images", sizes=sizes)
             entries[split] = write_index(out, split, scans)
     if part is None:
-        Manifest(source, classes, entries).write(out)
+        Manifest(source, classes, entries, has_shards=format != "ffcv").write(out)
+        add_betons(out, format, pixels, processes)
     return True
 
 

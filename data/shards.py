@@ -6,6 +6,7 @@ A dataset is a folder:
     train.index.npy        one `INDEX_FIELDS` row a sample, shard by shard
     manifest.json          classes, splits, shards, sizes and checksums; written last, so it vouches for the rest
 
+`convneur.data.beton` describes the files in FFCV's format that may lie beside the shards, or instead of them.
 Shards that somebody else wrote stay where they are: their names are absolute paths or URLs then. While a dataset is
 being written, the file `preparing` stands there instead of the manifest.
 Offsets are positions in the tar files, so that any sample is one `pread` away.
@@ -78,20 +79,43 @@ class Denied:
 
 
 @dataclass(frozen=True)
+class Beton:
+    """A file in FFCV's format with the samples of a split, in the order of the index.
+
+    Attributes:
+        size: in bytes.
+        pixels: "jpg" if it holds original JPEGs, "raw" if it holds pixels.
+        head: where its table of samples ends.
+        table: where its table of allocations begins, which goes on to the end.
+        tables_crc32c: checksum of what is before `head` and after `table`.
+        checksums_crc32c: checksum of the file with the samples' checksums.
+    """
+
+    size: int
+    pixels: str
+    head: int
+    table: int
+    tables_crc32c: int
+    checksums_crc32c: int
+
+
+@dataclass(frozen=True)
 class Split:
     """A part of a dataset.
 
     Attributes:
-        shards: in the order of the index.
+        shards: in the order of the index; they say what lies together even where the dataset is in FFCV's format alone.
         index_crc32c: checksum of the index file.
         index_hash: what a stream of samples depends on, 32 hexadecimal digits; see `content_hash`.
         denied: samples that `convneur data verify` found bad, by row. They count as absent.
+        beton: the split in FFCV's format; None if it isn't there.
     """
 
     shards: tuple[Shard, ...]
     index_crc32c: int
     index_hash: str
     denied: tuple[Denied, ...] = ()
+    beton: Beton | None = None
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Split":
@@ -99,6 +123,7 @@ class Split:
         parts = {
             "shards": tuple(Shard(**shard) for shard in fields["shards"]),
             "denied": tuple(Denied(**denied) for denied in fields.get("denied", ())),
+            "beton": Beton(**fields["beton"]) if fields.get("beton") else None,
         }
         return Split(**{**fields, **parts})
 
@@ -111,11 +136,18 @@ class Manifest:
         source: what it was prepared from, a subcommand of `convneur prepare`.
         classes: class names; a label is a position among them.
         splits: the parts by name.
+        has_shards: whether the shards are there; False where the dataset is in FFCV's format alone.
     """
 
     source: str
     classes: tuple[str, ...]
     splits: dict[str, Split]
+    has_shards: bool = True
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all splits can be read; False while the betons that shall replace the shards are being written."""
+        return self.has_shards or all(split.beton for split in self.splits.values())
 
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder`, which makes the dataset complete."""
@@ -125,8 +157,12 @@ class Manifest:
         fsync(folder)
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Path, *, unfinished: bool = False) -> "Manifest":
         """Read the manifest of the dataset in `folder`.
+
+        Args:
+            folder: the dataset's.
+            unfinished: whether to take one that isn't `is_complete`.
 
         Raises:
             InputError: there is no folder, no manifest in it, or one of another format.
@@ -137,12 +173,15 @@ class Manifest:
             if fields["format"] != FORMAT:
                 raise InputError(f"{path} has format {fields['format']}, not {FORMAT}: prepare the dataset again")
             splits = {name: Split.from_json(split) for name, split in fields["splits"].items()}
-            return cls(source=fields["source"], classes=tuple(fields["classes"]), splits=splits)
+            manifest = cls(fields["source"], tuple(fields["classes"]), splits, fields.get("has_shards", True))
         except (FileNotFoundError, NotADirectoryError):
             what = f"holds no complete dataset (no {MANIFEST})" if folder.exists() else "does not exist"
             raise InputError(f"{folder} {what}: write one with `convneur prepare SOURCE --out {folder}`") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is damaged ({error!r}): remove {folder} and prepare it again") from None
+        if not (manifest.is_complete or unfinished):
+            raise InputError(f"{folder} holds no complete dataset yet: repeat the `convneur prepare` that began it")
+        return manifest
 
 
 def claim_folder(folder: Path, source: str, plan: str = "", *, shared: bool = False) -> bool:
@@ -166,7 +205,7 @@ def claim_folder(folder: Path, source: str, plan: str = "", *, shared: bool = Fa
         raise other
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).is_file():
-        if Manifest.read(folder).source != source:
+        if Manifest.read(folder, unfinished=True).source != source:
             raise other
         return False
     mark = f"{source} {plan}".strip()

@@ -65,21 +65,77 @@ class Store(Protocol):
 
 
 def open_store(config: DataConfig, split: str) -> Store:
-    """Open a split of the dataset at `config.root`.
+    """Open a split of the dataset at `config.root`, in the format that `config.format` and `config.engine` ask for.
 
     Raises:
-        InputError: it can't be used; see `TarStore`.
+        InputError: it can't be used; see `TarStore` and `BetonStore`.
     """
+    if reads_beton(config):
+        from convneur.data.beton import BetonStore  # FFCV is optional, and takes seconds to import
+
+        return BetonStore(config.root, split)
     default = Path(tempfile.gettempdir()) / f"convneur-cache-{os.getuid()}"
     cache = ShardCache(Path(config.cache_dir) if config.cache_dir else default, round(config.cache_gb * 1e9))
     return TarStore(config.root, split, cache)
 
 
-class TarStore:
+def reads_beton(config: DataConfig) -> bool:
+    """Whether the dataset is read from files in FFCV's format.
+
+    Raises:
+        InputError: the format has to be looked up, and there is no dataset.
+    """
+    if config.format == "auto":
+        return config.engine == "ffcv" or not Manifest.read(Path(config.root)).has_shards
+    return config.format == "ffcv"
+
+
+class IndexedStore:
+    """What the stores share: a split as its index describes it.
+
+    Denied samples are left out: samples 0..N-1 are the others.
+
+    Args:
+        root: folder of the dataset.
+        split: "train", "val" or whatever was prepared.
+
+    Raises:
+        InputError: the folder, the split or the index is missing, or has another checksum than the manifest says.
+    """
+
+    is_remote = False
+
+    def __init__(self, root: str | Path, split: str):
+        self._root, self._split = Path(root), split
+        self._manifest = Manifest.read(self._root)
+        if split not in self._manifest.splits:
+            raise InputError(f"{root} has no split '{split}'; it has {', '.join(sorted(self._manifest.splits))}")
+        self._entry = self._manifest.splits[split]
+        self._remedy = f"remove {self._root} and run `convneur prepare {self._manifest.source} --out {self._root}`"
+        self._index = read_index(self._root, split, self._entry)
+        self._rows = np.delete(np.arange(len(self._index)), [denied.row for denied in self._entry.denied])
+        self.classes = self._manifest.classes
+        self.index_hash = self._entry.index_hash
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @cached_property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples in each shard, (shards,) int64."""
+        return np.bincount(self._index["shard"][self._rows], minlength=len(self._entry.shards))
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Labels of all samples, (N,) int64."""
+        return self._index["label"][self._rows].astype(np.int64)
+
+
+class TarStore(IndexedStore):
     """A split of WebDataset shards with their index, as `convneur prepare` writes them.
 
-    Denied samples are left out: samples 0..N-1 are the others. Reads are one `pread` and a checksum. File descriptors
-    carry no position, so forked workers may share them; a pickled store opens its files anew.
+    Reads are one `pread` and a checksum. File descriptors carry no position, so forked workers may share them; a
+    pickled store opens its files anew.
 
     Shards that the manifest names by URL are read through a cache, whole.
 
@@ -94,13 +150,11 @@ class TarStore:
     """
 
     def __init__(self, root: str | Path, split: str, cache: ShardCache | None = None):
-        self._root, self._split, self._cache = Path(root), split, cache
-        manifest = Manifest.read(self._root)
-        if split not in manifest.splits:
-            raise InputError(f"{root} has no split '{split}'; it has {', '.join(sorted(manifest.splits))}")
-        entry = manifest.splits[split]
-        self._remedy = f"remove {self._root} and run `convneur prepare {manifest.source} --out {self._root}`"
-        self._shards = entry.shards
+        super().__init__(root, split)
+        self._cache = cache
+        self._shards = self._entry.shards
+        if not self._manifest.has_shards:
+            raise InputError(f"{root} holds the dataset in FFCV's format alone: set data.format to ffcv")
         self.is_remote = any(is_remote(shard.name) for shard in self._shards)
         if self.is_remote and cache is None:
             raise InputError(f"{root} has shards on servers: they are read through a cache only")
@@ -112,27 +166,10 @@ class TarStore:
             if size != shard.size:
                 what = "is missing" if size is None else f"has {size} bytes, not {shard.size}"
                 raise InputError(f"{path} {what}: {self._remedy}")
-        self._index = read_index(self._root, split, entry)
-        self._rows = np.delete(np.arange(len(self._index)), [denied.row for denied in entry.denied])
-        self.classes = manifest.classes
-        self.index_hash = entry.index_hash
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def __reduce__(self) -> tuple[type["TarStore"], tuple[Path, str, ShardCache | None]]:
         return TarStore, (self._root, self._split, self._cache)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @cached_property
-    def shard_sizes(self) -> np.ndarray:
-        """Samples in each shard, (shards,) int64."""
-        return np.bincount(self._index["shard"][self._rows], minlength=len(self._shards))
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        """Labels of all samples, (N,) int64."""
-        return self._index["label"][self._rows].astype(np.int64)
 
     def read(self, sample: int) -> Sample:
         """Read a sample.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from convneur.data.beton import Format, Pixels
 from convneur.data.keys import key
 from convneur.data.prepare import SHARD_SAMPLES, prepare
 from convneur.data.shards import Sample
@@ -74,7 +75,16 @@ class SyntheticImages:
 
 
 def prepare_synthetic(
-    out: Path, *, classes: int, images: int, height: int, width: int, processes: int, shard_samples: int = SHARD_SAMPLES
+    out: Path,
+    *,
+    classes: int,
+    images: int,
+    height: int,
+    width: int,
+    processes: int,
+    shard_samples: int = SHARD_SAMPLES,
+    format: Format = "tar",
+    pixels: Pixels = "jpg",
 ) -> bool:
     """Write `images` images to split "train" of `out` and a tenth as many to "val".
 
@@ -86,6 +96,8 @@ def prepare_synthetic(
         width: in pixels.
         processes: how many work at a time.
         shard_samples: images a shard.
+        format: formats to write; see `convneur.data.prepare.prepare`.
+        pixels: what betons hold.
 
     Returns:
         False if the dataset was there, complete.
@@ -103,4 +115,6 @@ def prepare_synthetic(
         {split: SyntheticImages(split, count, classes, height, width) for split, count in counts.items()},
         processes=processes,
         shard_samples=shard_samples,
+        format=format,
+        pixels=pixels,
     )

@@ -191,7 +191,7 @@ def _add_command(
 
 
 def _add_prepare(subparsers: Any) -> None:
-    summary = "Write a dataset as WebDataset shards."
+    summary = "Write a dataset as WebDataset shards, or in FFCV's format."
     prepare = subparsers.add_parser("prepare", help=summary, description=summary, allow_abbrev=False)
     datasets = prepare.add_subparsers(dest="dataset", required=True, metavar="DATASET")
 
@@ -200,7 +200,8 @@ def _add_prepare(subparsers: Any) -> None:
         dataset.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
         return dataset
 
-    add("digits", data_commands.prepare_digits, "Scanned handwritten digits that ship with scikit-learn.")
+    digits = add("digits", data_commands.prepare_digits, "Scanned handwritten digits that ship with scikit-learn.")
+    _add_format(digits)
 
     imagenet = add("imagenet", data_commands.prepare_imagenet, "ImageNet, from its archives or its folders.")
     imagenet.add_argument(
@@ -219,12 +220,14 @@ def _add_prepare(subparsers: Any) -> None:
         metavar="I/N",
         help="write the Ith of N parts only, as a job of an array; when all are written, run once without",
     )
+    _add_format(imagenet)
     _add_processes(imagenet)
 
     synthetic = add("synthetic", data_commands.prepare_synthetic, "Natural-looking images, for benchmarks.")
     synthetic.add_argument("--classes", type=int, default=1000, metavar="K", help="classes (default: 1000)")
     synthetic.add_argument("--images", type=int, default=10000, metavar="N", help="training images (default: 10000)")
     synthetic.add_argument("--size", default="375x500", metavar="HxW", help="pixels (default: 375x500)")
+    _add_format(synthetic)
     _add_processes(synthetic)
 
     index = add("index", data_commands.prepare_index, "An index for shards that somebody else wrote; they stay there.")
@@ -260,6 +263,22 @@ def _add_data(subparsers: Any) -> None:
     show.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file with the augmentation")
     show.add_argument(
         "--sheet", type=Path, default=Path("samples.png"), metavar="FILE", help="picture to draw (default: samples.png)"
+    )
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format",
+        choices=["tar", "ffcv", "both"],
+        default="tar",
+        help="tar: WebDataset shards (default); ffcv: .beton files, for FFCV; a dataset of shards keeps them and gets"
+        " .beton files besides",
+    )
+    parser.add_argument(
+        "--beton-pixels",
+        choices=["jpg", "raw"],
+        default="jpg",
+        help="what .beton files hold: the original JPEGs (default), or pixels, which take far more room",
     )
 
 

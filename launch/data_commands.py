@@ -17,7 +17,7 @@ def prepare_digits(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur prepare digits`."""
     from convneur.data.digits import prepare_digits
 
-    return _tell(args.out, prepare_digits(args.out))
+    return _tell(args.out, prepare_digits(args.out, args.format, args.beton_pixels))
 
 
 def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
@@ -28,7 +28,13 @@ def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
     if args.max_side is not None:
         _at_least_1("--max-side", args.max_side)
     written = prepare_imagenet(
-        args.source, args.out, processes=_processes(args.processes), max_side=args.max_side, part=part
+        args.source,
+        args.out,
+        processes=_processes(args.processes),
+        max_side=args.max_side,
+        part=part,
+        format=args.format,
+        pixels=args.beton_pixels,
     )
     if part is None or not written:
         return _tell(args.out, written)
@@ -50,6 +56,8 @@ def prepare_synthetic(args: argparse.Namespace, _: Overrides) -> int:
         height=height,
         width=width,
         processes=_processes(args.processes),
+        format=args.format,
+        pixels=args.beton_pixels,
     )
     return _tell(args.out, written)
 
