@@ -1,7 +1,8 @@
 """The configuration of a run: dataclass defaults, then YAML files, then `--section.key value`.
 
 A key is written with dots, `section.key`. Sections are dataclasses beside the code they configure; every value is
-checked against its field's type before anything is built from it. Only `deepspeed` is a free mapping.
+checked against its field's type before anything is built from it. Only `deepspeed` is a free mapping. A file may name
+others to start from, `include: FILE`, beside its sections; what is saved with a run is resolved and includes nothing.
 """
 
 import re
@@ -87,6 +88,7 @@ _Section = TypeVar("_Section")
 def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
     """Resolves a configuration: the dataclasses' defaults, then the files, then the overrides; the last one wins.
 
+INCLUDE = "include"
     config_files: YAML files, each with any part of the sections.
     overrides: words of a command line, `--section.key value` or `--section.key=value`.
 
@@ -135,15 +137,29 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
 
 def _read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, Tree]]:
     for path in paths:
-        try:
-            tree = yaml.load(Path(path).read_bytes(), _Loader)
-        except OSError as error:
-            raise InputError(f"{path}: can't be read ({error.strerror}), expected a YAML file") from error
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
-        if not isinstance(tree, dict | None):
-            raise InputError(f"{path}: holds {tree!r}, expected sections such as 'model:' with keys below them")
-        yield f"{path}: ", tree or {}
+        yield from _read_file(Path(path), ())
+
+
+def _read_file(path: Path, including: tuple[Path, ...]) -> Iterator[tuple[str, Tree]]:
+    """What a file includes, by paths relative to it, and then the file itself, which therefore wins."""
+    where = f"{including[-1]}: include: {path}" if including else str(path)
+    try:
+        tree = yaml.load(path.read_bytes(), _Loader)
+    except OSError as error:
+        raise InputError(f"{where}: can't be read ({error.strerror}), expected a YAML file") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
+    if not isinstance(tree, dict | None):
+        raise InputError(f"{path}: holds {tree!r}, expected sections such as 'model:' with keys below them")
+    tree = tree or {}
+    if INCLUDE in tree:
+        included = tree.pop(INCLUDE)
+        if not isinstance(included, str):
+            raise InputError(f"{path}: {INCLUDE} is {included!r}, expected a path, relative to this file")
+        if path.resolve() in [file.resolve() for file in including]:
+            raise InputError(f"{where}: these files include each other, expected an end to it")
+        yield from _read_file(path.parent / included, (*including, path))
+    yield f"{path}: ", tree
 
 
 def _parse_overrides(words: Iterable[str], schema: type) -> Iterator[tuple[str, Tree]]:

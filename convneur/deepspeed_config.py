@@ -34,7 +34,7 @@ REFUSED_KEYS = {
     "optimizer": "the optimizer section of the configuration sets the optimizer",
     "scheduler": "the schedule section of the configuration sets the learning rate",
     "managed_gradient_accumulation": "train.accumulation relies on DeepSpeed's own accumulation",
-    "amp": "DeepSpeed has dropped it; use deepspeed.torch_autocast",
+    "amp": "NVIDIA has taken apex.amp out of apex, and DeepSpeed has dropped it; use deepspeed.torch_autocast",
 }
 
 
@@ -50,9 +50,20 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     for key, (value, source) in _settled(config, world_size).items():
         if section.setdefault(key, value) != value:
             raise InputError(f"deepspeed.{key} is {section[key]!r}, but {source} makes it {value}: leave it out")
+    if offloads_optimizer(section):
+        section.setdefault("zero_force_ds_cpu_optimizer", False)  # optimizer.implementation decides
+    for key in ("bf16", "bfloat16"):
+        if section.get(key, {}).get("enabled", False):  # it would add gradients up in bfloat16
+            section["data_types"] = {"grad_accum_dtype": "fp32"} | section.get("data_types", {})
     # DeepSpeed's own throughput timer waits for the device at every micro-batch.
     section.setdefault("timers", {"throughput": {"enabled": False}})
     return section
+
+
+def offloads_optimizer(section: dict[str, Any]) -> bool:
+    """Whether the deepspeed section keeps optimizer state, and runs the optimizer, on the CPU."""
+    offload = section.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
 
 
 def parse_with_deepspeed(section: dict[str, Any]) -> None:
@@ -118,6 +129,13 @@ def _check_keys(section: dict[str, Any]) -> None:
 
 def _check_precision(section: dict[str, Any]) -> None:
     stage = section.get("zero_optimization", {}).get("stage", 0)
+    if not isinstance(section.get("zero_optimization", {}).get("offload_optimizer") or {}, dict):
+        raise InputError("deepspeed.zero_optimization.offload_optimizer is no mapping, expected keys such as device")
+    if stage == 0 and offloads_optimizer(section):
+        raise InputError(
+            "deepspeed.zero_optimization.offload_optimizer is set at ZeRO stage 0, which keeps all of it on the device:"
+            " use deepspeed.zero_optimization.stage 1 or more"
+        )
     for key in ("bf16", "bfloat16", "fp16"):
         if not section.get(key, {}).get("enabled", False):
             continue
@@ -127,4 +145,6 @@ def _check_precision(section: dict[str, Any]) -> None:
                 " use deepspeed.torch_autocast, or deepspeed.zero_optimization.stage 1 or more"
             )
         if key == "fp16" and not torch.cuda.is_available():
-            raise InputError("deepspeed.fp16 is enabled without a CUDA device: use deepspeed.torch_autocast")
+            raise InputError(
+                "deepspeed.fp16 is enabled without a CUDA device: use deepspeed.torch_autocast with dtype bfloat16"
+            )

@@ -28,13 +28,13 @@ from convneur.data.errors import InputError
 from convneur.data.loader import Batch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform, Normalize
 from convneur.data.store import open_store
-from convneur.deepspeed_config import deepspeed_config
+from convneur.deepspeed_config import deepspeed_config, offloads_optimizer
 from convneur.ema import Ema
 from convneur.engine import Weights, autocast, build_engine, full_weights, zero_stage
 from convneur.evaluate import Scores, evaluate
 from convneur.metrics import TrainingLog
 from convneur.model import ConvNeur
-from convneur.optim import build_optimizer, build_schedule
+from convneur.optim import build_optimizer, build_schedule, choose_implementation
 from convneur.plot import plot_run
 from convneur.stopping import StopRequest
 from convneur.summary import Summary, write_summary
@@ -180,7 +180,9 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
     model = ConvNeur(config.model).to(world.device)
     parameters = sum(p.numel() for p in model.parameters())
-    optimizer = build_optimizer(model, config.optimizer)
+    offload = offloads_optimizer(config.deepspeed)
+    implementation = choose_implementation(config.optimizer, world.device.type, offload)
+    optimizer = build_optimizer(model, config.optimizer, implementation, config.data.global_batch_size, offload)
     schedule = build_schedule(optimizer, config.schedule, loader.steps_per_epoch)
     engine = build_engine(model, optimizer, deepspeed_config(config, world.size))
     ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
@@ -212,7 +214,8 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
         log.say(f"resuming from {checkpoint}, {start_step} of {log.total_steps} steps made")
     log.say(
         f"{config.model.variant}: {parameters / 1e6:.2f} M parameters, "
-        f"{world.size} x {world.device.type}, ZeRO {zero_stage(engine)}, {len(train_store):,} training images, "
+        f"{world.size} x {world.device.type}, ZeRO {zero_stage(engine)}, "
+        f"{config.optimizer.name} of {implementation}, {len(train_store):,} training images, "
         f"{loader.steps_per_epoch} steps an epoch"
     )
     return Run(

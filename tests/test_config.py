@@ -70,6 +70,32 @@ def test_values_take_the_type_of_their_field(tmp_path: Path) -> None:
     assert load_config([file], ["--model.chunk_lengths", "null"]).model.chunk_lengths is None
 
 
+def test_a_file_wins_over_what_it_includes(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    write(tmp_path / "recipes" / "base.yaml", "schedule: {epochs: 600, warmup_epochs: 3}\noptimizer: {lr: 0.2}")
+    write(tmp_path / "recipes" / "long.yaml", "include: base.yaml\nschedule: {epochs: 900}")
+    file = write(tmp_path / "c.yaml", "include: recipes/long.yaml\noptimizer: {lr: 0.1}")
+    config = load_config([file])
+    assert (config.schedule.epochs, config.schedule.warmup_epochs, config.optimizer.lr) == (900, 3, 0.1)
+    # A recipe given after a file wins over that file.
+    assert load_config([file, tmp_path / "recipes" / "base.yaml"]).optimizer.lr == 0.2
+    save_config(config, tmp_path / "saved.yaml")
+    assert "include" not in (tmp_path / "saved.yaml").read_text()
+    assert load_config([tmp_path / "saved.yaml"]) == config
+
+
+def test_bad_include_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.yaml", "include: [a.yaml]")
+    assert refusal(partial(load_config, [file])) == matching(f"{file}: include is ['a.yaml'], expected a path, relative to .*")
+    write(file, "include: absent.yaml")
+    assert refusal(partial(load_config, [file])) == matching(f"{file}: include: {tmp_path}/absent.yaml: can't be re.*")
+    write(file, "include: d.yaml")
+    write(tmp_path / "d.yaml", "include: c.yaml")
+    assert refusal(partial(load_config, [file])) == matching(f"{tmp_path}/d.yaml: include: .*include each other.*")
+    write(tmp_path / "d.yaml", "optimizer: {lr: fast}")
+    assert refusal(partial(load_config, [file])) == matching(f"{tmp_path}/d.yaml: optimizer.lr is 'fast', exp.*")
+
+
 BAD_FILES = {
     "modle: {variant: m3}": "modle is not a configuration key; did you mean model?",
     "data: {augment: {mixupp: 3}}": "data.augment.mixupp is not a configuration key; did you mean data.augment.mixup?",

@@ -85,7 +85,7 @@ REFUSED = {
     (
         "--deepspeed.amp.enabled",
         "true",
-    ): "deepspeed.amp can't be set: DeepSpeed has dropped it; use deepspeed.torch_auto",
+    ): "DeepSpeed has dropped it; use deepspeed.torch_autocast",
     ("--deepspeed.optimizer.type", "Adam"): "deepspeed.optimizer can't be set: the optimizer section",
     ("--deepspeed.scheduler.type", "OneCycle"): "deepspeed.scheduler can't be set: the schedule section",
     ("--deepspeed.managed_gradient_accumulation", "false"): "can't be set: train.accumulation relies on",
@@ -101,6 +101,10 @@ REFUSED = {
         "--deepspeed.bf16.enabled",
         "true",
     ): "deepspeed.bf16 is enabled at ZeRO stage 0, where DeepSpeed is broken: use deep",
+    (
+        "--deepspeed.zero_optimization.offload_optimizer.device",
+        "cpu",
+    ): "deepspeed.zero_optimization.offload_optimizer is set at ZeRO stage 0, which keeps all of it on the device: use",
     ("--deepspeed.fp16", "{enabled: true}"): "deepspeed.fp16 is enabled at ZeRO stage 0, where DeepSpeed is broken",
     (
         "--data.global_batch_size",
@@ -121,7 +125,12 @@ def test_what_cannot_work_is_refused_in_one_line(words: tuple[str, ...], message
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_is_possible_above_stage_0(stage: int) -> None:
     words = ["--deepspeed.bf16.enabled", "true", "--deepspeed.zero_optimization.stage", str(stage)]
-    assert section(*words)["bf16"] == {"enabled": True}
+    filled = section(*words)
+    assert filled["bf16"] == {"enabled": True}
+    assert filled["data_types"] == {"grad_accum_dtype": "fp32"}  # what accumulates is not rounded
+    assert section(*words, "--deepspeed.data_types.grad_accum_dtype", "bf16")["data_types"] == {
+        "grad_accum_dtype": "bf16"
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no CUDA device")
