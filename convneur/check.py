@@ -8,10 +8,13 @@ from collections.abc import Callable
 from math import inf
 from operator import attrgetter
 
+import torch
+
 from convneur.config import Config
 from convneur.data.errors import InputError
-from convneur.deepspeed_config import deepspeed_config
+from convneur.deepspeed_config import deepspeed_config, offloads_optimizer
 from convneur.model import SMALLEST_IMAGE
+from convneur.optim import check_no_lock, choose_implementation, peak_lr
 
 Range = tuple[str, Callable[[float], bool]]
 COUNT: Range = ("at least 1", lambda x: x >= 1)
@@ -29,6 +32,7 @@ RANGES = {
     "train.label_smoothing": FRACTION,
     "train.ema_decay": FRACTION,
     "optimizer.lr": POSITIVE,
+    "optimizer.lr_batch_size": NOT_NEGATIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.eps": POSITIVE,
     "optimizer.clip_grad": NOT_NEGATIVE,
@@ -56,12 +60,28 @@ def check_config(config: Config, world_size: int) -> None:
             f"schedule.warmup_epochs is {config.schedule.warmup_epochs}, expected less than schedule.epochs,"
             f" {config.schedule.epochs}: the cosine follows the warm-up"
         )
+    peak = peak_lr(config.optimizer, config.data.global_batch_size)
     for key in ("warmup_lr", "min_lr"):
-        if (value := getattr(config.schedule, key)) > config.optimizer.lr:
-            raise InputError(f"schedule.{key} is {value}, expected at most optimizer.lr, {config.optimizer.lr}")
+        if (value := getattr(config.schedule, key)) > peak:
+            scaled = f" for {config.data.global_batch_size} images" if peak != config.optimizer.lr else ""
+            raise InputError(f"schedule.{key} is {value}, expected at most optimizer.lr{scaled}, {peak}")
     if config.data.image_size < SMALLEST_IMAGE:
         raise InputError(f"data.image_size is {config.data.image_size}, expected at least {SMALLEST_IMAGE}")
     name = config.run.name
     if name in {"", ".", ".."} or "/" in name or "\0" in name:
         raise InputError(f"run.name is {name!r}, expected the name of one folder; run.root says where it lies")
     deepspeed_config(config, world_size)
+    _check_optimizer(config)
+
+
+def _check_optimizer(config: Config) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    offload = offloads_optimizer(config.deepspeed)
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if config.optimizer.name == "lamb" and stage:
+        raise InputError(
+            f"optimizer.name is 'lamb' at ZeRO stage {stage}, which cuts parameters into pieces, while LAMB needs the"
+            " norms of whole ones: use deepspeed.zero_optimization.stage 0, or optimizer.name adamw"
+        )
+    if choose_implementation(config.optimizer, device, offload) == "deepspeed":
+        check_no_lock(config.optimizer, device, offload)
