@@ -81,6 +81,7 @@ class Config:
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
+INCLUDE = "include"
 Tree = dict[str, Any]
 _Section = TypeVar("_Section")
 
@@ -88,7 +89,6 @@ _Section = TypeVar("_Section")
 def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
     """Resolves a configuration: the dataclasses' defaults, then the files, then the overrides; the last one wins.
 
-INCLUDE = "include"
     config_files: YAML files, each with any part of the sections.
     overrides: words of a command line, `--section.key value` or `--section.key=value`.
 
