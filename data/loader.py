@@ -7,23 +7,25 @@ Micro-batch a of rank r owns the lanes m L / (R A) to (m + 1) L / (R A), m = r A
 names all that a micro-batch depends on.
 """
 
+import atexit
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing import active_children, get_context
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError, SampleError
-from convneur.data.keys import key, libraries_restored, seed_libraries
+from convneur.data.keys import key, libraries_restored, seed_libraries, view_key
 from convneur.data.order import LaneOrder
 from convneur.data.store import Store
 from convneur.data.transforms import Transform, decode, eval_transform, train_transform
@@ -56,9 +58,10 @@ class Batch:
     """A micro-batch.
 
     Attributes:
-        images: (b, 3, H, W) uint8, lane by lane.
+        images: (b, 3, H, W) uint8 in channels_last memory format, lane by lane.
         labels: (b,) int64.
         indices: (b,) int64, the samples' numbers in the store.
+        repetitions: (b,) int64, 0..data.repeats-1: which of a sample's views this is.
         epoch: counted from 0.
         step: optimizer steps before this one, over all epochs.
         lanes: lanes that contributed, b / len(lanes) samples each.
@@ -71,6 +74,7 @@ class Batch:
     epoch: int
     step: int
     lanes: range
+    repetitions: torch.Tensor
     bad: tuple[BadSample, ...] = ()
 
     def pin_memory(self) -> "Batch":
@@ -116,6 +120,7 @@ class TrainLoader:
             lanes=config.lanes,
             batch_size=config.global_batch_size,
             window=config.window,
+            repeats=config.repeats,
         )
         self._config, self._seed, self._store = config, seed, store
         self._dataset = _TrainDataset(store, train_transform(config), seed)
@@ -138,13 +143,16 @@ class TrainLoader:
             InputError: the storage fails time and again, or hardly a sample can be read.
         """
         batches = iter(_loader(self._dataset, self._requests(start_step, stop_step), self._config.workers))
-        with self._prefetching(start_step, stop_step) as reached:
-            for step in range(start_step, stop_step):
-                reached.value = step
-                micro_batches: list[Batch] = [_unwrap(next(batches)) for _ in self._micro_lanes]
-                for batch in micro_batches:
-                    self.bad_samples.update(batch.bad)
-                yield micro_batches
+        try:
+            with self._prefetching(start_step, stop_step) as reached:
+                for step in range(start_step, stop_step):
+                    reached.value = step
+                    micro_batches: list[Batch] = [_unwrap(next(batches)) for _ in self._micro_lanes]
+                    for batch in micro_batches:
+                        self.bad_samples.update(batch.bad)
+                    yield micro_batches
+        finally:
+            del batches  # ends the workers, also while an error's traceback keeps this frame
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint must hold to resume after `step` optimizer steps; nothing in it depends on the rank."""
@@ -154,6 +162,7 @@ class TrainLoader:
             "global_batch_size": self._config.global_batch_size,
             "lanes": self._config.lanes,
             "window": self._config.window,
+            "repeats": self._config.repeats,
             "index_hash": self.index_hash,
             "epoch": step // self.steps_per_epoch,
             "step": step,
@@ -195,8 +204,9 @@ class TrainLoader:
             epoch, position = divmod(step, self.steps_per_epoch)
             for lanes in self._micro_lanes:
                 samples = self._order.samples(epoch, position, lanes)
+                repetitions = np.tile(self._order.repetitions(position), len(lanes))
                 first = position * self._config.global_batch_size + lanes.start * samples.shape[1]
-                yield _Request(epoch, step, lanes, first, samples.ravel())
+                yield _Request(epoch, step, lanes, first, samples.ravel(), repetitions)
 
 
 class EvalLoader:
@@ -234,13 +244,17 @@ class EvalLoader:
 
 
 class _Request(NamedTuple):
-    """All that a micro-batch depends on: the samples `indices` stand at places `first`, `first` + 1, ... of `epoch`."""
+    """All that a micro-batch depends on: the samples `indices` stand at places `first`, `first` + 1, ... of `epoch`.
+
+    `repetitions` says for each which of its views is due.
+    """
 
     epoch: int
     step: int
     lanes: range
     first: int
     indices: np.ndarray
+    repetitions: np.ndarray
 
 
 def _prefetch(store: Store, requests: Iterable[_Request], reached: Reached, parent: int) -> None:
@@ -264,40 +278,89 @@ class _TrainDataset(Dataset[Batch | InputError]):
 
     def __getitem__(self, request: _Request) -> Batch | InputError:
         bad: list[BadSample] = []
+        last = _LastImage(self._store)
         try:
             with libraries_restored():
                 read = [
-                    self._read_or_replace(request.epoch, place, index, bad)
-                    for place, index in enumerate(request.indices.tolist(), request.first)
+                    read_or_replace(
+                        partial(self._read, last, request.epoch, repetition),
+                        len(self._store),
+                        seed=self._seed,
+                        epoch=request.epoch,
+                        place=place,
+                        index=index,
+                        bad=bad,
+                    )
+                    for place, (index, repetition) in enumerate(
+                        zip(request.indices.tolist(), request.repetitions.tolist(), strict=True), request.first
+                    )
                 ]
         except InputError as error:
             return error
-        images, labels, indices = zip(*read, strict=True)
+        indices, shown = zip(*read, strict=True)
+        images, labels = zip(*shown, strict=True)
         return Batch(
-            images=torch.stack(images),
+            images=default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2),
             labels=torch.tensor(labels),
             indices=torch.tensor(indices),
             epoch=request.epoch,
             step=request.step,
             lanes=request.lanes,
+            repetitions=torch.from_numpy(request.repetitions),
             bad=tuple(bad),
         )
 
-    def _read_or_replace(
-        self, epoch: int, place: int, index: int, bad: list[BadSample]
-    ) -> tuple[torch.Tensor, int, int]:
-        """Image, label and number of the sample at a place of the epoch, or of one that stands in for it."""
-        for attempt in range(REPLACEMENTS):
-            seed_libraries(key(self._seed, "augment", epoch, index))
-            try:
-                return *_read(self._store, index, self._transform), index
-            except SampleError as error:
-                bad.append(BadSample(index, str(error)))
-            index = key(self._seed, "replacement", epoch, place, attempt) % len(self._store)
-        raise InputError(
-            f"{bad[-1].reason}; so are the {REPLACEMENTS - 1} drawn before it: check the dataset with "
-            "`convneur data verify`"
-        )
+    def _read(self, last: "_LastImage", epoch: int, repetition: int, index: int) -> tuple[torch.Tensor, int]:
+        pixels, label = last.read(index)
+        seed_libraries(view_key(self._seed, "augment", epoch, index, repetition))
+        return self._transform(pixels), label
+
+
+class _LastImage:
+    """Decodes samples; the last one only once, as repeated views of it follow each other."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._index = -1
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """Pixels and label of a sample; raises what `_read` does."""
+        if index != self._index:
+            self._read = _read(self._store, index)
+            self._index = index
+        return self._read
+
+
+def read_or_replace(
+    read: Callable[[int], T], samples: int, *, seed: int, epoch: int, place: int, index: int, bad: list[BadSample]
+) -> tuple[int, T]:
+    """Read the sample at a place of an epoch or, if it can't be read, one that stands in for it.
+
+    Args:
+        read: what to read a sample with.
+        samples: N.
+        seed: the run's seed.
+        epoch: counted from 0.
+        place: in the epoch.
+        index: the sample's number.
+        bad: takes what can't be read.
+
+    Returns:
+        The number of the sample that was read, and what `read` made of it.
+
+    Raises:
+        InputError: none of `REPLACEMENTS` samples can be read.
+    """
+    for attempt in range(REPLACEMENTS):
+        try:
+            return index, read(index)
+        except SampleError as error:
+            bad.append(BadSample(index, str(error)))
+        index = key(seed, "replacement", epoch, place, attempt) % samples
+    raise InputError(
+        f"{bad[-1].reason}; so are the {REPLACEMENTS - 1} drawn before it: check the dataset with "
+        "`convneur data verify`"
+    )
 
 
 class _EvalDataset(Dataset[EvalBatch | InputError]):
@@ -308,13 +371,15 @@ class _EvalDataset(Dataset[EvalBatch | InputError]):
         self._batch_size, self._image_size = batch_size, image_size
 
     def __getitem__(self, indices: np.ndarray) -> EvalBatch | InputError:
-        images = torch.zeros(self._batch_size, 3, self._image_size, self._image_size, dtype=torch.uint8)
+        images = torch.zeros(self._batch_size, self._image_size, self._image_size, 3, dtype=torch.uint8)
+        images = images.permute(0, 3, 1, 2)
         labels = torch.zeros(self._batch_size, dtype=torch.int64)
         mask = torch.zeros(self._batch_size, dtype=torch.bool)
         bad = []
         for position, index in enumerate(indices.tolist()):
             try:
-                images[position], labels[position] = _read(self._store, index, self._transform)
+                pixels, labels[position] = _read(self._store, index)
+                images[position] = self._transform(pixels)
                 mask[position] = True
             except SampleError as error:
                 bad.append(BadSample(index, str(error)))
@@ -323,8 +388,8 @@ class _EvalDataset(Dataset[EvalBatch | InputError]):
         return EvalBatch(images, labels, mask, tuple(bad))
 
 
-def _read(store: Store, index: int, transform: Transform) -> tuple[torch.Tensor, int]:
-    """Read, decode and transform a sample to (3, H, W) uint8 and its label.
+def _read(store: Store, index: int) -> tuple[np.ndarray, int]:
+    """Read and decode a sample to (height, width, 3) uint8 and its label.
 
     Raises:
         SampleError: its bytes are damaged or not an image.
@@ -332,10 +397,10 @@ def _read(store: Store, index: int, transform: Transform) -> tuple[torch.Tensor,
     """
     sample = store.read(index)
     try:
-        image = decode(sample.image)
+        pixels = decode(sample.image)
     except ValueError as error:
         raise SampleError(f"{store.where(index)}: not a readable image ({error})") from None
-    return transform(image), sample.label
+    return pixels, sample.label
 
 
 def _loader(
@@ -357,10 +422,18 @@ def _loader(
 def _ignore_stop_signals(_: int) -> None:
     """Keeps a worker alive when a scheduler signals all processes of a job: the rank still has a step to finish.
 
-    A worker whose rank has ended ends by itself.
+    A worker whose rank has ended ends by itself; one whose rank is about to end is killed by `_end_workers`.
     """
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kills what an error left running: multiprocessing would send TERM, which workers ignore, and wait for ever."""
+    for process in active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _unwrap(result: T | InputError) -> T:
