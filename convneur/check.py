@@ -13,6 +13,7 @@ import torch
 from convneur.config import Config
 from convneur.data.errors import InputError
 from convneur.deepspeed_config import deepspeed_config, offloads_optimizer
+from convneur.doctor import examine_apex
 from convneur.model import SMALLEST_IMAGE
 from convneur.optim import check_no_lock, choose_implementation, peak_lr
 
@@ -28,6 +29,8 @@ RANGES = {
     "run.eval_every_epochs": COUNT,
     "run.checkpoint_every_steps": COUNT,
     "run.keep_checkpoints": COUNT,
+    "run.keep_every_steps": NOT_NEGATIVE,
+    "run.keep_every_epochs": NOT_NEGATIVE,
     "train.accumulation": COUNT,
     "train.label_smoothing": FRACTION,
     "train.ema_decay": FRACTION,
@@ -71,10 +74,10 @@ def check_config(config: Config, world_size: int) -> None:
     if name in {"", ".", ".."} or "/" in name or "\0" in name:
         raise InputError(f"run.name is {name!r}, expected the name of one folder; run.root says where it lies")
     deepspeed_config(config, world_size)
-    _check_optimizer(config)
+    _check_implementations(config)
 
 
-def _check_optimizer(config: Config) -> None:
+def _check_implementations(config: Config) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     offload = offloads_optimizer(config.deepspeed)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
@@ -85,3 +88,8 @@ def _check_optimizer(config: Config) -> None:
         )
     if choose_implementation(config.optimizer, device, offload) == "deepspeed":
         check_no_lock(config.optimizer, device, offload)
+    if config.train.norm_implementation == "apex":
+        apex = examine_apex()
+        reason = "there is no CUDA device" if device == "cpu" else f"apex is {apex.status}: {apex.note}"
+        if device == "cpu" or apex.status != "ok":
+            raise InputError(f"train.norm_implementation is 'apex', but {reason}; torch works everywhere")

@@ -2,23 +2,28 @@
 
 A checkpoint is a folder `step-00000460`:
 
-    manifest.json        sizes and SHA-256 of all other files; written last, so a folder without it is not a checkpoint
-    config.yaml          the run's configuration
-    state.json           step, position in the data and engine settings
-    model.safetensors    whole float32 weights       } what evaluation reads;
-    ema.safetensors      whole averaged weights      } loading them executes no pickle
-    deepspeed/           DeepSpeed's own files: weights and optimizer state, one or more files a rank
+    manifest.json           sizes and SHA-256 of all other files; a folder without it is not a checkpoint
+    config.yaml             the run's configuration
+    state.json              step, position in the data, engine settings, versions
+    model.safetensors       whole float32 weights, with the configuration in the file's metadata
+    ema.safetensors         whole averaged weights, likewise
+    optimizer/*.safetensors whole moments, one file each, such as exp_avg
+    optimizer.json          steps by parameter, loss scale
 
-DeepSpeed writes in place, without flushing, and rank 0 announces a checkpoint before the others are done. So it
-writes into a folder under a temporary name here; all files are flushed and hashed, the manifest is written, and only
-then the folder gets its name. A kill at any instant leaves the previous checkpoints as they were.
+DeepSpeed's own checkpoints are not used: they fit one world size and ZeRO stage, are pickles, and are written in place.
+These fit every stage and world size, and each rank reads of the files what it needs. The ranks share the writing.
+
+All is written under a temporary name, flushed and hashed; the manifest is written; only then the folder gets its name.
+A kill at any instant leaves the previous checkpoints as they were. A rank that fails doesn't leave the others waiting:
+all of them raise, and the run may go on.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +31,31 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 
-from convneur.config import Config, save_config
+from convneur.agreement import together
+from convneur.config import Config, config_text, save_config
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write, fsync
 from convneur.ema import Ema
-from convneur.engine import Weights, full_weights
-from convneur.errors import NonFiniteError
+from convneur.engine import Weights
+from convneur.engine_state import gather, gather_scalars, moment_names, restore
+from convneur.errors import NonFiniteError, SaveError
+from convneur.retention import Best, Retention
 from convneur.world import World
 
 MANIFEST = "manifest.json"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
+MODEL_FILE = "model.safetensors"
+EMA_FILE = "ema.safetensors"
+MOMENTS = "optimizer"
+OPTIMIZER_FILE = "optimizer.json"
 LATEST = "LATEST"
 _PREFIX = "step-"
 _TEMPORARY = "tmp-"
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in ("convneur", "deepspeed", "torch")}
 
 
 @dataclass(frozen=True)
@@ -50,21 +66,26 @@ class TrainState:
         step: optimizer steps made; the next one is number `step`.
         seconds: time spent on the run so far, over all its starts.
         data: the loader's account of the sample stream.
-        engine: ZeRO stage, world size and accumulation; DeepSpeed's files fit these alone.
+        engine: ZeRO stage, world size and accumulation; under the same ones a resumed run is equal to the bit.
+        best: the best evaluation so far, if there was any.
+        versions: of the packages that wrote it.
     """
 
     step: int
     seconds: float
     data: dict[str, Any]
     engine: dict[str, Any]
+    best: Best | None = None
+    versions: dict[str, str] = field(default_factory=_versions)
 
 
 def read_state(checkpoint: Path) -> TrainState:
     """The state in a checkpoint folder; InputError where the folder is none."""
     path = checkpoint / STATE_FILE
     try:
-        return TrainState(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        fields = json.loads(path.read_text())
+        return TrainState(**fields | {"best": Best(**fields["best"]) if fields["best"] else None})
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{checkpoint} is not a checkpoint: {path} can't be read ({error}); expected a folder step-<number>"
         ) from error
@@ -91,60 +112,78 @@ def find_checkpoint(path: Path) -> Path:
     return found[0]
 
 
-def save_checkpoint(folder: Path, config: Config, engine: DeepSpeedEngine, ema: Ema | None, state: TrainState) -> Path:
-    """Writes, flushes, hashes and only then names a checkpoint; removes the oldest beyond `keep_checkpoints`.
-
-    Collective. An exception leaves the previous checkpoints untouched.
+def save_checkpoint(
+    folder: Path,
+    config: Config,
+    world: World,
+    engine: DeepSpeedEngine,
+    ema: Ema | None,
+    state: TrainState,
+    retention: Retention,
+) -> Path:
+    """Writes, flushes, hashes and only then names a checkpoint; then removes those that need not be kept. Collective.
 
     Args:
         folder: the run's checkpoint folder, shared by all ranks.
         config: the run's configuration, saved with it.
+        world: this process among the ranks.
         engine: weights and optimizer state.
         ema: averaged weights, if the run keeps any.
         state: position of the run.
+        retention: which checkpoints stay.
 
     Returns:
         The folder of the new checkpoint.
 
     Raises:
         NonFiniteError: the weights are not finite; a checkpoint of them would only push out a good one.
+        SaveError: a rank couldn't write or read back its part, such as on a full disk. The previous checkpoints are
+            untouched, and what had been written is removed.
     """
-    rank, size = dist.get_rank(), dist.get_world_size()
-    name = f"{_PREFIX}{state.step:08d}"
-    temporary = folder / f"{_TEMPORARY}{name}"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+    final = folder / f"{_PREFIX}{state.step:08d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    files = _gather_files(engine, ema, world, state)
+    scalars = gather_scalars(engine)
+    try:
+        with together(world, SaveError, "making a folder for the checkpoint"):
+            if world.is_main:
+                for left_over in folder.glob(f"{_TEMPORARY}*"):
+                    shutil.rmtree(left_over)
+                (temporary / MOMENTS).mkdir(parents=True)
+        digests: dict[str, dict[str, Any]] = {}
+        with together(world, SaveError, "writing the checkpoint"):
+            for name, weights in files.items():
+                _write_weights(weights, config, temporary / name)
+            if world.is_main:
+                save_config(config, temporary / CONFIG_FILE)
+                _write_json(asdict(state), temporary / STATE_FILE)
+                _write_json(scalars, temporary / OPTIMIZER_FILE)
+            mine = [*files, *((CONFIG_FILE, STATE_FILE, OPTIMIZER_FILE) if world.is_main else ())]
+            digests = {name: _digest(temporary / name) for name in mine}
+        entries = [digests] * world.size
+        dist.all_gather_object(entries, digests, world.control)
+        with together(world, SaveError, "committing the checkpoint"):
+            if world.is_main:
+                _write_json({name: digest for part in entries for name, digest in part.items()}, temporary / MANIFEST)
+                _publish(temporary, final)
+                _write_text(f"{final.name}\n", folder / LATEST)
+        with together(world, SaveError, "removing old checkpoints"):
+            if world.is_main:
+                remove_obsolete(folder, state.step, retention, state.best)
+    except SaveError:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
 
-    engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False)
-    weights, averaged = full_weights(engine), ema.full_weights() if ema else None
-    if not all(w.isfinite().all() for w in weights.values()):
-        raise NonFiniteError(f"the weights are no longer finite after {state.step} steps; nothing was saved")
-    if rank == 0:
-        _save_weights(weights, temporary / "model.safetensors")
-        if averaged is not None:
-            _save_weights(averaged, temporary / "ema.safetensors")
-        save_config(config, temporary / CONFIG_FILE)
-        (temporary / STATE_FILE).write_text(json.dumps(asdict(state), indent=2))
-    dist.barrier()
 
-    files = _files(temporary)
-    for path in files:
-        fsync(path)  # every rank flushes every file: what a rank wrote sits in the page cache of its own node
-    entries: list[dict[str, Any]] = [{} for _ in range(size)]
-    dist.all_gather_object(entries, {str(p.relative_to(temporary)): _digest(p) for p in files[rank::size]})
-    if rank == 0:
-        manifest = {file: digest for part in entries for file, digest in part.items()}
-        with atomic_write(temporary / MANIFEST) as file:
-            file.write(json.dumps(manifest, indent=2, sort_keys=True).encode())
-        _publish(temporary, folder / name)
-        with atomic_write(folder / LATEST) as file:
-            file.write(f"{name}\n".encode())
-        for old in list_checkpoints(folder)[config.run.keep_checkpoints :]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return folder / name
+def remove_obsolete(folder: Path, current: int, retention: Retention, best: Best | None) -> None:
+    """Removes the checkpoints that need not stay beside that of step `current`, just written. One rank does it."""
+    if best:
+        best.write(folder)
+    by_step = {int(path.name.removeprefix(_PREFIX)): path for path in list_checkpoints(folder)}
+    for step in retention.obsolete(list(by_step), current, best and best.step):
+        _remove(by_step[step])
 
 
 def newest_intact(checkpoints: list[Path], world: World) -> tuple[Path | None, list[str]]:
@@ -154,10 +193,10 @@ def newest_intact(checkpoints: list[Path], world: World) -> tuple[Path | None, l
     """
     faults: list[str] = []
     agreed: list[list[Path]] = [checkpoints]
-    dist.broadcast_object_list(agreed)
+    dist.broadcast_object_list(agreed, group=world.control)
     for checkpoint in agreed[0]:
         found: list[list[str]] = [[] for _ in range(world.size)]
-        dist.all_gather_object(found, list(_damage(checkpoint, world.rank, world.size)))
+        dist.all_gather_object(found, list(_damage(checkpoint, world.rank, world.size)), world.control)
         damage = [fault for part in found for fault in part]
         if not damage:
             return checkpoint, faults
@@ -166,28 +205,57 @@ def newest_intact(checkpoints: list[Path], world: World) -> tuple[Path | None, l
 
 
 def load_checkpoint(checkpoint: Path, engine: DeepSpeedEngine, ema: Ema | None) -> None:
-    """Restores weights, optimizer and average from an intact checkpoint of the same world size and ZeRO stage."""
-    path, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed", load_lr_scheduler_states=False)
-    if path is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint}")
+    """Restores weights, optimizer and average from an intact checkpoint of any world size and ZeRO stage. Collective.
+
+    The files are mapped into memory, not read: each rank reads its part.
+
+    Raises:
+        InputError: it is of another model, or holds no average where one is kept.
+    """
+    scalars = json.loads((checkpoint / OPTIMIZER_FILE).read_text())
+    moments = {path.stem: load_file(path) for path in sorted((checkpoint / MOMENTS).glob("*.safetensors"))}
+    restore(engine, load_weights(checkpoint, averaged=False), moments, scalars)
     if ema:
-        ema.load_full_weights(load_file(checkpoint / "ema.safetensors"))
+        ema.load_full_weights(load_weights(checkpoint, averaged=True))
 
 
 def load_weights(checkpoint: Path, averaged: bool) -> Weights:
     """Whole float32 weights of a checkpoint, raw or averaged; InputError where they are not there."""
-    path = checkpoint / ("ema.safetensors" if averaged else "model.safetensors")
+    path = checkpoint / (EMA_FILE if averaged else MODEL_FILE)
     if not path.is_file():
         raise InputError(f"{path} is missing: the run kept no {'average of its weights' if averaged else 'weights'}")
     return load_file(path)
 
 
-def _save_weights(weights: Weights, path: Path) -> None:
-    save_file({name: w.detach().cpu().contiguous() for name, w in weights.items()}, path)
+def _gather_files(engine: DeepSpeedEngine, ema: Ema | None, world: World, state: TrainState) -> dict[str, Weights]:
+    """Names and contents, in this rank's memory, of the files that this rank is to write. Collective."""
+    names = [MODEL_FILE, *([EMA_FILE] if ema else []), *(f"{MOMENTS}/{m}.safetensors" for m in moment_names(engine))]
+    files = {}
+    for i, name in enumerate(names):
+        weights = ema.full_weights() if ema and name == EMA_FILE else gather(engine, _moment(name))
+        if name in (MODEL_FILE, EMA_FILE) and not all(w.isfinite().all() for w in weights.values()):
+            raise NonFiniteError(f"the weights are no longer finite after {state.step} steps; nothing was saved")
+        if i % world.size == world.rank:
+            files[name] = {key: weight.cpu() for key, weight in weights.items()}
+    return files
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+def _moment(name: str) -> str | None:
+    return None if name == MODEL_FILE else Path(name).stem
+
+
+def _write_weights(weights: Weights, config: Config, path: Path) -> None:
+    save_file({name: w.contiguous() for name, w in weights.items()}, path, metadata={"config": config_text(config)})
+    fsync(path)
+
+
+def _write_json(value: object, path: Path) -> None:
+    _write_text(json.dumps(value, indent=2, sort_keys=True), path)
+
+
+def _write_text(text: str, path: Path) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -197,15 +265,19 @@ def _digest(path: Path) -> dict[str, Any]:
 
 def _publish(temporary: Path, final: Path) -> None:
     """Gives a complete checkpoint its name; one that is there already was found damaged, or it would not be redone."""
-    for folder in (temporary, *(p for p in temporary.rglob("*") if p.is_dir())):
+    for folder in (temporary / MOMENTS, temporary):
         fsync(folder)
     if final.exists():
-        damaged = final.with_name(f"{_TEMPORARY}damaged-{final.name}")
-        shutil.rmtree(damaged, ignore_errors=True)
-        final.rename(damaged)
-        shutil.rmtree(damaged)
+        _remove(final)
     temporary.rename(final)
     fsync(final.parent)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint; killed in the middle, it leaves nothing that looks like one."""
+    unnamed = checkpoint.with_name(f"{_TEMPORARY}removed-{checkpoint.name}")
+    checkpoint.rename(unnamed)
+    shutil.rmtree(unnamed)
 
 
 def _damage(checkpoint: Path, rank: int, size: int) -> Iterator[str]:

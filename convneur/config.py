@@ -36,6 +36,10 @@ class RunConfig:
         eval_every_epochs: epochs between two evaluations; the end of the run is always evaluated.
         checkpoint_every_steps: optimizer steps between two checkpoints; the end of the run is always kept.
         keep_checkpoints: newest checkpoints that are kept.
+        keep_every_steps: checkpoints of multiples of this many steps are made and kept for good; 0 for none.
+        keep_every_epochs: the same for multiples of this many epochs.
+        keep_best: whether a checkpoint of the evaluation with the best top-1 so far, of raw or averaged weights, is
+            made and kept.
     """
 
     name: str = "convneur"
@@ -45,6 +49,9 @@ class RunConfig:
     eval_every_epochs: int = 1
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 3
+    keep_every_steps: int = 0
+    keep_every_epochs: int = 0
+    keep_best: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,18 @@ class TrainConfig:
         accumulation: micro-batches an optimizer step and rank.
         label_smoothing: probability mass spread over all classes.
         ema_decay: decay of the exponential moving average of the weights, per step; 0 for none.
+        compile: whether torch.compile translates the model, which takes minutes at the start of a run.
+        recompute: whether blocks recompute their activations in the backward pass instead of keeping them: less memory,
+            about a third more time, the same bits.
+        norm_implementation: whose code runs layer norms: torch, or apex (NVIDIA's FusedLayerNorm, on CUDA devices).
     """
 
     accumulation: int = 1
     label_smoothing: float = 0.1
     ema_decay: float = 0.9999
+    compile: bool = False
+    recompute: bool = False
+    norm_implementation: Literal["torch", "apex"] = "torch"
 
 
 @dataclass(frozen=True)
@@ -107,9 +121,13 @@ def load_as(schema: type[_Section], config_files: Iterable[str | Path] = (), ove
 
 def save_config(config: Config, path: Path) -> None:
     """Writes every key of a configuration to a YAML file that `load_config` reads back to an equal one."""
-    text = yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False)
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(config_text(config).encode())
+
+
+def config_text(config: Config) -> str:
+    """Every key of a configuration, as YAML."""
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def config_keys(section: type = Config, prefix: str = "") -> Iterator[str]:

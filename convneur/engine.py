@@ -1,4 +1,4 @@
-"""DeepSpeed around the model: building the engine, and reading full weights back out of it under any ZeRO stage."""
+"""DeepSpeed around the model."""
 
 from typing import Any
 
@@ -7,16 +7,18 @@ import torch
 from deepspeed.runtime.config import get_torch_autocast_dtype, get_torch_autocast_enabled
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME, has_comm_dtype
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
 
 
-def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> DeepSpeedEngine:
+def build_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], *, compile: bool = False
+) -> DeepSpeedEngine:
     """Hands the model and its optimizer to DeepSpeed; the process group exists already.
 
-    The model keeps its contiguous (NCHW) weights: ZeRO 1 and above can't flatten channels_last ones.
+    The model keeps its contiguous (NCHW) weights: ZeRO 1 and above can't flatten channels_last ones. With `compile` it
+    is translated by torch.compile at its first step.
     """
     # On CPUs DeepSpeed compiles a shared-memory all-reduce at start-up. That takes a minute, and a build that was
     # killed leaves a lock on which every later run hangs; gloo does without.
@@ -24,7 +26,25 @@ def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     if zero_stage(engine) == 3:
         _gather_vectors_in_float32(model)
+    if engine.bfloat16_enabled() or engine.fp16_enabled():
+        # DeepSpeed's own half precision modes convert the parameters, and leave it to the caller to convert the input.
+        dtype = next(model.parameters()).dtype
+        model.register_forward_pre_hook(lambda _, inputs: tuple(x.to(dtype) for x in inputs))
+    if compile:
+        engine.compile()
     return engine
+
+
+def use_apex_norms(model: nn.Module) -> None:
+    """Puts NVIDIA apex's FusedLayerNorm, with the parameters that are there, in the place of every nn.LayerNorm."""
+    from apex.normalization import FusedLayerNorm
+
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm) is nn.LayerNorm:
+                fused = FusedLayerNorm(norm.normalized_shape, eps=norm.eps)
+                fused.weight, fused.bias = norm.weight, norm.bias
+                setattr(parent, name, fused)
 
 
 def _gather_vectors_in_float32(model: nn.Module) -> None:
@@ -49,15 +69,6 @@ def autocast(deepspeed_section: dict[str, Any], device: torch.device) -> torch.a
     if not get_torch_autocast_enabled(deepspeed_section):
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, get_torch_autocast_dtype(deepspeed_section))
-
-
-def full_weights(engine: DeepSpeedEngine) -> Weights:
-    """Every parameter, whole and in float32, on every rank. Collective: all ranks call it together."""
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        master = safe_get_full_fp32_param(parameter)  # None where nothing is partitioned: the parameter is the master
-        weights[name] = parameter.detach() if master is None else master.detach().view(true_shape(parameter))
-    return weights
 
 
 def true_shape(parameter: nn.Parameter) -> torch.Size:

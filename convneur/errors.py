@@ -3,3 +3,7 @@
 
 class NonFiniteError(Exception):
     """The loss or the weights became NaN or infinite. Checkpoints that exist are from before that."""
+
+
+class SaveError(Exception):
+    """A checkpoint couldn't be written, on all ranks alike. Those that exist are as they were."""

@@ -21,6 +21,7 @@ from convneur.checkpoint import (
     load_checkpoint,
     newest_intact,
     read_state,
+    remove_obsolete,
     save_checkpoint,
 )
 from convneur.config import Config, load_config, save_config
@@ -30,12 +31,15 @@ from convneur.data.mixing import DeviceTransform, Normalize
 from convneur.data.store import open_store
 from convneur.deepspeed_config import deepspeed_config, offloads_optimizer
 from convneur.ema import Ema
-from convneur.engine import Weights, autocast, build_engine, full_weights, zero_stage
+from convneur.engine import Weights, autocast, build_engine, use_apex_norms, zero_stage
+from convneur.engine_state import gather
+from convneur.errors import SaveError
 from convneur.evaluate import Scores, evaluate
 from convneur.metrics import TrainingLog
 from convneur.model import ConvNeur
 from convneur.optim import build_optimizer, build_schedule, choose_implementation
 from convneur.plot import plot_run
+from convneur.retention import Best, Retention
 from convneur.stopping import StopRequest
 from convneur.summary import Summary, write_summary
 from convneur.world import World
@@ -65,6 +69,7 @@ class Run:
     stop_request: StopRequest
     start_step: int
     seconds_before: float
+    best: Best | None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -95,13 +100,33 @@ class Run:
                     self.log.say(f"warning: replaced in training: {line}")
                 self.bad_samples.check()
 
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are kept."""
+        run = self.config.run
+        periods = run.keep_every_steps, run.keep_every_epochs * self.loader.steps_per_epoch
+        return Retention(run.keep_checkpoints, tuple(period for period in periods if period), run.keep_best)
+
     def checkpoint_if_due(self, done: int, at_once: bool = False) -> None:
-        """Saves a checkpoint after every `checkpoint_every_steps` steps, after the last, and at once. Collective."""
-        if done % self.config.run.checkpoint_every_steps and done < self.total_steps and not at_once:
+        """Saves a checkpoint every `checkpoint_every_steps` steps, where one shall be kept, at the end and at once.
+
+        Collective. Where it can't be written the run goes on, unless it is at its end; the log says so.
+        """
+        best = self.config.run.keep_best and self.best is not None and self.best.step == done
+        due = done % self.config.run.checkpoint_every_steps == 0 or self.retention.for_good(done) or best
+        if not due and done < self.total_steps and not at_once:
             return
+        engine = engine_settings(self.engine, self.config)
+        state = TrainState(done, self.seconds, self.loader.state(done), engine, self.best)
         with self.log.paused():
-            state = TrainState(done, self.seconds, self.loader.state(done), engine_settings(self.engine, self.config))
-            save_checkpoint(self.folder / CHECKPOINTS, self.config, self.engine, self.ema, state)
+            try:
+                save_checkpoint(
+                    self.folder / CHECKPOINTS, self.config, self.world, self.engine, self.ema, state, self.retention
+                )
+            except SaveError as error:
+                if done == self.total_steps:
+                    raise
+                self.log.say(f"ALARM: after {done} steps {error}; the checkpoints before stay")
 
     def evaluate_if_due(self, done: int) -> None:
         """Evaluates the weights after every `eval_every_epochs` epochs; those of the last step are `finish`'s."""
@@ -111,6 +136,8 @@ class Run:
     def finish(self) -> Summary:
         """Evaluates the final weights, draws the curves and writes the summary. Collective."""
         raw, averaged = self._evaluate(self.total_steps)
+        if self.world.is_main:
+            remove_obsolete(self.folder / CHECKPOINTS, self.total_steps, self.retention, self.best)
         summary = Summary(
             top1=raw.top1,
             top1_ema=averaged.top1 if averaged else None,
@@ -127,9 +154,14 @@ class Run:
 
     def _evaluate(self, done: int) -> tuple[Scores, Scores | None]:
         with self.log.paused():
-            raw = self._score(full_weights(self.engine))
+            raw = self._score(gather(self.engine))
             averaged = self._score(self.ema.full_weights()) if self.ema else None
         self.log.scores(done, raw, averaged)
+        now = Best(done, raw.top1, "raw")
+        if averaged and averaged.top1 > raw.top1:
+            now = Best(done, averaged.top1, "averaged")
+        if self.best is None or now.top1 > self.best.top1:
+            self.best = now
         for line in raw.bad:
             self.log.say(f"warning: left out of the evaluation: {line}")
         return raw, averaged
@@ -179,22 +211,25 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
 
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
     model = ConvNeur(config.model).to(world.device)
+    model.set_grad_checkpointing(config.train.recompute)
+    if config.train.norm_implementation == "apex":
+        use_apex_norms(model)
     parameters = sum(p.numel() for p in model.parameters())
     offload = offloads_optimizer(config.deepspeed)
     implementation = choose_implementation(config.optimizer, world.device.type, offload)
     optimizer = build_optimizer(model, config.optimizer, implementation, config.data.global_batch_size, offload)
     schedule = build_schedule(optimizer, config.schedule, loader.steps_per_epoch)
-    engine = build_engine(model, optimizer, deepspeed_config(config, world.size))
+    engine = build_engine(model, optimizer, deepspeed_config(config, world.size), compile=config.train.compile)
     ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
 
     checkpoint, faults = choose_checkpoint(folder, resume, world)
-    start_step, seconds_before = 0, 0.0
+    state = None
     if checkpoint:
         state = read_state(checkpoint)
-        check_fit(checkpoint, state, config, engine_settings(engine, config))
+        check_fit(checkpoint, config)
         loader.check_state(state.data)
         load_checkpoint(checkpoint, engine, ema)
-        start_step, seconds_before = state.step, state.seconds
+    start_step = state.step if state else 0
 
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,8 +245,13 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
     )
     for fault in faults:
         log.say(f"warning: damaged checkpoint left out: {fault}")
-    if checkpoint:
+    if state:
         log.say(f"resuming from {checkpoint}, {start_step} of {log.total_steps} steps made")
+        if state.engine != (settings := engine_settings(engine, config)):
+            log.say(
+                f"resuming {_in_words(state.engine)} as {_in_words(settings)}: weights, moments and averages are equal "
+                "to the bit, the steps to come are not: sums run in another order"
+            )
     log.say(
         f"{config.model.variant}: {parameters / 1e6:.2f} M parameters, "
         f"{world.size} x {world.device.type}, ZeRO {zero_stage(engine)}, "
@@ -236,18 +276,24 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
         log=log,
         stop_request=stop_request,
         start_step=start_step,
-        seconds_before=seconds_before,
+        seconds_before=state.seconds if state else 0.0,
+        best=state.best if state else None,
         started=started,
     )
 
 
 def engine_settings(engine: DeepSpeedEngine, config: Config) -> dict[str, Any]:
-    """The settings that DeepSpeed's checkpoint files are tied to."""
+    """The settings that the order of summation depends on, and so the last bits of a step."""
     return {
         "zero_stage": zero_stage(engine),
         "world_size": dist.get_world_size(),
         "accumulation": config.train.accumulation,
     }
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    accumulated = f", {settings['accumulation']} micro-batches" if settings["accumulation"] > 1 else ""
+    return f"{settings['world_size']} x ZeRO {settings['zero_stage']}{accumulated}"
 
 
 def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | None, list[str]]:
@@ -270,13 +316,12 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
     return checkpoint, faults
 
 
-def check_fit(checkpoint: Path, state: TrainState, config: Config, engine: dict[str, Any]) -> None:
-    """Raises InputError where a checkpoint is of another model or was written by other engine settings."""
-    saved_model = asdict(load_config([checkpoint / CONFIG_FILE]).model)
-    for section, saved, wanted in (("model", saved_model, asdict(config.model)), ("engine", state.engine, engine)):
-        for name, value in wanted.items():
-            if saved.get(name) != value:
-                raise InputError(
-                    f"{checkpoint} has {section}.{name} = {saved.get(name)}, the run is configured with {value}; "
-                    "use the checkpoint's setting, or start another run with --resume never"
-                )
+def check_fit(checkpoint: Path, config: Config) -> None:
+    """Raises InputError where a checkpoint is of another model."""
+    saved = asdict(load_config([checkpoint / CONFIG_FILE]).model)
+    for name, value in asdict(config.model).items():
+        if saved.get(name) != value:
+            raise InputError(
+                f"{checkpoint} has model.{name} = {saved.get(name)}, the run is configured with {value}; "
+                "use the checkpoint's setting, or start another run with --resume never"
+            )

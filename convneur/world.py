@@ -3,8 +3,10 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
+from torch.distributed import ProcessGroup
 
 # A rank that is gone is noticed when a collective times out, so this bounds how long the others hang.
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
@@ -12,12 +14,16 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 
 @dataclass(frozen=True)
 class World:
-    """Rank 0..size-1 of this process, its rank among those of its node, and its device."""
+    """Rank 0..size-1 of this process, its rank among those of its node, its device, and a way to talk about control.
+
+    Ranks that agree on something do so over `control`, a group on the CPU, so that no GPU is waited for or needed.
+    """
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    control: ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -35,7 +41,8 @@ class World:
             device, backend = torch.device("cpu"), "gloo"
         name_accelerator()
         torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-        return World(rank, local_rank, size, device)
+        control = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        return World(rank, local_rank, size, device, cast(ProcessGroup, control))  # every rank is in it
 
     def leave(self) -> None:
         """Leaves the process group; without it, NCCL aborts a process that has in fact finished."""

@@ -1,4 +1,5 @@
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 from slurm_cluster import Cluster, dev_cluster, missing_programs
 
 from convneur.data.digits import prepare_digits
+from convneur.world import World
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +17,21 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("datasets") / "digits"
     prepare_digits(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """This test process as a world of one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(names)
+    world = World.join()
+    yield world
+    world.leave()
+    for name in names:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

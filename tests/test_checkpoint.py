@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,26 +16,11 @@ from convneur import checkpoint as checkpoints
 from convneur.checkpoint import find_checkpoint, list_checkpoints, load_weights, newest_intact, read_state
 from convneur.config import Config
 from convneur.data.errors import InputError
-from convneur.errors import NonFiniteError
+from convneur.errors import NonFiniteError, SaveError
 from convneur.evaluate import evaluate_checkpoint
 from convneur.metrics import read_metrics
 from convneur.train import train
 from convneur.world import World
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """This test process as a world of one."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(names)
-    world = World.join()
-    yield world
-    world.leave()
-    for name in names:
-        del os.environ[name]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +68,7 @@ def test_ema_is_an_average_of_the_weights(trained: Path) -> None:
     assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
 
 
-@pytest.mark.parametrize("name", ["deepspeed/mp_rank_00_model_states.pt", "ema.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["optimizer/exp_avg.safetensors", "ema.safetensors", "state.json"])
 def test_a_flipped_bit_is_found_and_the_previous_checkpoint_taken(run: Path, world: World, name: str) -> None:
     newest, previous = list_checkpoints(run / "checkpoints")
     flip_a_byte(newest / name)
@@ -111,7 +94,7 @@ def test_resume_goes_on_from_the_previous_one_and_says_so(
 
 def test_never_starts_afresh_in_silence(run: Path, world: World, config: Config) -> None:
     for damaged in list_checkpoints(run / "checkpoints"):
-        (damaged / "deepspeed" / "mp_rank_00_model_states.pt").unlink()
+        (damaged / "optimizer.json").unlink()
     with pytest.raises(InputError, match=r"no intact checkpoint to resume from .* start with --resume never"):
         train(config, world, run, resume="auto")
 
@@ -122,37 +105,59 @@ def test_a_checkpoint_without_manifest_is_none(run: Path, world: World) -> None:
     assert list_checkpoints(run / "checkpoints") == [previous]
 
 
-@pytest.mark.parametrize("dies_in", ["save_config", "_digest", "_publish"])
-def test_a_save_that_dies_leaves_the_last_good_one(
-    world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
+@pytest.mark.parametrize("fails_in", ["save_config", "_digest", "_publish"])
+def test_a_save_that_fails_raises_an_alarm_and_the_run_goes_on(
+    world: World,
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fails_in: str,
 ) -> None:
-    """Whatever the phase in which the second of the saves ends, the first stays, and the run resumes from it."""
-    real, calls = getattr(checkpoints, dies_in), []
+    """Whatever the phase in which the second of three saves fails, the first stays and the third is made."""
+    folder, real, calls = tmp_path / "checkpoints", getattr(checkpoints, fails_in), []
 
-    def dying(*args: object, **kwargs: object) -> object:
-        if (tmp_path / "checkpoints" / "step-00000004").exists():
-            calls.append(args)
-            raise OSError("no space left on device")
+    def failing(*args: object, **kwargs: object) -> object:
+        if (folder / "step-00000004").exists() and not calls:
+            calls.append(list_checkpoints(folder))
+            raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoints, dies_in, dying)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(checkpoints, fails_in, failing)
+    train(config, world, tmp_path)
+    said = capsys.readouterr().out
+    assert "ALARM: after 8 steps " in said
+    assert "failed on rank 0: OSError: [Errno 28] No space left on device; the checkpoints before stay" in said
+    assert folder / "step-00000004" in calls[0]
+    assert list_checkpoints(folder)[0].name == "step-00000011"
+    assert newest_intact(list_checkpoints(folder), world) == (list_checkpoints(folder)[0], [])
+    assert not list(folder.glob("tmp-*"))
+
+
+def test_a_last_checkpoint_that_fails_ends_the_run_as_failed(
+    world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoints._publish
+
+    def failing(temporary: Path, final: Path) -> None:
+        if final.name == f"step-{STEPS:08d}":
+            raise OSError(28, "No space left on device")
+        real(temporary, final)
+
+    monkeypatch.setattr(checkpoints, "_publish", failing)
+    with pytest.raises(SaveError, match="No space left"):
         train(config, world, tmp_path)
-    monkeypatch.undo()
-    assert len(calls) == 1
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    found, faults = newest_intact(list_checkpoints(tmp_path / "checkpoints"), world)
-    assert found is not None
-    assert found.name == "step-00000004"
-    assert faults == []
-    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-00000004\n"
+    assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000008", "step-00000004"]
+    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-00000008\n"
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(
     world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned = {"w": torch.tensor([1.0, float("nan")])}
-    monkeypatch.setattr(checkpoints, "full_weights", lambda engine: poisoned)
+    monkeypatch.setattr(checkpoints, "gather", lambda engine, moment: poisoned)
     with pytest.raises(NonFiniteError, match="no longer finite after 4 steps"):
         train(config, world, tmp_path)
     assert list_checkpoints(tmp_path / "checkpoints") == []
@@ -169,7 +174,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(world: World, config: Config, tm
     [
         ("model", {"variant": "n2"}, "has model.variant = n1, the run is configured with n2"),
         ("model", {"placement": "none"}, "has model.placement = per_stage, the run is configured with none"),
-        ("train", {"accumulation": 2}, "has engine.accumulation = 1, the run is configured with 2"),
         ("data", {"global_batch_size": 64}, "global_batch_size"),
         ("run", {"seed": 1}, "seed"),
     ],
@@ -182,12 +186,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         train(other, world, tmp_path / "other", resume=str(trained))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "other").exists()
-
-
-def test_other_zero_stage_is_refused(trained: Path, world: World, config: Config, tmp_path: Path) -> None:
-    other = replace(config, deepspeed=config.deepspeed | {"zero_optimization": {"stage": 2}})
-    with pytest.raises(InputError, match=r"has engine\.zero_stage = 1, the run is configured with 2"):
-        train(other, world, tmp_path / "other", resume=str(trained))
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:

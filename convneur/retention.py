@@ -1,0 +1,60 @@
+"""Which checkpoints of a run are kept: the newest, some for good, and the one with the best accuracy."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from convneur.data.files import atomic_write
+
+BEST = "BEST"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is kept.
+
+    Attributes:
+        newest: how many of the newest.
+        periods: those whose step one of these numbers divides are kept for good.
+        best: whether the one with the best accuracy is kept.
+    """
+
+    newest: int
+    periods: tuple[int, ...] = ()
+    best: bool = False
+
+    def for_good(self, step: int) -> bool:
+        """Whether the checkpoint of a step is never removed."""
+        return any(step % period == 0 for period in self.periods)
+
+    def obsolete(self, steps: Sequence[int], current: int, best: int | None) -> list[int]:
+        """Which of the checkpoints to remove once that of step `current` has been written.
+
+        That one is never among them, for it alone is known to be intact. Those of later steps are: the run was resumed
+        from before them, so they are damaged, or of a course that it has left.
+        """
+        newest = sorted((step for step in steps if step <= current), reverse=True)[: self.newest]
+        kept = {current, *newest, best if self.best else None}
+        return [step for step in steps if step > current or (step not in kept and not self.for_good(step))]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation of a run so far; checkpoints remember it, and `BEST` in their folder says it to people.
+
+    Attributes:
+        step: optimizer steps made by then.
+        top1: fraction of the held-out images that were classified rightly.
+        weights: whose accuracy it was.
+    """
+
+    step: int
+    top1: float
+    weights: Literal["raw", "averaged"]
+
+    def write(self, folder: Path) -> None:
+        """Writes it into a folder of checkpoints."""
+        with atomic_write(folder / BEST) as file:
+            file.write(json.dumps(asdict(self)).encode())
