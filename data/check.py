@@ -19,6 +19,8 @@ def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumul
     """
     _check_values(config)
     _check_augment(config.augment)
+    if config.engine == "ffcv":
+        _check_ffcv(config)
     _check_batches(config, world_size, accumulation)
     train = open_store(config, config.train_split)
     open_store(config, config.val_split)
@@ -35,7 +37,7 @@ def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumul
 
 
 def _check_values(config: DataConfig) -> None:
-    for name in ("image_size", "global_batch_size", "lanes", "window", "eval_batch_size"):
+    for name in ("image_size", "global_batch_size", "lanes", "window", "repeats", "eval_batch_size"):
         _require(getattr(config, name) >= 1, f"data.{name}", getattr(config, name), "at least 1")
     _require(config.workers >= 0, "data.workers", config.workers, "at least 0")
     _require(config.cache_gb > 0, "data.cache_gb", config.cache_gb, "above 0")
@@ -64,6 +66,18 @@ def _check_randaugment(text: str) -> None:
         rand_augment_transform(text, {})
     except (AssertionError, ValueError):
         _require(False, "data.augment.randaugment", text, "like rand-m9-mstd0.5-inc1")
+
+
+def _check_ffcv(config: DataConfig) -> None:
+    """Refuse what FFCV's loader would leave out or do otherwise."""
+    for name, value, able in (
+        ("data.format", config.format, ("auto", "ffcv")),
+        ("data.interpolation", config.interpolation, ("area",)),
+        ("data.augment.randaugment", config.augment.randaugment, ("",)),
+        ("data.augment.color_jitter", config.augment.color_jitter, (0,)),
+    ):
+        expected = " or ".join(repr(one) for one in able)
+        _require(value in able, name, value, f"{expected} with data.engine ffcv, whose loader can do nothing else")
 
 
 def _check_batches(config: DataConfig, world_size: int, accumulation: int) -> None:

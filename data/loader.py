@@ -163,6 +163,7 @@ class TrainLoader:
             "lanes": self._config.lanes,
             "window": self._config.window,
             "repeats": self._config.repeats,
+            "engine": self._config.engine,
             "index_hash": self.index_hash,
             "epoch": step // self.steps_per_epoch,
             "step": step,
@@ -199,14 +200,14 @@ class TrainLoader:
             process.kill()  # it may have inherited a handler for TERM; what it leaves half-fetched, the cache removes
             process.join()
 
-    def _requests(self, start_step: int, stop_step: int) -> Iterator["_Request"]:
+    def _requests(self, start_step: int, stop_step: int) -> Iterator["Request"]:
         for step in range(start_step, stop_step):
             epoch, position = divmod(step, self.steps_per_epoch)
             for lanes in self._micro_lanes:
                 samples = self._order.samples(epoch, position, lanes)
                 repetitions = np.tile(self._order.repetitions(position), len(lanes))
                 first = position * self._config.global_batch_size + lanes.start * samples.shape[1]
-                yield _Request(epoch, step, lanes, first, samples.ravel(), repetitions)
+                yield Request(epoch, step, lanes, first, samples.ravel(), repetitions)
 
 
 class EvalLoader:
@@ -243,7 +244,7 @@ class EvalLoader:
         return map(_unwrap, self._loader)
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
     """All that a micro-batch depends on: the samples `indices` stand at places `first`, `first` + 1, ... of `epoch`.
 
     `repetitions` says for each which of its views is due.
@@ -257,7 +258,7 @@ class _Request(NamedTuple):
     repetitions: np.ndarray
 
 
-def _prefetch(store: Store, requests: Iterable[_Request], reached: Reached, parent: int) -> None:
+def _prefetch(store: Store, requests: Iterable[Request], reached: Reached, parent: int) -> None:
     """Fetch the shards of `requests`, up to `PREFETCH_STEPS` ahead; a failure ends it, for the reader to report."""
     for request in requests:
         while request.step > reached.value + PREFETCH_STEPS:
@@ -276,7 +277,7 @@ class _TrainDataset(Dataset[Batch | InputError]):
     def __init__(self, store: Store, transform: Transform, seed: int):
         self._store, self._transform, self._seed = store, transform, seed
 
-    def __getitem__(self, request: _Request) -> Batch | InputError:
+    def __getitem__(self, request: Request) -> Batch | InputError:
         bad: list[BadSample] = []
         last = _LastImage(self._store)
         try:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from convneur.data.config import DataConfig
+from convneur.data.engine import build_train_loader
 from convneur.data.files import atomic_write
-from convneur.data.loader import TrainLoader
 from convneur.data.mixing import DeviceTransform
 from convneur.data.shards import Manifest, read_index
 from convneur.data.store import open_store
@@ -24,10 +24,10 @@ class SplitSummary:
 
     Attributes:
         split: its name.
-        shards: tar files.
+        shards: tar files, or what they were in FFCV's format.
         samples: images, those denied left out.
         denied: images that can't be read.
-        bytes: of all shards.
+        bytes: of all files that hold images.
         image_bytes: smallest, median and largest image file.
         class_samples: fewest, median and most images of a class.
         empty_classes: classes without an image.
@@ -60,7 +60,8 @@ def summarize(folder: Path) -> tuple[Manifest, list[SplitSummary]]:
                 shards=len(split.shards),
                 samples=len(index),
                 denied=len(split.denied),
-                bytes=sum(shard.size for shard in split.shards),
+                bytes=sum(shard.size for shard in split.shards if manifest.has_shards)
+                + (split.beton.size if split.beton else 0),
                 image_bytes=_spread(index["size"]),
                 class_samples=_spread(counts),
                 empty_classes=int((counts == 0).sum()),
@@ -90,7 +91,7 @@ def contact_sheet(config: DataConfig, path: Path, *, columns: int = 8, rows: int
     store = open_store(config, config.train_split)
     count = min(count, len(store) // 2 * 2)
     config = replace(config, global_batch_size=count, lanes=count // 2, workers=0)
-    loader = TrainLoader(config, store, seed=seed, rank=0, world_size=1, accumulation=1)
+    loader = build_train_loader(config, store, seed=seed, rank=0, world_size=1, accumulation=1)
     ((batch,),) = loader.iterate(0, 1)
     transform = DeviceTransform(config, len(store.classes), label_smoothing=0, seed=seed, device=torch.device("cpu"))
     inputs, targets = transform(batch)
