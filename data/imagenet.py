@@ -125,7 +125,7 @@ def prepare_imagenet(
 def shrink(image: bytes, max_side: int) -> bytes:
     """Scale an image down so that its longer side is `max_side`; one that isn't longer, or is no image, stays as is."""
     try:
-        picture = decode(image)
+        picture = Image.fromarray(decode(image))
     except ValueError:
         return image
     if max(picture.size) <= max_side:

@@ -19,6 +19,11 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def view_key(seed: int, what: str, epoch: int, sample: int, repetition: int) -> int:
+    """Key of what is drawn for the view number `repetition`, from 0 on, of a sample in an epoch."""
+    return key(seed, what, epoch, sample, repetition) if repetition else key(seed, what, epoch, sample)
+
+
 def raw_bits(count: int, *parts: int | str) -> np.ndarray:
     """Draw (count,) uint64 uniform words from Philox keyed by `parts`.
 

@@ -8,7 +8,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 
 from convneur.data.config import DataConfig
-from convneur.data.keys import key, libraries_restored, seed_libraries
+from convneur.data.keys import key, libraries_restored, seed_libraries, view_key
 from convneur.data.loader import Batch
 
 
@@ -28,15 +28,15 @@ class Normalize:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """(b, 3, H, W) uint8 to (b, 3, H, W) float32 in channels_last memory format."""
         pixels = images.to(self.device, non_blocking=True).float()
-        # Reordered last: on the CPU the arithmetic takes three times as long in channels_last.
         return pixels.sub_(self._mean).div_(self._std).contiguous(memory_format=torch.channels_last)
 
 
 class DeviceTransform:
     """What is left to do to a micro-batch once it is on the device.
 
-    A sample is erased by a key of (seed, epoch, sample). Mixing pairs the samples that a lane contributes to a step,
-    the first with the last and so on, by a key of (seed, epoch, step, lane). So neither depends on the number of ranks.
+    A sample is erased by a key of (seed, epoch, sample, repetition). Mixing pairs the samples that a lane contributes
+    to a step, the first with the last and so on, by a key of (seed, epoch, step, lane). So neither depends on the
+    number of ranks.
 
     Args:
         config: has mean, std and augment.
@@ -76,8 +76,9 @@ class DeviceTransform:
         labels = batch.labels.to(self._device, non_blocking=True)
         with libraries_restored(self._device):
             if self._erase is not None:
-                for image, index in zip(images, batch.indices.tolist(), strict=True):
-                    seed_libraries(key(self._seed, "erase", batch.epoch, index), self._device)
+                views = zip(images, batch.indices.tolist(), batch.repetitions.tolist(), strict=True)
+                for image, index, repetition in views:
+                    seed_libraries(view_key(self._seed, "erase", batch.epoch, index, repetition), self._device)
                     self._erase(image)
             if self._mixup is None:
                 return images, mixup_target(labels, self._num_classes, smoothing=self._label_smoothing)

@@ -1,6 +1,6 @@
 """The order of an epoch: a pure function of (seed, epoch), the same for every number of ranks and workers.
 
-Legend: N samples, L lanes, B global batch size, W window, n = (N // B) B / L samples a lane.
+Legend: N samples, L lanes, B global batch size, W window, K repeats, n = (N // B) B / L samples a lane.
 
 1. The shards are permuted and laid end to end on a ring, which is entered at a random place.
 2. From there on, every N // L places, a lane of n samples is cut out. Cuts split shards, so a lane consists of spans:
@@ -8,8 +8,10 @@ Legend: N samples, L lanes, B global batch size, W window, n = (N // B) B / L sa
    as the ring is entered anywhere, each sample has the same chance of that.
 3. In each lane the spans are permuted and, within windows of W spans, the samples. A reader thus touches about L W
    shards at a time, each nearly in sequence.
+   With K repeats only the first n / K samples (rounded up) of this order are read, each K times in a row.
 4. Step t takes samples t B/L to (t+1) B/L of each lane. Ranks own whole lanes, so the step is the same for any number
-   of ranks.
+   of ranks. With repeats the second half is reversed: mixup pairs first with last, and shall not meet two views of one
+   sample.
 """
 
 from collections.abc import Sequence
@@ -32,21 +34,31 @@ class LaneOrder:
         lanes: L; divides `batch_size`.
         batch_size: B, samples an optimizer step; not above N.
         window: W, spans that are shuffled together.
+        repeats: K, how often a sample is shown before the next one.
 
     Raises:
         ValueError: the arguments contradict each other; `check_data` finds it earlier and says what to do.
     """
 
-    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, *, seed: int, lanes: int, batch_size: int, window: int):
+    def __init__(
+        self,
+        shard_sizes: Sequence[int] | np.ndarray,
+        *,
+        seed: int,
+        lanes: int,
+        batch_size: int,
+        window: int,
+        repeats: int = 1,
+    ):
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._firsts = np.cumsum(self._sizes) - self._sizes
         self._samples = int(self._sizes.sum())
-        if lanes < 1 or window < 1 or batch_size % lanes or not 0 < batch_size <= self._samples:
+        if lanes < 1 or window < 1 or repeats < 1 or batch_size % lanes or not 0 < batch_size <= self._samples:
             raise ValueError(
                 f"no order of {self._samples} samples with batch size {batch_size}, {lanes} lanes and window {window}"
             )
         self._seed, self._num_lanes, self._window = seed, lanes, window
-        self._share = batch_size // lanes
+        self._share, self._repeats = batch_size // lanes, repeats
         self.steps_per_epoch = self._samples // batch_size
         self._lane_size = self.steps_per_epoch * self._share
         self._epoch = -1
@@ -70,8 +82,20 @@ class LaneOrder:
         for lane in lanes:
             if lane not in self._lanes:
                 self._lanes[lane] = self._lane(epoch, lane)
-        taken = slice(step * self._share, (step + 1) * self._share)
+        taken = self._places(step) // self._repeats
         return np.stack([self._lanes[lane][taken] for lane in lanes])
+
+    def repetitions(self, step: int) -> np.ndarray:
+        """Which showing of its sample in the epoch each of a lane's is, (B/L,) int64, 0..K-1, in each lane alike."""
+        return self._places(step) % self._repeats
+
+    def _places(self, step: int) -> np.ndarray:
+        """Places in a lane that a step takes, (B/L,) int64."""
+        places = np.arange(step * self._share, (step + 1) * self._share)
+        if self._repeats > 1:
+            half = self._share // 2
+            places[half:] = places[half:][::-1].copy()
+        return places
 
     def _lane(self, epoch: int, lane: int) -> np.ndarray:
         """All n samples of a lane in the order of reading."""

@@ -1,38 +1,48 @@
-"""From encoded bytes to uint8 pixels, on the CPU, through timm's transforms."""
+"""From encoded bytes to uint8 pixels, on the CPU: decoding, crop, resize and timm's augmentation."""
 
 import io
+import math
 from collections.abc import Callable
-from typing import cast
+from functools import partial
 
+import cv2
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data.auto_augment import RandAugment, posterize
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import create_transform
+from torch.nn import functional as F
 from torchvision.transforms import Compose
 
-from convneur.data.config import DataConfig
+from convneur.data.config import DataConfig, Interpolation
 
-Transform = Callable[[Image.Image], torch.Tensor]
-"""RGB image to (3, H, W) uint8."""
+cv2.setNumThreads(0)  # workers are processes, and OpenCV's threads don't outlive a fork
+
+Transform = Callable[[np.ndarray | Image.Image], torch.Tensor]
+"""RGB image, (height, width, 3) uint8 or Pillow's, to (3, H, W) uint8 in channels_last memory format."""
+
+Resize = Callable[[np.ndarray, int, int], torch.Tensor]
+"""Part of an RGB image, (h, w, 3) uint8, and the height H and width W it shall have, to (H, W, 3) uint8."""
 
 
-def decode(image: bytes) -> Image.Image:
+def decode(image: bytes) -> np.ndarray:
     """Decode an image file to RGB, to the pixels that Pillow makes of it and torchvision's reader thus shows.
 
     Orientation in EXIF is left as it is. Intact JPEGs go through simplejpeg, which is faster and gives the same bits.
+
+    Returns:
+        (height, width, 3) uint8.
 
     Raises:
         ValueError: it is no image, or a damaged one; says why in one line.
     """
     pixels = _decode_plain_jpeg(image)
     if pixels is not None:
-        height, width, _ = pixels.shape
-        # Pillow keeps four bytes a pixel, so this is a plain copy.
-        return Image.frombytes("RGB", (width, height), pixels.data, "raw", "RGBX")
+        return pixels
     try:
-        return Image.open(io.BytesIO(image)).convert("RGB")
+        return np.array(Image.open(io.BytesIO(image)).convert("RGB"))
     except UnidentifiedImageError:
         raise ValueError("no known image format") from None
     except MemoryError:
@@ -42,17 +52,14 @@ def decode(image: bytes) -> Image.Image:
 
 
 def _decode_plain_jpeg(image: bytes) -> np.ndarray | None:
-    """(H, W, 4) uint8, the fourth unused.
-
-    None for whatever Pillow is to judge: other formats and colours, damage, gigantic sizes.
-    """
+    """(height, width, 3) uint8; None for whatever Pillow is to judge: other formats and colours, damage, huge sizes."""
     if not image.startswith(b"\xff\xd8"):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(image)
         if colorspace not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
-        pixels: np.ndarray = simplejpeg.decode_jpeg(image, "RGBX")
+        pixels: np.ndarray = simplejpeg.decode_jpeg(image)
         return pixels
     except ValueError:
         return None
@@ -61,11 +68,12 @@ def _decode_plain_jpeg(image: bytes) -> np.ndarray | None:
 def train_transform(config: DataConfig) -> Transform:
     """The random changes of `config.augment`, drawn from the global generators that `seed_libraries` seeds.
 
-    Erasing and mixing come later, on the device.
+    What is drawn is what timm's `create_transform` draws, whatever the interpolation. Erasing and mixing come later,
+    on the device.
     """
-    augment = config.augment
-    transform: Compose = create_transform(
-        config.image_size,
+    augment, size, resize = config.augment, config.image_size, RESIZES[config.interpolation]
+    primary, secondary, to_tensor = create_transform(
+        size,
         is_training=True,
         scale=augment.scale,
         ratio=augment.ratio,
@@ -73,23 +81,73 @@ def train_transform(config: DataConfig) -> Transform:
         vflip=augment.vflip,
         color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # None leaves it out
         auto_augment=augment.randaugment or None,
-        interpolation=config.interpolation,
+        interpolation="bicubic" if "bicubic" in config.interpolation else "bilinear",  # for RandAugment's rotations
         mean=config.mean,
         use_prefetcher=True,
+        separate=True,
     )
-    mend_posterize(transform)
-    return cast(Transform, transform)
+    flips = primary.transforms[1:]
+    mend_posterize(secondary)
+
+    def transform(image: np.ndarray | Image.Image) -> torch.Tensor:
+        pixels = _writable(image)
+        whole = torch.from_numpy(pixels).permute(2, 0, 1)
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(whole, augment.scale, augment.ratio)
+        seen = resize(pixels[top : top + height, left : left + width], size, size).permute(2, 0, 1)
+        for flip in flips:
+            seen = flip(seen)
+        if not secondary.transforms:
+            return seen
+        changed: torch.Tensor = to_tensor(secondary(Image.fromarray(seen.permute(1, 2, 0).numpy())))
+        return changed
+
+    return transform
 
 
 def eval_transform(config: DataConfig) -> Transform:
-    """Resize the shorter side to image_size / eval_crop, then cut out the centre."""
-    transform: Transform = create_transform(
-        config.image_size,
-        interpolation=config.interpolation,
-        crop_pct=config.eval_crop,
-        use_prefetcher=True,
-    )
+    """Resize the shorter side to image_size / eval_crop, then cut out the centre, as timm and torchvision do."""
+    size, resize = config.image_size, RESIZES[config.interpolation]
+    shorter = math.floor(size / config.eval_crop)
+
+    def transform(image: np.ndarray | Image.Image) -> torch.Tensor:
+        pixels = _writable(image)
+        sides = pixels.shape[:2]
+        resized = resize(
+            pixels, *(shorter if side == min(sides) else int(shorter * side / min(sides)) for side in sides)
+        )
+        top, left = (round((side - size) / 2) for side in resized.shape[:2])
+        return resized[top : top + size, left : left + size].permute(2, 0, 1)
+
     return transform
+
+
+def _writable(image: np.ndarray | Image.Image) -> np.ndarray:
+    """The pixels as torch takes them; copied only where they can't be written to."""
+    return np.require(image, requirements="W")
+
+
+def _resize_pillow(pixels: np.ndarray, height: int, width: int, *, resample: Image.Resampling) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.fromarray(pixels).resize((width, height), resample)))
+
+
+def _resize_torch(pixels: np.ndarray, height: int, width: int, *, mode: str) -> torch.Tensor:
+    images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    return F.interpolate(images, (height, width), mode=mode, antialias=True)[0].permute(1, 2, 0)
+
+
+def _resize_opencv(pixels: np.ndarray, height: int, width: int, *, interpolation: int) -> torch.Tensor:
+    return torch.from_numpy(cv2.resize(pixels, (width, height), interpolation=interpolation))
+
+
+RESIZES: dict[Interpolation, Resize] = {
+    "bilinear": partial(_resize_pillow, resample=Image.Resampling.BILINEAR),
+    "bicubic": partial(_resize_pillow, resample=Image.Resampling.BICUBIC),
+    "fast-bilinear": partial(_resize_torch, mode="bilinear"),
+    "fast-bicubic": partial(_resize_torch, mode="bicubic"),
+    "area": partial(_resize_opencv, interpolation=cv2.INTER_AREA),
+    "linear": partial(_resize_opencv, interpolation=cv2.INTER_LINEAR),
+}
+"""All compute in integers, or were seen to give the same bits with and without AVX2; OpenCV's cubic one doesn't."""
 
 
 def mend_posterize(transform: Compose) -> None:

@@ -186,6 +186,7 @@ def test_state_describes_the_stream_and_not_the_ranks(config: DataConfig) -> Non
             "global_batch_size": 64,
             "lanes": 8,
             "window": 2,
+            "repeats": 1,
             "index_hash": store.index_hash,
         }
     )

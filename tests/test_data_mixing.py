@@ -22,7 +22,8 @@ def batch_of(lanes: range, share: int = 6, size: int = 12, epoch: int = 0, step:
     """`share` samples from each of `lanes`, whose pixels and labels follow from their numbers."""
     indices = torch.cat([100 * lane + torch.arange(share) for lane in lanes])
     pixels = [torch.randint(256, (3, size, size), generator=torch.Generator().manual_seed(i)) for i in indices.tolist()]
-    return Batch(torch.stack(pixels).to(torch.uint8), indices % 4, indices, epoch, step, lanes)
+    repetitions = torch.zeros_like(indices)
+    return Batch(torch.stack(pixels).to(torch.uint8), indices % 4, indices, epoch, step, lanes, repetitions)
 
 
 def transform(augment: AugmentConfig, device: torch.device, smoothing: float = 0.0, seed: int = 0) -> DeviceTransform:
