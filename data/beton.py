@@ -224,7 +224,7 @@ def _stored(image: bytes, pixels: Pixels) -> tuple[int, int, int, int]:
     if pixels == "jpg" and (sides := _plain_jpeg(image)):
         return JPG, *sides, len(image)
     try:
-        height, width, _ = np.asarray(decode(image)).shape
+        height, width, _ = decode(image).shape
     except ValueError:
         return JPG, 1, 1, len(image)
     if max(height, width) > LARGEST_SIDE:
@@ -264,7 +264,7 @@ def _copy(source: _Source, stored: np.ndarray, places: np.ndarray, path: str, sh
     checksums = []
     with Path(path).open("r+b") as file:
         for row, image in zip(source.rows(shard), source.images(shard), strict=True):
-            content = image if stored["mode"][row] == JPG else np.ascontiguousarray(decode(image)).tobytes()
+            content = image if stored["mode"][row] == JPG else decode(image).tobytes()
             file.seek(int(places[row]))
             file.write(content)
             checksums.append(google_crc32c.value(content))
@@ -321,23 +321,27 @@ class BetonStore(IndexedStore):
             InputError: the file can't be opened or read, or ends before the sample does, and goes on so.
         """
         row = self._rows[sample]
-        image, entry = self.content(sample), self.images[row]
+        image, entry = self._content(sample), self.images[row]
         if entry["mode"] == RAW:
             image = b"P6 %d %d 255\n" % (entry["width"], entry["height"]) + image
         return Sample(self._index[row]["key"].decode(), image, int(self._index[row]["label"]))
 
-    def content(self, sample: int) -> bytes:
-        """What the beton holds of a sample: its file or its pixels; raises what `read` does."""
+    def _content(self, sample: int) -> bytes:
         row = self._rows[sample]
         content = self._pread(row)
-        if google_crc32c.value(content) != self._checksums[row]:
+        if not self._matches(row, content):
             raise SampleError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
         return content
+
+    def is_intact(self, sample: int) -> bool:
+        """Whether the beton holds of a sample what was written; raises `InputError` where `read` does."""
+        row = self._rows[sample]
+        return self._matches(row, self._pread(row))
 
     def fault(self, row: int) -> str:
         """Why the image of a row of the index, denied or not, can't be read; empty if it can."""
         content = self._pread(row)
-        if google_crc32c.value(content) != self._checksums[row]:
+        if not self._matches(row, content):
             return "checksum mismatch"
         if self.images[row]["mode"] == JPG:
             try:
@@ -352,6 +356,9 @@ class BetonStore(IndexedStore):
     def where(self, sample: int) -> str:
         """Name the split, file and key of a sample."""
         return f"{self.path}, split {self._split}, key {self._index[self._rows[sample]]['key'].decode()}"
+
+    def _matches(self, row: int, content: bytes) -> bool:
+        return bool(google_crc32c.value(content) == self._checksums[row])
 
     def _pread(self, row: int) -> bytes:
         size, place = int(self._sizes[row]), int(self.images[row]["data_ptr"])

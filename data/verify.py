@@ -1,6 +1,7 @@
 """Every byte of a dataset checked; what no one can read goes on the denylist."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from tempfile import TemporaryDirectory
 import google_crc32c
 import numpy as np
 
+from convneur.data.beton import BetonStore
 from convneur.data.errors import InputError
 from convneur.data.parallel import in_parallel
 from convneur.data.remote import download, is_remote
@@ -35,10 +37,11 @@ class Findings:
 
 
 def verify_dataset(folder: Path, processes: int) -> list[Findings]:
-    """Check shards and index against the manifest, decode every image, and write the denylist into the manifest.
+    """Check shards, betons and index against the manifest, decode every image, and write the manifest's denylist.
 
-    Denied samples count as absent from then on: in the order, in evaluation, and in the index's hash. Samples that are
-    readable again leave the list.
+    Denied samples count as absent from then on: in the order, in evaluation, and in the index's hash. What can't be
+    read in one format is denied in both, so that their streams stay the same. Samples that are readable again leave
+    the list.
 
     Args:
         folder: the dataset's.
@@ -48,22 +51,32 @@ def verify_dataset(folder: Path, processes: int) -> list[Findings]:
         What was found, for each split.
 
     Raises:
-        InputError: there is no dataset, or its index is damaged, or a shard is missing or has another size.
+        InputError: there is no dataset, or its index is damaged, or a shard or a beton is missing or has another size.
     """
     manifest = Manifest.read(folder)
     findings, splits = [], {}
     for name, split in manifest.splits.items():
         index = read_index(folder, name, split)
         edges = np.searchsorted(index["shard"], np.arange(len(split.shards) + 1))
-        checked = in_parallel(
-            partial(_check_shard, folder, split.shards, index, edges),
-            range(len(split.shards)),
-            processes,
-            what=f"checking {name}",
-            unit="images",
-            sizes=[shard.samples for shard in split.shards],
-        )
-        denied = tuple(sample for found, _ in checked for sample in found)
+        check: list[tuple[str, Callable[[int], tuple[list[Denied], str]]]] = []
+        if manifest.has_shards:
+            check.append((name, partial(_check_shard, folder, split.shards, index, edges)))
+        if split.beton:
+            check.append((f"{name}.beton", partial(_check_block, BetonStore(folder, name), index, edges)))
+        checked = [
+            found
+            for what, work in check
+            for found in in_parallel(
+                work,
+                range(len(split.shards)),
+                processes,
+                what=f"checking {what}",
+                unit="images",
+                sizes=[shard.samples for shard in split.shards],
+            )
+        ]
+        by_row = {sample.row: sample for found, _ in reversed(checked) for sample in found}
+        denied = tuple(by_row[row] for row in sorted(by_row))
         damaged = tuple(line for _, line in checked if line)
         findings.append(Findings(name, len(index), denied, damaged))
         kept = np.delete(index, [sample.row for sample in denied])
@@ -95,6 +108,12 @@ def _check_shard(
                     denied.append(Denied(row, index[row]["key"].decode(), reason))
         differs = file_crc32c(path) != shard.crc32c
     return denied, f"{shard.name}: not the bytes that were indexed" if differs else ""
+
+
+def _check_block(store: BetonStore, index: np.ndarray, edges: np.ndarray, number: int) -> tuple[list[Denied], str]:
+    """Samples of a shard that can't be read in FFCV's format. What is between them has no meaning, so no line."""
+    rows = range(edges[number], edges[number + 1])
+    return [Denied(row, index[row]["key"].decode(), reason) for row in rows if (reason := store.fault(row))], ""
 
 
 def _fetch(shard: Shard, path: Path) -> None:
