@@ -68,6 +68,7 @@ class TrainState:
         data: the loader's account of the sample stream.
         engine: ZeRO stage, world size and accumulation; under the same ones a resumed run is equal to the bit.
         best: the best evaluation so far, if there was any.
+        went_back: whether the run has gone back to a checkpoint once; it does so no second time.
         versions: of the packages that wrote it.
     """
 
@@ -76,6 +77,7 @@ class TrainState:
     data: dict[str, Any]
     engine: dict[str, Any]
     best: Best | None = None
+    went_back: bool = False
     versions: dict[str, str] = field(default_factory=_versions)
 
 
@@ -98,6 +100,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(
         (p for p in folder.iterdir() if p.name.startswith(_PREFIX) and (p / MANIFEST).is_file()), reverse=True
     )
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -181,7 +188,7 @@ def remove_obsolete(folder: Path, current: int, retention: Retention, best: Best
     """Removes the checkpoints that need not stay beside that of step `current`, just written. One rank does it."""
     if best:
         best.write(folder)
-    by_step = {int(path.name.removeprefix(_PREFIX)): path for path in list_checkpoints(folder)}
+    by_step = {checkpoint_step(path): path for path in list_checkpoints(folder)}
     for step in retention.obsolete(list(by_step), current, best and best.step):
         _remove(by_step[step])
 

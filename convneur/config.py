@@ -20,6 +20,7 @@ import yaml
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
+from convneur.guards import GuardConfig
 from convneur.model import ModelConfig
 from convneur.optim import OptimizerConfig, ScheduleConfig
 
@@ -92,6 +93,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
 

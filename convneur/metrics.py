@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from convneur.data.files import atomic_write
-from convneur.errors import NonFiniteError
 from convneur.evaluate import Scores
 from convneur.world import World
 
@@ -58,33 +57,34 @@ class TrainingLog:
         self._steps_per_epoch = steps_per_epoch
         self._images_per_step = images_per_step
         self._every_steps = every_steps
-        self._world_size = world.size
-        self._loss_sum = torch.zeros((), device=world.device)
+        self._loss_sum = torch.zeros(2, device=world.device)  # of the finite losses, and how many they are
         self._mark_step, self._mark_time = start_step, time.monotonic()
         self._records = Records(folder, start_step) if world.is_main else None
         self._display = Display(total_steps, start_step) if world.is_main else None
 
     def step(self, done: int, loss: Tensor, learning_rate: float) -> None:
-        """Takes in the loss of step number `done - 1`; writes a line where one is due. Collective then."""
-        self._loss_sum += loss
+        """Takes in the loss of step number `done - 1`; writes a line where one is due. Collective then.
+
+        Losses that are not finite, which are the guards' business, are left out of the mean.
+        """
+        finite = loss.isfinite()
+        self._loss_sum += torch.stack([torch.where(finite, loss, 0.0), finite])
         if self._display:
             self._display.advance(done)
         if done % self._every_steps and done < self.total_steps:
             return
         steps = done - self._mark_step
         dist.all_reduce(self._loss_sum)
-        mean = self._loss_sum.item() / (steps * self._world_size)
+        loss_sum, losses = self._loss_sum.tolist()
         now = time.monotonic()
         values = {
-            "train/loss": mean,
+            "train/loss": loss_sum / losses if losses else math.nan,
             "train/lr": learning_rate,
             "train/images_per_second": steps * self._images_per_step / max(now - self._mark_time, 1e-9),
         }
         self._loss_sum.zero_()
         self._mark_step, self._mark_time = done, now
         self._add(done, values)
-        if not math.isfinite(mean):
-            raise NonFiniteError(f"the loss is {mean} within steps {done - steps} to {done - 1}")
 
     def scores(self, done: int, raw: Scores, averaged: Scores | None) -> None:
         """Writes an evaluation after `done` steps."""

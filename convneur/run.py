@@ -16,6 +16,7 @@ from convneur.bad_samples import BadSampleCount
 from convneur.checkpoint import (
     CONFIG_FILE,
     TrainState,
+    checkpoint_step,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -25,6 +26,7 @@ from convneur.checkpoint import (
     save_checkpoint,
 )
 from convneur.config import Config, load_config, save_config
+from convneur.data.engine import build_train_loader
 from convneur.data.errors import InputError
 from convneur.data.loader import Batch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform, Normalize
@@ -33,8 +35,9 @@ from convneur.deepspeed_config import deepspeed_config, offloads_optimizer
 from convneur.ema import Ema
 from convneur.engine import Weights, autocast, build_engine, use_apex_norms, zero_stage
 from convneur.engine_state import gather
-from convneur.errors import SaveError
+from convneur.errors import NonFiniteError, SaveError
 from convneur.evaluate import Scores, evaluate
+from convneur.guards import Guards
 from convneur.metrics import TrainingLog
 from convneur.model import ConvNeur
 from convneur.optim import build_optimizer, build_schedule, choose_implementation
@@ -66,10 +69,12 @@ class Run:
     schedule: Scheduler
     ema: Ema | None
     log: TrainingLog
+    guards: Guards
     stop_request: StopRequest
     start_step: int
     seconds_before: float
     best: Best | None
+    went_back: bool
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -93,9 +98,10 @@ class Run:
         Raises:
             InputError: samples can't be read; on all ranks alike where those are too many.
         """
-        for step, batches in enumerate(self.loader.iterate(self.start_step, self.total_steps), self.start_step):
+        read = self.guards.timed(self.loader.iterate(self.start_step, self.total_steps))
+        for step, batches in enumerate(read, self.start_step):
             yield step, batches
-            if (step + 1) % self.config.run.log_every_steps == 0 or step + 1 == self.total_steps:
+            if self._is_reported(step + 1):
                 for line in self.bad_samples.update():
                     self.log.say(f"warning: replaced in training: {line}")
                 self.bad_samples.check()
@@ -107,6 +113,35 @@ class Run:
         periods = run.keep_every_steps, run.keep_every_epochs * self.loader.steps_per_epoch
         return Retention(run.keep_checkpoints, tuple(period for period in periods if period), run.keep_best)
 
+    def _is_reported(self, done: int) -> bool:
+        return done % self.config.run.log_every_steps == 0 or done == self.total_steps
+
+    def guard_if_due(self, done: int) -> None:
+        """Looks, whenever a line of metrics is due, at what the guards have found; goes back if need be. Collective.
+
+        Raises:
+            CorruptionError: the ranks' weights differ.
+            NonFiniteError: the steps are bad, and the run has gone back before or can't.
+        """
+        self.guards.compare_weights(done)
+        latest = self.guards.review() if self._is_reported(done) else None
+        if latest is None:
+            return
+        bad = f"{self.config.guards.max_bad_steps} bad steps in a row from step {latest} on"
+        if self.went_back:
+            raise NonFiniteError(f"{bad}, and the run has gone back once already; a lower learning rate may help")
+        before = [c for c in list_checkpoints(self.folder / CHECKPOINTS) if checkpoint_step(c) <= latest]
+        checkpoint, _ = newest_intact(before, self.world)
+        if checkpoint is None:
+            raise NonFiniteError(f"{bad}, and there is no checkpoint from before them to go back to")
+        load_checkpoint(checkpoint, self.engine, self.ema)
+        self.went_back = True
+        self.log.say(
+            f"ALARM: {bad}: back to the weights of {checkpoint}; the samples of steps {checkpoint_step(checkpoint)} "
+            f"to {done - 1} are passed over"
+        )
+        self.checkpoint_if_due(done, at_once=True)
+
     def checkpoint_if_due(self, done: int, at_once: bool = False) -> None:
         """Saves a checkpoint every `checkpoint_every_steps` steps, where one shall be kept, at the end and at once.
 
@@ -117,7 +152,7 @@ class Run:
         if not due and done < self.total_steps and not at_once:
             return
         engine = engine_settings(self.engine, self.config)
-        state = TrainState(done, self.seconds, self.loader.state(done), engine, self.best)
+        state = TrainState(done, self.seconds, self.loader.state(done), engine, self.best, self.went_back)
         with self.log.paused():
             try:
                 save_checkpoint(
@@ -192,7 +227,7 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
     started = time.monotonic()
     train_store = open_store(config.data, config.data.train_split)
     eval_store = open_store(config.data, config.data.val_split)
-    loader = TrainLoader(
+    loader = build_train_loader(
         config.data,
         train_store,
         seed=config.run.seed,
@@ -274,10 +309,12 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
         schedule=schedule,
         ema=ema,
         log=log,
+        guards=Guards(config.guards, world, engine, ema, train_store.where, log.say),
         stop_request=stop_request,
         start_step=start_step,
         seconds_before=state.seconds if state else 0.0,
         best=state.best if state else None,
+        went_back=state.went_back if state else False,
         started=started,
     )
 

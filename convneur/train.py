@@ -15,6 +15,7 @@ from convneur.data.keys import key, seed_libraries
 from convneur.data.loader import Batch
 from convneur.data.mixing import DeviceTransform
 from convneur.ema import Ema
+from convneur.guards import Guards
 from convneur.run import started_run
 from convneur.summary import Summary
 from convneur.world import World
@@ -22,18 +23,22 @@ from convneur.world import World
 cross_entropy = SoftTargetCrossEntropy()
 
 
-def train_step(engine: DeepSpeedEngine, batches: list[Batch], prepare: DeviceTransform, ema: Ema | None) -> Tensor:
+def train_step(
+    engine: DeepSpeedEngine, batches: list[Batch], prepare: DeviceTransform, ema: Ema | None, guards: Guards
+) -> Tensor:
     """One optimizer step over this rank's micro-batches; returns their mean loss, still on the device.
 
     loss = -sum_k y_k log softmax(logits)_k, with y the smoothed and mixed labels (b, K), averaged over the global
     batch: DeepSpeed divides by the micro-batches and ranks, sums the gradients, clips them and, after the last
-    micro-batch, steps AdamW.
+    micro-batch, steps AdamW, unless the guards find the gradients not finite.
     """
     total = torch.zeros((), device=engine.device)
     for batch in batches:
         images, targets = prepare(batch)
         loss = cross_entropy(engine(images).float(), targets)
         engine.backward(loss)
+        if batch is batches[-1]:
+            guards.check_gradients()
         engine.step()
         total += loss.detach()
     if ema:
@@ -56,15 +61,18 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never") ->
 
     Raises:
         InputError: configuration, data and checkpoint don't fit each other; nothing has been written then.
-        NonFiniteError: the loss or the weights are no longer finite; the newest checkpoint is from before that.
+        TrainingError: gradients stay bad, ranks disagree, or the last checkpoint can't be written; those that exist
+            are good.
     """
     with started_run(config, world, run_dir, resume) as run:
         for step, batches in run.steps():
             # Drop path draws from (seed, step, rank) alone, so a resumed run needs no saved generators.
             seed_libraries(key(config.run.seed, "step", step, world.rank), world.device)
             run.schedule.step_update(step)
-            loss = train_step(run.engine, batches, run.prepare, run.ema)
+            loss = train_step(run.engine, batches, run.prepare, run.ema, run.guards)
+            run.guards.observe(step, batches, loss)
             run.log.step(step + 1, loss, run.learning_rate)
+            run.guard_if_due(step + 1)
             run.evaluate_if_due(step + 1)
             stopping = run.stop_request.agreed()
             run.checkpoint_if_due(step + 1, at_once=stopping is not None)

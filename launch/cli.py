@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from convneur.data.errors import InputError
-from convneur.errors import NonFiniteError
+from convneur.errors import TrainingError
 from convneur.launch import commands, data_commands
 from convneur.launch.commands import Command
 
@@ -25,7 +25,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise InputError(f"{overrides[0]} is a configuration key, and `convneur {args.command}` takes none")
         command: Command = args.run
         return command(args, overrides)
-    except (InputError, NonFiniteError) as error:
+    except (InputError, TrainingError) as error:
         if "RANK" not in os.environ or not _report(error):
             print(f"convneur: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

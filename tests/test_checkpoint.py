@@ -18,6 +18,7 @@ from convneur.config import Config
 from convneur.data.errors import InputError
 from convneur.errors import NonFiniteError, SaveError
 from convneur.evaluate import evaluate_checkpoint
+from convneur.guards import GuardConfig
 from convneur.metrics import read_metrics
 from convneur.train import train
 from convneur.world import World
@@ -163,9 +164,10 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert list_checkpoints(tmp_path / "checkpoints") == []
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(world: World, config: Config, tmp_path: Path) -> None:
-    diverging = replace(config, optimizer=replace(config.optimizer, lr=1e30, clip_grad=0.0))
-    with pytest.raises(NonFiniteError):
+def test_a_learning_rate_that_ruins_the_weights_ends_the_run(world: World, config: Config, tmp_path: Path) -> None:
+    optimizer = replace(config.optimizer, lr=1e30, clip_grad=0.0)
+    diverging = replace(config, optimizer=optimizer, guards=GuardConfig(max_bad_steps=4))
+    with pytest.raises(NonFiniteError, match="4 bad steps in a row from step 2 on, and there is no checkpoint"):
         train(diverging, world, tmp_path)
 
 
