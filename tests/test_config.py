@@ -86,7 +86,7 @@ def test_a_file_wins_over_what_it_includes(tmp_path: Path) -> None:
 
 def test_bad_include_is_refused_in_one_line(tmp_path: Path) -> None:
     file = write(tmp_path / "c.yaml", "include: [a.yaml]")
-    assert refusal(partial(load_config, [file])) == matching(f"{file}: include is ['a.yaml'], expected a path, relative to .*")
+    assert refusal(partial(load_config, [file])) == matching(f"{file}: include is ['a.yaml'], expected a pa.*")
     write(file, "include: absent.yaml")
     assert refusal(partial(load_config, [file])) == matching(f"{file}: include: {tmp_path}/absent.yaml: can't be re.*")
     write(file, "include: d.yaml")
