@@ -44,8 +44,8 @@ SHORTEST_HISTORY = 20
 NAMED = 5
 """How many of the samples of a bad step are named."""
 
-LAG = 1.5
-"""How many times the time that the others take makes a rank a slow one."""
+LAG, LAG_STEPS = 1.5, 10
+"""How many times the time that the others take makes a rank a slow one, and over how many steps at least."""
 
 T = TypeVar("T")
 
@@ -144,8 +144,8 @@ class Guards:
                     go_back = self._stretch[0]
             elif go_back is None:
                 self._stretch = []
-        for line in self._own_time.lagging(len(self._steps)):
-            self._say(f"warning: {line}")
+        if lag := self._own_time.lag(len(self._steps)):
+            self._say(f"warning: {lag}")
         self._steps = []
         if go_back is not None:
             self._stretch = []
@@ -216,7 +216,7 @@ class _OwnTime:
 
     def __init__(self, engine: "DeepSpeedEngine", world: World) -> None:
         self._world = world
-        self._seconds = 0.0
+        self._seconds, self._steps = 0.0, 0
         self._events: list[tuple[Any, Any]] = []
         engine.register_forward_pre_hook(lambda *_: self._start())
         engine.register_forward_hook(lambda *_: self._stop())
@@ -235,6 +235,7 @@ class _OwnTime:
         self._events.append((self._started, self._mark()))
 
     def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; this rank's waiting for them counts."""
         while True:
             start = time.perf_counter()
             try:
@@ -244,22 +245,25 @@ class _OwnTime:
             self._seconds += time.perf_counter() - start
             yield batch
 
-    def lagging(self, steps: int) -> list[str]:
-        """A line on the slowest rank, if it is slow, over `steps` steps since the last call. Collective."""
+    def lag(self, steps: int) -> str | None:
+        """Names the slowest rank if it is a slow one; `steps` steps were made since the last call. Collective."""
+        self._steps += steps
+        if self._steps < LAG_STEPS:
+            return None
         for start, stop in self._events:
             on_gpu = self._world.device.type == "cuda"
             self._seconds += start.elapsed_time(stop) / 1000 if on_gpu else stop - start
         told: list[tuple[float, str]] = [(0.0, "")] * self._world.size
-        dist.all_gather_object(told, (self._seconds / steps, socket.gethostname()), self._world.control)
-        self._seconds, self._events = 0.0, []
+        dist.all_gather_object(told, (self._seconds / self._steps, socket.gethostname()), self._world.control)
+        self._seconds, self._steps, self._events = 0.0, 0, []
         (slowest, host), rank = max((entry, rank) for rank, entry in enumerate(told))
         others = [seconds for other, (seconds, _) in enumerate(told) if other != rank]
         if not others or slowest <= LAG * median(others):
-            return []
-        return [
+            return None
+        return (
             f"rank {rank} on {host} holds the others up: its data and forward passes take {slowest:.3g} s a step, "
             f"those of the others {median(others):.3g} s"
-        ]
+        )
 
 
 def _stop_by(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:

@@ -13,7 +13,7 @@ import convneur.timm_models  # noqa: F401
 from convneur import export
 from convneur.branches import MixerKind
 from convneur.checkpoint import CONFIG_FILE, MANIFEST
-from convneur.config import Config, RunConfig, load_config, save_config
+from convneur.config import Config, RunConfig, config_text, load_config, save_config
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.export import export_checkpoint
@@ -37,7 +37,7 @@ def checkpoint(folder: Path, branch: MixerKind = "neural_memory", image_size: in
     torch.manual_seed(0)
     for name in ("model", "ema"):
         weights = ConvNeur(model).eval()
-        save_file(weights.state_dict(), folder / f"{name}.safetensors")
+        save_file(weights.state_dict(), folder / f"{name}.safetensors", metadata={"config": config_text(config)})
     save_config(config, folder / CONFIG_FILE)
     (folder / MANIFEST).write_text("{}")
     return folder, weights

@@ -1,0 +1,129 @@
+"""Guards: in two ranks of which one goes wrong, and the rules by themselves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import STEPS
+
+from convneur.checkpoint import list_checkpoints
+from convneur.guards import _stop_by, checksum, odd_ranks, spike_limit
+from convneur.metrics import read_metrics
+
+TESTS = Path(__file__).parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def said(digits: Path, out: Path) -> dict[str, str]:
+    """What each rank said in each scene."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = ENV | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    command = [*torchrun, str(TESTS / "ranks" / "faults.py"), str(digits), str(out)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    return {path.stem: path.read_text() for path in out.glob("*.txt")}
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(said: dict[str, str], stage: int) -> None:
+    """Weights, moments and step counts stay as they are, to the bit, and the next step changes them again."""
+    for rank in range(2):
+        assert "same [False, True, False] skipped 1" in said[f"skip-{stage}.{rank}"]
+    assert (
+        "warning: step 2 was skipped: its gradients are not finite; 1 skipped so far; its samples are "
+        in (said[f"skip-{stage}"])
+    )
+
+
+def test_after_bad_steps_in_a_row_a_run_goes_back_once_and_then_stops(said: dict[str, str], out: Path) -> None:
+    folder = out / "back" / "checkpoints"
+    assert (
+        f"ALARM: 2 bad steps in a row from step 5 on: back to the weights of {folder / 'step-00000004'}"
+        in (said["back.0"])
+    )
+    assert "the samples of steps 4 to 6 are passed over" in said["back.0"]
+    assert "NonFiniteError: 2 bad steps in a row from step 9 on, and the run has gone back once" in said["back.0"]
+    names = [path.name for path in list_checkpoints(folder)]
+    assert names == ["step-00000008", "step-00000007", "step-00000004"]
+    for name in ("model", "ema", "optimizer/exp_avg", "optimizer/exp_avg_sq"):
+        a, b = (load_file(folder / step / f"{name}.safetensors") for step in names[1:])
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert json.loads((folder / "step-00000008" / "state.json").read_text())["went_back"]
+
+
+def test_a_flipped_bit_of_a_weight_ends_the_run(said: dict[str, str]) -> None:
+    assert "CorruptionError: after 4 steps the ranks hold different values of head.fc.weight" in said["flip.0"]
+
+
+def test_the_slow_rank_is_named(said: dict[str, str]) -> None:
+    assert "warning: rank 1 on " in said["slow.0"]
+    assert " holds the others up: its data and forward passes take 0." in said["slow.0"]
+    assert "holds the others up" not in said["skip-1.0"]
+
+
+def test_a_rank_that_can_t_write_keeps_nobody_waiting(said: dict[str, str], out: Path) -> None:
+    """Neither rank waits for the other, and both go on."""
+    assert (
+        "ALARM: after 4 steps writing the checkpoint failed on rank 1: OSError: [Errno 28] No space" in said["disk.0"]
+    )
+    assert len(list_checkpoints(out / "disk" / "checkpoints")) == 2
+    assert read_metrics(out / "disk")[-1]["step"] == STEPS
+    seconds = json.loads((out / "disk" / "summary.json").read_text())["seconds"]
+    assert seconds < 100
+
+
+@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+def test_the_flag_stops_an_optimizer(implementation: str) -> None:
+    """Of a fused one, by what its kernels read; the others are not called at all."""
+    weight = torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.AdamW([weight], **{implementation: True})
+    flag = torch.zeros(())
+    _stop_by(optimizer, flag)
+    seen = []
+    for up in (0.0, 1.0, 0.0):
+        flag.fill_(up)
+        weight.grad = torch.full((5,), float("nan") if up else 1.0)
+        optimizer.step()
+        state = optimizer.state[weight]
+        seen.append([t.clone() for t in (weight.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"])])
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    assert all(b.isfinite().all() and not torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
+
+
+def test_spikes() -> None:
+    noise = torch.Generator().manual_seed(0)
+    losses = (3 + 0.1 * torch.randn(200, generator=noise)).tolist()
+    assert max(losses) < spike_limit(losses, 10) < 5
+    assert spike_limit([*losses[:190], *[50.0] * 10], 10) < 5  # outliers don't move it
+    assert spike_limit([2.0] * 200, 10) == pytest.approx(2.2)
+    assert spike_limit(losses[:5], 10) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_flipped_bit_changes_the_checksum(dtype: torch.dtype) -> None:
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    word, width = (torch.int32, 32) if dtype is torch.float32 else (torch.int16, 16)
+    for bit in range(width):
+        flipped = weight.clone()
+        flipped.view(word)[1, 2] ^= torch.tensor(1).bitwise_left_shift(bit).to(word)
+        assert checksum(flipped) != checksum(weight)
+
+
+def test_the_rank_that_differs_is_named() -> None:
+    sums = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 7, 3], [1, 2, 3]])
+    assert odd_ranks(sums, ["a", "b", "c"]) == "rank 2 holds other values of b than the other ranks"
+    assert odd_ranks(sums[:2], ["a", "b", "c"]) is None
+    assert odd_ranks(sums[1:3], ["a", "b", "c"]) == (
+        "the ranks hold different values of b; which of them is wrong, so few can't tell"
+    )
