@@ -38,6 +38,10 @@ REFUSED_KEYS = {
 }
 
 
+# Layers whose gradients are reduced in autocast's precision.
+LOWER_PRECISION_MODULES = ["torch.nn.Linear", "torch.nn.Conv2d", "convneur.model.ChannelLinear"]
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given on `world_size` ranks.
 
@@ -55,6 +59,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     for key in ("bf16", "bfloat16"):
         if section.get(key, {}).get("enabled", False):  # it would add gradients up in bfloat16
             section["data_types"] = {"grad_accum_dtype": "fp32"} | section.get("data_types", {})
+    if section.get("torch_autocast", {}).get("enabled", False):  # DeepSpeed looks for exact classes
+        section["torch_autocast"].setdefault("lower_precision_safe_modules", LOWER_PRECISION_MODULES)
     # DeepSpeed's own throughput timer waits for the device at every micro-batch.
     section.setdefault("timers", {"throughput": {"enabled": False}})
     return section

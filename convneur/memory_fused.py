@@ -5,7 +5,7 @@
   which costs 12 of 96 d^2 multiply-accumulates a token and less time than writing and reading it would.
 - Images are taken in groups small enough for the cache, and every step works in the same few buffers.
 - What can be done for all chunks at once is, and leaves each chunk in one piece.
-- Constant factors ride along with matrix products, and GELU's derivatives share one erf and one exponential.
+- Constant factors ride along with matrix products, and GELU's first and second derivatives are evaluated once.
 
 Shape legend: B images, b images of a group, N tokens, M written tokens, U updates, L tokens a chunk, n_k keys and n_q
 queries of a step, d memory width, h hidden width. W2 is held transposed, so that a state is one tensor (2, B, d, h) and
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from convneur.memory_steps import ReadOrder, steps, updates
 
-CACHE_BYTES_PER_THREAD = 2**20  # one (b, n, h) buffer; the backward pass works in five of them and three halves
+CACHE_BYTES_PER_THREAD = 2**20  # one (b, n, h) buffer gets half, the backward pass works in eight of them
 LINE = 16  # numbers in a cache line
 
 
@@ -78,21 +78,6 @@ class _Scratch:
 
 def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
     return torch.baddbmm(out, a, b, beta=0.0, alpha=scale, out=out)
-
-
-def _gelu(arg: Tensor, value: Tensor, slope: Tensor, exponent: Tensor, density: Tensor) -> None:
-    """GELU of a and its derivatives, up to factors that matrix products take on, from arg = -a / sqrt(2).
-
-    With E = erfc(arg) = 2 Phi(a) and p = exp(-arg^2) it leaves
-        value = arg E, GELU(a) = -sqrt(1/2) value,
-        slope = E - 2/sqrt(pi) arg p, GELU'(a) = slope / 2,
-        exponent = -arg^2 and density = p, GELU''(a) = sqrt(2/pi) (p + exponent p).
-    """
-    torch.erfc(arg, out=slope)
-    torch.mul(arg, slope, out=value)
-    torch.addcmul(arg.new_zeros(()), arg, arg, value=-1.0, out=exponent)
-    torch.exp(exponent, out=density)
-    slope.addcmul_(arg, density, value=-2.0 / math.sqrt(math.pi))
 
 
 def _add_outer(total: Tensor, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
@@ -171,7 +156,7 @@ def forward(
 
     for group in _groups(scales, h, length):
         b = group.stop - group.start
-        scratch = _Scratch(scales, b, length, [h, h, h, d, d, d])
+        scratch = _Scratch(scales, b, length, [h, h, h, d])
         qk, value, context = (_Chunks(scales, kinds, b, tokens, length, d) for kinds in (2, 1, 1))
         for mine, raw, scale in qk.beside(parts[group, :, :2], scales[group]):
             torch.mul(raw, scale, out=mine)
@@ -179,36 +164,35 @@ def forward(
         for mine, theirs in value.beside(parts[group, :, 2:]):
             mine.copy_(theirs)
         k, v, error = qk[1], value[0], _in_pieces(errors[group], keys_of_step)
-        state = states[:, :, :, group].unbind()
+        state, surprise, sigmoids = states[:, :, :, group].unbind(), surprises[:, group].unbind(), factors[:, group]
+        gradient = scales.new_empty(2, b, d, h)
+        gradient1, gradient2 = gradient
         w, z = start.unsqueeze(1).expand(2, b, d, h), None
         for t, (n_k, n_q) in enumerate(zip(keys_of_step, queries_of_step, strict=True)):
             w1, w2 = w
+            w2_transposed = w2.mT
             if n_q:
                 a, u, *_ = scratch.cut(n_q)
                 torch.ops.aten.gelu.out(torch.bmm(q[t], w1, out=a), out=u)
-                torch.bmm(u, w2.mT, out=out[t])
+                torch.bmm(u, w2_transposed, out=out[t])
             if not n_k:
                 continue
 
-            a, u, back, recalled, k_step, e_step = scratch.cut(n_k)
+            a, u, back, squares = scratch.cut(n_k)
             torch.ops.aten.gelu.out(torch.bmm(k[t], w1, out=a), out=u)
-            e = torch.sub(torch.bmm(u, w2.mT, out=recalled), v[t], out=error[t])
-            surprise = torch.sum(torch.mul(e, e, out=e_step), 1, out=surprises[t, group]).mul_(1.0 / n_k)
-            sigmoids = torch.addmm(generator_bias, surprise, generator_weight.T, out=factors[t, group]).sigmoid_()
-            rate, eta, retention = decode.values(sigmoids)
-            _product(e, w2, out=back, scale=2.0 / n_k)
-            torch.ops.aten.gelu_backward.grad_input(back, a, grad_input=back)
-            torch.mul(k[t], rate.mT, out=k_step)
-            torch.mul(e, rate.mT, out=e_step)
+            e = torch.baddbmm(v[t], u, w2_transposed, beta=-1.0, out=error[t])
+            torch.sum(torch.mul(e, e, out=squares), 1, out=surprise[t]).mul_(1.0 / n_k)
+            torch.addmm(generator_bias, surprise[t], generator_weight.T, out=sigmoids[t]).sigmoid_()
+            rate, eta, retention = decode.values(sigmoids[t])
+            torch.ops.aten.gelu_backward.grad_input(torch.bmm(e, w2, out=back), a, grad_input=back)
+            torch.bmm(k[t].mT, back, out=gradient1)
+            torch.bmm(e.mT, u, out=gradient2)
 
             new_w, new_z = state[t if keep else t % 2]
             if z is None:
-                new_z.zero_()
+                torch.mul(gradient, rate, out=new_z).mul_(2.0 / n_k)
             else:
-                torch.mul(z, eta, out=new_z)
-            z1, z2 = new_z
-            _add_outer(z1, k_step, back)
-            _add_outer(z2, e_step, u, scale=2.0 / n_k)
+                torch.mul(z, eta, out=new_z).addcmul_(gradient, rate, value=2.0 / n_k)
             torch.addcmul(new_z, w, retention, out=new_w)
             w, z = new_w, new_z
         for mine, theirs in context.beside(y[group].unsqueeze(2)):
@@ -258,6 +242,8 @@ def backward(
             unread.zero_()
         first = start.unsqueeze(1).expand(2, b, d, h)
         state = states[:, :, :, group].unbind()
+        nothing, ones = scales.new_zeros(()), _Scratch(scales, b, length, [h])
+        ones.storage.fill_(1.0)
         # Adjoint of the weights that a step leaves, and of its velocities by way of them and of the next; a single step
         # leaves neither.
         adjoint = scales.new_zeros(2, 2, b if count else 0, d, h)
@@ -290,31 +276,34 @@ def backward(
             dw1, dw2 = dw if t else d_start  # all images share M_0
 
             if n_k:
-                arg, u, slope, exponent, density, back, dback = scratch.cut(n_k)
-                _gelu(_product(k[t], w1, out=arg, scale=-math.sqrt(0.5)), u, slope, exponent, density)
-                curvature = torch.addcmul(density, density, exponent, out=density)
-                half = _product(e, w2, out=exponent, scale=1.0 / n_k)
-                torch.mul(half, slope, out=back)
-                _product(k[t], dz1, out=dback, scale=0.5)
-                curvature.mul_(half).mul_(dback)
+                a, u, slope, exponent, curvature, back, dback = scratch.cut(n_k)
+                torch.ops.aten.gelu.out(torch.bmm(k[t], w1, out=a), out=u)
+                torch.ops.aten.gelu_backward.grad_input(*ones.cut(n_k), a, grad_input=slope)
+                # GELU''(a) is 2 / sqrt(2 pi) times (1 - a^2 / 2) exp(-a^2 / 2)
+                torch.exp(torch.addcmul(nothing, a, a, value=-0.5, out=exponent), out=curvature)
+                torch.addcmul(curvature, curvature, exponent, out=curvature)
+                du = _product(e, w2, out=exponent, scale=2.0 / n_k)
+                torch.mul(du, slope, out=back)
+                torch.bmm(k[t], dz1, out=dback)
+                curvature.mul_(du).mul_(dback)
                 dback.mul_(slope)
                 torch.mul(e, d_surprise, out=de)
-                de.baddbmm_(u, dz2.mT, alpha=-math.sqrt(0.5) * 2.0 / n_k)
+                de.baddbmm_(u, dz2.mT, alpha=2.0 / n_k)
                 de.baddbmm_(dback, w2.mT, alpha=2.0 / n_k)
-                da = _product(de, w2, out=arg, scale=0.5)
-                da.baddbmm_(e, dz2, alpha=1.0 / n_k).mul_(slope)
-                da.add_(curvature, alpha=4.0 * math.sqrt(2.0 / math.pi))
+                da = torch.bmm(de, w2, out=a)
+                da.baddbmm_(e, dz2, alpha=2.0 / n_k).mul_(slope)
+                da.add_(curvature, alpha=math.sqrt(2.0 / math.pi))
                 torch.bmm(da, w1.mT, out=dk[t]).baddbmm_(back, dz1.mT)
                 _add_outer(dw1, k[t], da)
-                _add_outer(dw2, de, u, scale=-math.sqrt(0.5))
+                _add_outer(dw2, de, u)
                 _add_outer(dw2, e, dback, scale=2.0 / n_k)
             if n_q:
-                arg, u, slope, exponent, density, *_ = scratch.cut(n_q)
-                _gelu(_product(q[t], w1, out=arg, scale=-math.sqrt(0.5)), u, slope, exponent, density)
-                da = _product(d_out[t], w2, out=arg, scale=0.5).mul_(slope)
+                a, u, da, *_ = scratch.cut(n_q)
+                torch.ops.aten.gelu.out(torch.bmm(q[t], w1, out=a), out=u)
+                torch.ops.aten.gelu_backward.grad_input(torch.bmm(d_out[t], w2, out=da), a, grad_input=da)
                 torch.bmm(da, w1.mT, out=dq[t])
                 _add_outer(dw1, q[t], da)
-                _add_outer(dw2, d_out[t], u, scale=-math.sqrt(0.5))
+                _add_outer(dw2, d_out[t], u)
             if n_k:
                 torch.addcmul(dw, dz, eta, out=dz)
             else:

