@@ -1,28 +1,40 @@
 """Images per second, and per second of processor time, of this data layer and of others on the same images.
 
-    python benchmarks/data.py [--images 2000] [--rounds 3] [--workers 2] [--data datasets/benchmark]
+    python benchmarks/data.py [--images 2000] [--rounds 3] [--workers 2] [--data datasets/benchmark] [--only NAME,...]
+                              [--streaming-python VENV/bin/python]
 
 Every round runs every reader once, each in a process of its own, so that a busy spell of the machine hits all alike.
-Processor time counts the reader's process and its workers. "per CPU-second" is thus images a second and core.
+Processor time counts the reader's process and its workers or threads, and neither imports nor what FFCV compiles.
+"per CPU-second" is thus images a second and core.
 
-Readers that crop and flip (224 pixels, bilinear), from the same shards:
-    decode          simplejpeg alone, through our loader: the bound
-    ours            TrainLoader
-    wds-pil         WebDataset's own pipeline, decoding with Pillow
-    wds-simplejpeg  the same, decoding with simplejpeg
-Readers with DeiT's augmentation (RandAugment, erasing, mixup, cutmix, normalised):
-    ours-deit       TrainLoader and DeviceTransform
-    timm-deit       timm's own loader over a folder of the same files
+Readers that crop and flip, 224 pixels, from the same JPEGs:
+    decode              simplejpeg alone, through a DataLoader: the bound
+    ours-KIND           TrainLoader over shards with data.interpolation KIND
+    ours-beton-jpg      TrainLoader over a .beton, fast-bilinear
+    ours-beton-raw      the same, of stored pixels
+    ours-engine-ffcv    data.engine ffcv, area
+    ffcv-jpg, ffcv-raw  FFCV's own loader, decoder, crop and flip on the same .beton; it resizes as "area" does
+    wds-pil             WebDataset's own pipeline, decoding and resizing with Pillow, bilinear
+    wds-simplejpeg      the same, decoding with simplejpeg
+    streaming-pil       MosaicML Streaming, decoding and resizing with Pillow: in an environment of its own, as it
+                        needs numpy < 2.2; make one with `pip install mosaicml-streaming torchvision`
+Readers with DeiT's augmentation (RandAugment, erasing, mixup, cutmix, normalised), bicubic:
+    ours-deit           TrainLoader and DeviceTransform, resizing with Pillow
+    ours-deit-fast      the same with fast-bicubic
+    timm-deit           timm's own loader over a folder of the same files
 """
 
 import argparse
 import io
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -36,27 +48,73 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
 
+from convneur.data.beton import beton_path
 from convneur.data.config import AugmentConfig, DataConfig
-from convneur.data.loader import TrainLoader
+from convneur.data.engine import build_train_loader
 from convneur.data.mixing import DeviceTransform
 from convneur.data.parallel import processors
-from convneur.data.store import TarStore
+from convneur.data.store import TarStore, open_store
 from convneur.data.synthetic import prepare_synthetic
-from convneur.data.transforms import mend_posterize
+from convneur.data.transforms import RESIZES, mend_posterize
 
 CLASSES, BATCH, SHARD_SAMPLES = 100, 64, 100
+STREAMING = "streaming-pil"
 CROP_AND_FLIP = AugmentConfig(randaugment="", erase_prob=0, mixup=0, cutmix=0)
 
 
-def ours(root: Path, workers: int, augment: AugmentConfig, interpolation: Any) -> Iterator[torch.Tensor]:
-    """Batches of one epoch, as they reach the model's process."""
-    config = DataConfig(
-        root=str(root), global_batch_size=BATCH, lanes=8, workers=workers, augment=augment, interpolation=interpolation
+class Ours:
+    """This data layer; an epoch of batches as they reach the model's process."""
+
+    def __init__(self, root: Path, workers: int, augment: AugmentConfig, interpolation: Any, **settings: Any):
+        config = DataConfig(
+            root=str(root),
+            global_batch_size=BATCH,
+            lanes=8,
+            workers=workers,
+            augment=augment,
+            interpolation=interpolation,
+            **settings,
+        )
+        self._loader = build_train_loader(
+            config, open_store(config, "train"), seed=0, rank=0, world_size=1, accumulation=1
+        )
+        self._transform = DeviceTransform(config, CLASSES, label_smoothing=0.1, seed=0, device=torch.device("cpu"))
+        self._on_device = augment.erase_prob > 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for (batch,) in self._loader.iterate(0, self._loader.steps_per_epoch):
+            yield self._transform(batch)[0] if self._on_device else batch.images
+
+
+def stock_ffcv(root: Path, workers: int) -> Iterable[torch.Tensor]:
+    """FFCV's loader as its documentation builds it, without the model's device and normalisation."""
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
+
+    loader = Loader(
+        str(beton_path(root, "train")),
+        batch_size=BATCH,
+        num_workers=workers,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=False,
+        pipelines={
+            "image": [RandomResizedCropRGBImageDecoder((224, 224)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()],
+            "label": [IntDecoder(), ToTensor()],
+        },
     )
-    loader = TrainLoader(config, TarStore(root, "train"), seed=0, rank=0, world_size=1, accumulation=1)
-    transform = DeviceTransform(config, CLASSES, label_smoothing=0.1, seed=0, device=torch.device("cpu"))
-    for (batch,) in loader.iterate(0, loader.steps_per_epoch):
-        yield transform(batch)[0] if augment.erase_prob else batch.images
+    return _Images(loader)
+
+
+class _Images:
+    """The images of a loader of images and labels, epoch for epoch."""
+
+    def __init__(self, loader: Iterable[tuple[torch.Tensor, ...]]):
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (images for images, *_ in self._loader)
 
 
 class _Decoded(Dataset[int]):
@@ -124,23 +182,50 @@ def unpack(root: Path, folder: Path) -> None:
         path.write_bytes(sample.image)
 
 
-def measure(read: Callable[[], Iterable[torch.Tensor]]) -> tuple[float, float]:
-    """Images a second, and a second of processor time, of one epoch in a forked process."""
-    start = time.perf_counter()
+class Rate(NamedTuple):
+    """Images a second, and a second of processor time."""
+
+    wall: float
+    processor: float
+
+
+def measure(make: Callable[[], Iterable[torch.Tensor]], compiles: bool) -> Rate:
+    """Read one epoch in a forked process, after another one where the reader compiles itself."""
     results, result = os.pipe()
     if (child := os.fork()) == 0:
         torch.set_num_threads(1)
-        seen = sum(len(batch) for batch in read())
-        os.write(result, str(seen).encode())
+        batches = make()
+        if compiles:
+            for _ in batches:
+                pass
+        start, processor = time.perf_counter(), processor_seconds()
+        seen = sum(len(batch) for batch in batches)
+        os.write(result, f"{seen} {time.perf_counter() - start} {processor}".encode())
         os._exit(0)
     os.close(result)
     _, status, usage = os.wait4(child, 0)
-    seconds = time.perf_counter() - start
-    seen = int(os.read(results, 100) or 0)
+    report = os.read(results, 200).split()
     os.close(results)
-    if status or not seen:
+    if status or not report:
         raise SystemExit("a reader failed; its messages are above")
-    return seen / seconds, seen / (usage.ru_utime + usage.ru_stime)
+    seen, seconds, before = map(float, report)
+    return Rate(seen / seconds, seen / (usage.ru_utime + usage.ru_stime - before))
+
+
+def processor_seconds() -> float:
+    """What this process and those children of it that have ended have used."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def streaming(python: str, root: Path, workers: int) -> Rate:
+    """The rates of MosaicML Streaming under another Python."""
+    script = Path(__file__).with_name("streaming_reader.py")
+    run = subprocess.run(
+        [python, script, root, str(workers), str(BATCH)], stdout=subprocess.PIPE, check=True, text=True
+    )
+    wall, processor = map(float, run.stdout.split()[-2:])
+    return Rate(wall, processor)
 
 
 def main() -> None:
@@ -150,18 +235,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("datasets/benchmark"))
+    parser.add_argument("--only", type=lambda text: text.split(","), help="readers to run, with commas between")
+    parser.add_argument("--streaming-python", help="Python that has mosaicml-streaming")
     args = parser.parse_args()
 
-    root, folder = args.data / f"shards-{args.images}", args.data / f"files-{args.images}"
-    prepare_synthetic(
-        root,
-        classes=CLASSES,
-        images=args.images,
-        height=375,
-        width=500,
-        processes=processors(),
-        shard_samples=SHARD_SAMPLES,
-    )
+    root, raw, folder = (args.data / f"{kind}-{args.images}" for kind in ("shards", "raw", "files"))
+    for where, options in ((root, {"format": "both"}), (raw, {"format": "ffcv", "pixels": "raw"})):
+        prepare_synthetic(
+            where,
+            classes=CLASSES,
+            images=args.images,
+            height=375,
+            width=500,
+            processes=processors(),
+            shard_samples=SHARD_SAMPLES,
+            **options,
+        )
     unpack(root, folder)
 
     def pil(image: bytes) -> Image.Image:
@@ -171,18 +260,34 @@ def main() -> None:
         pixels: np.ndarray = simplejpeg.decode_jpeg(image)
         return Image.fromarray(pixels)
 
+    def cropped(where: Path, kind: str, **settings: Any) -> Callable[[], Iterable[torch.Tensor]]:
+        return lambda: Ours(where, args.workers, CROP_AND_FLIP, kind, **settings)
+
     readers: dict[str, Callable[[], Iterable[torch.Tensor]]] = {
         "decode": lambda: decode(root, args.workers),
-        "ours": lambda: ours(root, args.workers, CROP_AND_FLIP, "bilinear"),
+        **{f"ours-{kind}": cropped(root, kind) for kind in RESIZES},
+        "ours-beton-jpg": cropped(root, "fast-bilinear", format="ffcv"),
+        "ours-beton-raw": cropped(raw, "fast-bilinear", format="ffcv"),
+        "ours-engine-ffcv": cropped(root, "area", engine="ffcv"),
+        "ffcv-jpg": lambda: stock_ffcv(root, args.workers),
+        "ffcv-raw": lambda: stock_ffcv(raw, args.workers),
         "wds-pil": lambda: wds(root, args.workers, pil),
         "wds-simplejpeg": lambda: wds(root, args.workers, turbo),
-        "ours-deit": lambda: ours(root, args.workers, AugmentConfig(), "bicubic"),
+        "ours-deit": lambda: Ours(root, args.workers, AugmentConfig(), "bicubic"),
+        "ours-deit-fast": lambda: Ours(root, args.workers, AugmentConfig(), "fast-bicubic"),
         "timm-deit": lambda: timm_deit(folder, args.workers),
     }
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
-    for _ in range(args.rounds):
-        for name, read in readers.items():
-            rates[name].append(measure(read))
+    names = [name for name in [*readers, STREAMING] if not args.only or name in args.only]
+    if not args.streaming_python and STREAMING in names:
+        names.remove(STREAMING)
+    rates: dict[str, list[Rate]] = {name: [] for name in names}
+    for number in range(args.rounds):
+        for name in names:
+            print(f"round {number + 1}: {name}", file=sys.stderr)
+            if name == STREAMING:
+                rates[name].append(streaming(args.streaming_python, root, args.workers))
+            else:
+                rates[name].append(measure(readers[name], compiles="ffcv" in name))
 
     load = os.getloadavg()[0]
     print(f"{args.images} JPEGs of 500 x 375, {args.workers} workers, {args.rounds} rounds; load average {load:.1f}")
