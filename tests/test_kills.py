@@ -1,0 +1,162 @@
+"""kill -9 in every phase of a save, at random, and disks on which nothing more can be written."""
+
+import multiprocessing
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+import torch
+from kills import PHASES, train_alone, train_and_die, train_on_a_full_disk, train_with_small_files
+from safetensors.torch import load_file
+from small_run import STEPS, small_config
+
+from convneur.checkpoint import checkpoint_step, list_checkpoints, newest_intact
+from convneur.config import Config
+from convneur.evaluate import Scores
+from convneur.metrics import TrainingLog, read_metrics
+from convneur.world import World
+
+
+@pytest.fixture(scope="module")
+def processes() -> ForkServerContext:
+    """Processes that needn't import everything anew."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["convneur.train"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def config(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Its `root`, which nothing else uses here, is the file for what the processes say."""
+    log = str(tmp_path_factory.mktemp("said") / "log")
+    config = small_config(digits, 1, checkpoint_every_steps=1, keep_checkpoints=1, keep_best=False, root=log)
+    return replace(config, data=replace(config.data, workers=0))
+
+
+def start(processes: ForkServerContext, target: object, *words: object) -> int:
+    """Runs a function in a process; returns its exit status, negative where a signal ended it."""
+    process = processes.Process(target=target, args=words)
+    process.start()
+    process.join(200)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def newest(run: Path) -> Path:
+    return list_checkpoints(run / "checkpoints")[0]
+
+
+def assert_same_end(first: Path, second: Path) -> None:
+    for name in ("model", "ema", "optimizer/exp_avg", "optimizer/exp_avg_sq"):
+        a, b = (load_file(newest(run) / f"{name}.safetensors") for run in (first, second))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+
+
+@pytest.fixture(scope="module")
+def whole(processes: ForkServerContext, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert start(processes, train_alone, config, folder) == 0
+    return folder
+
+
+def test_killed_in_every_phase_of_a_save(
+    processes: ForkServerContext, config: Config, world: World, whole: Path, tmp_path: Path
+) -> None:
+    """One run that is killed in one phase after the other and resumed; what is committed is never lost or half."""
+    run, step = tmp_path / "run", 0
+    for phase in PHASES:
+        assert start(processes, train_and_die, config, run, phase) == -signal.SIGKILL, phase
+        checkpoints = list_checkpoints(run / "checkpoints")
+        step += phase in ("_publish: after", "_remove: in the middle")
+        assert [checkpoint_step(path) for path in checkpoints][:1] == [step][:step], phase
+        for path in checkpoints:
+            assert newest_intact([path], world) == (path, []), phase
+    assert start(processes, train_alone, config, run) == 0
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.is_dir()] == [f"step-{STEPS:08d}"]
+    assert_same_end(whole, run)
+
+
+@pytest.mark.slow
+def test_two_hundred_random_kills(processes: ForkServerContext, config: Config, world: World, tmp_path: Path) -> None:
+    """No checkpoint that was whole is ever lost."""
+    run, draw, kills, last = tmp_path / "run", random.Random(0), 0, 0
+    endless = replace(config, schedule=replace(config.schedule, epochs=100))
+    while kills < 200:
+        process = processes.Process(target=train_alone, args=(endless, run))
+        process.start()
+        process.join(draw.uniform(1, 4))
+        process.kill()
+        process.join()
+        kills += 1
+        checkpoints = list_checkpoints(run / "checkpoints")
+        found, faults = newest_intact(checkpoints, world)
+        assert not faults
+        step = checkpoint_step(found) if found else 0
+        assert step >= last
+        last = step
+    assert last > kills / 4  # they got somewhere between the kills, and so were killed in saves, too
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that has room for some checkpoints; only root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs root: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_does_not_end_a_run(
+    processes: ForkServerContext, config: Config, world: World, whole: Path, small_disk: Path
+) -> None:
+    """No checkpoint can be written, yet it trains; given room again, it goes on."""
+    run = small_disk / "run"
+    every_4 = replace(config, run=replace(config.run, checkpoint_every_steps=4))
+    assert start(processes, train_and_die, every_4, run, "_publish: after") == -signal.SIGKILL
+    assert start(processes, train_on_a_full_disk, every_4, run) == 1  # the last checkpoint can't be written either
+    log = Path(config.run.root).read_text()
+    assert "ALARM: after 8 steps " in log
+    assert "No space left on device" in log
+    assert f"epoch 1.00  step {STEPS}/{STEPS}" in log
+    assert newest_intact(list_checkpoints(run / "checkpoints"), world) == (run / "checkpoints" / "step-00000004", [])
+    (small_disk / "ballast").unlink()
+    assert start(processes, train_alone, every_4, run) == 0
+    assert_same_end(whole, run)
+
+
+def test_metrics_that_find_no_room(small_disk: Path, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither lines nor TensorBoard's events, which a thread writes later on, end a run."""
+    settings = {"start_step": 0, "total_steps": 400, "steps_per_epoch": 400, "images_per_step": 1, "every_steps": 1}
+    log = TrainingLog(small_disk, world, **settings)
+    with suppress(OSError), (small_disk / "ballast").open("ab", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
+    for step in range(400):
+        log.scores(step + 1, Scores(0.5, 0.9, 1.0, 360), None, {})
+    log.close()
+    assert "ALARM: metrics can't be written ([Errno 28] No space left on device)" in capsys.readouterr().out
+
+
+def test_files_that_can_t_grow_do_not_end_a_run(
+    processes: ForkServerContext, config: Config, world: World, tmp_path: Path
+) -> None:
+    """The same for whoever may mount nothing: weights don't fit, metrics do."""
+    run = tmp_path / "run"
+    twice = replace(config, run=replace(config.run, checkpoint_every_steps=4))
+    assert start(processes, train_and_die, twice, run, "_publish: after") == -signal.SIGKILL
+    assert start(processes, train_with_small_files, twice, run, 1 << 20) == 1  # the last checkpoint can't be written
+    log = Path(config.run.root).read_text()
+    assert "ALARM: after 8 steps writing the checkpoint failed on rank 0: " in log
+    assert [record["step"] for record in read_metrics(run)][-1] == STEPS
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.is_dir()] == ["step-00000004"]
+    assert newest_intact([newest(run)], world) == (newest(run), [])
