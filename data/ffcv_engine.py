@@ -14,9 +14,10 @@ Legend: b samples in a micro-batch, H x W pixels of the model's input.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from queue import Empty
 from typing import Any
 
 import numba
@@ -284,7 +285,9 @@ class FfcvLoader(TrainLoader):
             yield results()
         finally:
             batches.close()
-            batches.join()
+            while batches.is_alive():  # its last word would wait for room in the queue for ever
+                with suppress(Empty):
+                    batches.output_queue.get(timeout=0.05)
 
     def _batch(self, request: Request, decoded: np.ndarray, flags: np.ndarray) -> Batch:
         """A micro-batch from what FFCV has made of it, checked sample by sample."""
