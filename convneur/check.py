@@ -5,6 +5,7 @@ data; this is the rest.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from math import inf
 from operator import attrgetter
 
@@ -78,6 +79,11 @@ def check_config(config: Config, world_size: int) -> None:
         raise InputError(f"run.name is {name!r}, expected the name of one folder; run.root says where it lies")
     deepspeed_config(config, world_size)
     _check_implementations(config)
+    if config.run.wandb_project and find_spec("wandb") is None:
+        raise InputError(
+            f"run.wandb_project is {config.run.wandb_project!r}, but wandb isn't installed: pip install wandb, or leave"
+            " it out: metrics.jsonl and TensorBoard have the same values"
+        )
 
 
 def _check_implementations(config: Config) -> None:

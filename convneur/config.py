@@ -20,6 +20,7 @@ import yaml
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
+from convneur.determinism import Determinism
 from convneur.guards import GuardConfig
 from convneur.model import ModelConfig
 from convneur.optim import OptimizerConfig, ScheduleConfig
@@ -33,7 +34,10 @@ class RunConfig:
         name: name of the run's folder.
         root: folder that holds the runs.
         seed: the one seed; initial weights, order, augmentation and drop path all derive from it.
+        determinism: strict takes the algorithms that give the same bits each time, on the same hardware, versions and
+            number of ranks; fast takes what PyTorch usually takes.
         log_every_steps: optimizer steps between two lines of metrics.
+        wandb_project: project at Weights & Biases that metrics go to as well, which needs wandb; empty for none.
         eval_every_epochs: epochs between two evaluations; the end of the run is always evaluated.
         checkpoint_every_steps: optimizer steps between two checkpoints; the end of the run is always kept.
         keep_checkpoints: newest checkpoints that are kept.
@@ -46,7 +50,9 @@ class RunConfig:
     name: str = "convneur"
     root: str = "runs"
     seed: int = 0
+    determinism: Determinism = "fast"
     log_every_steps: int = 50
+    wandb_project: str = ""
     eval_every_epochs: int = 1
     checkpoint_every_steps: int = 500
     keep_checkpoints: int = 3

@@ -104,6 +104,7 @@ class Guards:
         self._stretch: list[int] = []
         self._losses: deque[float] = deque(maxlen=HISTORY)
         self._not_finite = torch.zeros((), device=world.device)
+        self._norm: Tensor | None = None
         self._own_time = _OwnTime(engine, world)
         self.skipped = 0
         if self._stage == 0:
@@ -114,7 +115,15 @@ class Guards:
         """Keeps the optimizer from its next step if the gradients aren't finite; they have been added up already."""
         if self._stage == 0:
             norms = torch._foreach_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
-            self._not_finite.copy_(~torch.stack(norms).norm().isfinite())
+            self._norm = torch.stack(norms).norm()
+            self._not_finite.copy_(~self._norm.isfinite())
+
+    def gradient_norm(self) -> Tensor | float | None:
+        """The last step's global gradient norm before clipping; None where DeepSpeed doesn't tell."""
+        if self._stage == 0:
+            return self._norm
+        norm: Tensor | float | None = self._engine.get_global_grad_norm()
+        return norm
 
     def observe(self, number: int, batches: "list[Batch]", loss: Tensor) -> None:
         """Takes in a step that has been made: its number, its samples and this rank's loss, still on the device."""

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from convneur.data.files import atomic_write
 from convneur.evaluate import Scores
+from convneur.gauges import Gauges
 from convneur.world import World
 
 METRICS_FILE = "metrics.jsonl"
@@ -52,6 +53,7 @@ class TrainingLog:
         steps_per_epoch: int,
         images_per_step: int,
         every_steps: int,
+        wandb_project: str = "",
     ) -> None:
         self.total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
@@ -59,10 +61,10 @@ class TrainingLog:
         self._every_steps = every_steps
         self._loss_sum = torch.zeros(2, device=world.device)  # of the finite losses, and how many they are
         self._mark_step, self._mark_time = start_step, time.monotonic()
-        self._records = Records(folder, start_step) if world.is_main else None
+        self._records = Records(folder, start_step, wandb_project) if world.is_main else None
         self._display = Display(total_steps, start_step) if world.is_main else None
 
-    def step(self, done: int, loss: Tensor, learning_rate: float) -> None:
+    def step(self, done: int, loss: Tensor, learning_rate: float, gauges: Gauges) -> None:
         """Takes in the loss of step number `done - 1`; writes a line where one is due. Collective then.
 
         Losses that are not finite, which are the guards' business, are left out of the mean.
@@ -77,17 +79,20 @@ class TrainingLog:
         dist.all_reduce(self._loss_sum)
         loss_sum, losses = self._loss_sum.tolist()
         now = time.monotonic()
+        seconds = max(now - self._mark_time, 1e-9)
+        rate = steps * self._images_per_step / seconds
         values = {
             "train/loss": loss_sum / losses if losses else math.nan,
             "train/lr": learning_rate,
-            "train/images_per_second": steps * self._images_per_step / max(now - self._mark_time, 1e-9),
+            "train/images_per_second": rate,
+            **gauges.read(seconds, rate),
         }
         self._loss_sum.zero_()
         self._mark_step, self._mark_time = done, now
         self._add(done, values)
 
-    def scores(self, done: int, raw: Scores, averaged: Scores | None) -> None:
-        """Writes an evaluation after `done` steps."""
+    def scores(self, done: int, raw: Scores, averaged: Scores | None, gates: dict[str, float]) -> None:
+        """Writes an evaluation after `done` steps, and the statistics of the gates in it."""
         values = {"eval/top1": raw.top1, "eval/top5": raw.top5, "eval/loss": raw.loss}
         if averaged:
             values |= {
@@ -95,7 +100,7 @@ class TrainingLog:
                 "eval/top5_ema": averaged.top5,
                 "eval/loss_ema": averaged.loss,
             }
-        self._add(done, values)
+        self._add(done, values | gates)
 
     def say(self, line: str) -> None:
         """Shows a line on rank 0."""
@@ -112,28 +117,44 @@ class TrainingLog:
     def close(self) -> None:
         """Flushes and closes files and display."""
         if self._records and self._display:
-            self._records.close()
+            with self._alarmed():
+                self._records.close()
             self._display.close()
 
     def _add(self, done: int, values: dict[str, float]) -> None:
         epoch = done / self._steps_per_epoch
         if self._records and self._display:
-            self._records.add(done, epoch, values)
+            with self._alarmed():
+                self._records.add(done, epoch, values)
             self._display.show(done, epoch, values)
+
+    @contextmanager
+    def _alarmed(self) -> Iterator[None]:
+        """A full disk is no reason to stop training."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"ALARM: metrics can't be written ({error})")
 
 
 class Records:
-    """metrics.jsonl and TensorBoard events.
+    """metrics.jsonl and TensorBoard events, and Weights & Biases where it is asked for.
 
     Records of an earlier start are kept up to `step` and dropped after it: those steps are made anew.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, wandb_project: str) -> None:
         kept = [record for record in read_metrics(folder) if record["step"] <= step]
         with atomic_write(folder / METRICS_FILE) as file:
             file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
         self._file = (folder / METRICS_FILE).open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._wandb = None
+        if wandb_project:
+            import wandb  # optional
+
+            name = folder.resolve().name
+            self._wandb = wandb.init(project=wandb_project, name=name, id=name, dir=str(folder), resume="allow")
 
     def add(self, done: int, epoch: float, values: dict[str, float]) -> None:
         """Records values, named like "train/loss", as they are after `done` optimizer steps."""
@@ -141,11 +162,15 @@ class Records:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, done)
+        if self._wandb:
+            self._wandb.log({"epoch": epoch, **values}, step=done)
 
     def close(self) -> None:
         """Flushes and closes both."""
         self._file.close()
         self._events.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
 class Display:
@@ -184,7 +209,7 @@ class Display:
                 return
             parts += [f"loss {values['train/loss']:.4f}", f"lr {values['train/lr']:.2e}", rate, self._time_left(done)]
         else:
-            parts += [f"{name.removeprefix('eval/')} {value:.4f}" for name, value in values.items()]
+            parts += [f"{name.removeprefix('eval/')} {v:.4f}" for name, v in values.items() if name.startswith("eval/")]
         self.say("  ".join(parts))
 
     def say(self, line: str) -> None:

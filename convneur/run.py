@@ -32,16 +32,20 @@ from convneur.data.loader import Batch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform, Normalize
 from convneur.data.store import open_store
 from convneur.deepspeed_config import deepspeed_config, offloads_optimizer
+from convneur.determinism import set_determinism
 from convneur.ema import Ema
 from convneur.engine import Weights, autocast, build_engine, use_apex_norms, zero_stage
 from convneur.engine_state import gather
 from convneur.errors import NonFiniteError, SaveError
 from convneur.evaluate import Scores, evaluate
+from convneur.gauges import Gauges, step_flops, watched_gates
 from convneur.guards import Guards
 from convneur.metrics import TrainingLog
 from convneur.model import ConvNeur
 from convneur.optim import build_optimizer, build_schedule, choose_implementation
 from convneur.plot import plot_run
+from convneur.profiling import Profiler
+from convneur.reproduce import REPRODUCE_FILE, differences, read_record, record, write_record
 from convneur.retention import Best, Retention
 from convneur.stopping import StopRequest
 from convneur.summary import Summary, write_summary
@@ -70,6 +74,8 @@ class Run:
     ema: Ema | None
     log: TrainingLog
     guards: Guards
+    gauges: Gauges
+    profiler: Profiler | None
     stop_request: StopRequest
     start_step: int
     seconds_before: float
@@ -98,9 +104,11 @@ class Run:
         Raises:
             InputError: samples can't be read; on all ranks alike where those are too many.
         """
-        read = self.guards.timed(self.loader.iterate(self.start_step, self.total_steps))
+        read = self.gauges.waiting(self.guards.timed(self.loader.iterate(self.start_step, self.total_steps)))
         for step, batches in enumerate(read, self.start_step):
             yield step, batches
+            if self.profiler:
+                self.profiler.step()
             if self._is_reported(step + 1):
                 for line in self.bad_samples.update():
                     self.log.say(f"warning: replaced in training: {line}")
@@ -189,9 +197,9 @@ class Run:
 
     def _evaluate(self, done: int) -> tuple[Scores, Scores | None]:
         with self.log.paused():
-            raw = self._score(gather(self.engine))
-            averaged = self._score(self.ema.full_weights()) if self.ema else None
-        self.log.scores(done, raw, averaged)
+            raw, gates = self._score(gather(self.engine))
+            averaged = self._score(self.ema.full_weights())[0] if self.ema else None
+        self.log.scores(done, raw, averaged, gates)
         now = Best(done, raw.top1, "raw")
         if averaged and averaged.top1 > raw.top1:
             now = Best(done, averaged.top1, "averaged")
@@ -201,30 +209,38 @@ class Run:
             self.log.say(f"warning: left out of the evaluation: {line}")
         return raw, averaged
 
-    def _score(self, weights: Weights) -> Scores:
-        """Scores whole weights in a model of its own, so that evaluation can't touch the one in training."""
+    def _score(self, weights: Weights) -> tuple[Scores, dict[str, float]]:
+        """Scores whole weights in a model of its own, so that evaluation can't touch the one in training.
+
+        Also returns the statistics of the gates in this rank's first batch.
+        """
         model = ConvNeur(self.config.model).to(self.world.device)
         model.load_state_dict(weights)
-        return evaluate(model, self.eval_loader, self.normalize, self.autocast, self.eval_images)
+        with watched_gates(model) as gates:
+            scores = evaluate(model, self.eval_loader, self.normalize, self.autocast, self.eval_images)
+        return scores, gates
 
 
 @contextmanager
-def started_run(config: Config, world: World, folder: Path, resume: str) -> Iterator[Run]:
+def started_run(config: Config, world: World, folder: Path, resume: str, profile: bool = False) -> Iterator[Run]:
     """A run at the position to start from; closes its files and lets go of signals, however the block ends.
 
     Collective; see `convneur.train.train` for what it takes and raises.
     """
     with StopRequest() as stop_request:
-        run = _start(config, world, folder, resume, stop_request)
+        run = _start(config, world, folder, resume, stop_request, profile)
         try:
             yield run
         finally:
+            if run.profiler:
+                run.profiler.close()
             run.log.close()
 
 
-def _start(config: Config, world: World, folder: Path, resume: str, stop_request: StopRequest) -> Run:
+def _start(config: Config, world: World, folder: Path, resume: str, stop_request: StopRequest, profile: bool) -> Run:
     """Builds everything a rank trains with."""
     started = time.monotonic()
+    set_determinism(config.run.determinism)
     train_store = open_store(config.data, config.data.train_split)
     eval_store = open_store(config.data, config.data.val_split)
     loader = build_train_loader(
@@ -269,6 +285,10 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG_FILE)
+        made_with = record(config, world.size)
+        changed = differences(read_record(folder), made_with) if state and (folder / REPRODUCE_FILE).exists() else []
+        if not state:
+            write_record(folder, made_with)
     log = TrainingLog(
         folder,
         world,
@@ -277,9 +297,15 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
         steps_per_epoch=loader.steps_per_epoch,
         images_per_step=config.data.global_batch_size,
         every_steps=config.run.log_every_steps,
+        wandb_project=config.run.wandb_project,
     )
+    guards = Guards(config.guards, world, engine, ema, train_store.where, log.say)
+    flops = step_flops(config.model, config.data.image_size)
     for fault in faults:
         log.say(f"warning: damaged checkpoint left out: {fault}")
+    if world.is_main:
+        for line in changed:
+            log.say(f"warning: changed since the run was started: {line}")
     if state:
         log.say(f"resuming from {checkpoint}, {start_step} of {log.total_steps} steps made")
         if state.engine != (settings := engine_settings(engine, config)):
@@ -291,7 +317,7 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
         f"{config.model.variant}: {parameters / 1e6:.2f} M parameters, "
         f"{world.size} x {world.device.type}, ZeRO {zero_stage(engine)}, "
         f"{config.optimizer.name} of {implementation}, {len(train_store):,} training images, "
-        f"{loader.steps_per_epoch} steps an epoch"
+        f"{loader.steps_per_epoch} steps an epoch, {flops / 1e9:.3g} GFLOPs to train on an image"
     )
     return Run(
         config=config,
@@ -309,7 +335,9 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
         schedule=schedule,
         ema=ema,
         log=log,
-        guards=Guards(config.guards, world, engine, ema, train_store.where, log.say),
+        guards=guards,
+        gauges=Gauges(world, flops, guards.gradient_norm, loader.bad_samples),
+        profiler=Profiler(folder, world, log.say) if profile else None,
         stop_request=stop_request,
         start_step=start_step,
         seconds_before=state.seconds if state else 0.0,

@@ -46,7 +46,7 @@ def train_step(
     return total / len(batches)
 
 
-def train(config: Config, world: World, run_dir: Path, resume: str = "never") -> Summary | None:
+def train(config: Config, world: World, run_dir: Path, resume: str = "never", profile: bool = False) -> Summary | None:
     """Trains a run to its end, or until a signal asks it to stop. Collective: every rank passes the same arguments.
 
     Args:
@@ -55,6 +55,7 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never") ->
         run_dir: the run's folder, made if it isn't there.
         resume: "never" starts from initial weights, "auto" from the newest intact checkpoint in `run_dir` where
             there is one; anything else is the checkpoint, or the run, to start from.
+        profile: whether to trace a few steps; `convneur.profiling` says what becomes of it.
 
     Returns:
         The summary of the finished run; None where TERM or USR2 stopped it, after saving a checkpoint.
@@ -64,14 +65,14 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never") ->
         TrainingError: gradients stay bad, ranks disagree, or the last checkpoint can't be written; those that exist
             are good.
     """
-    with started_run(config, world, run_dir, resume) as run:
+    with started_run(config, world, run_dir, resume, profile) as run:
         for step, batches in run.steps():
             # Drop path draws from (seed, step, rank) alone, so a resumed run needs no saved generators.
             seed_libraries(key(config.run.seed, "step", step, world.rank), world.device)
             run.schedule.step_update(step)
             loss = train_step(run.engine, batches, run.prepare, run.ema, run.guards)
             run.guards.observe(step, batches, loss)
-            run.log.step(step + 1, loss, run.learning_rate)
+            run.log.step(step + 1, loss, run.learning_rate, run.gauges)
             run.guard_if_due(step + 1)
             run.evaluate_if_due(step + 1)
             stopping = run.stop_request.agreed()

@@ -121,6 +121,17 @@ def _parser() -> _Parser:
         " PATH: a new run from that checkpoint, or from another run's newest",
     )
     train.add_argument(
+        "--profile", action="store_true", help="trace a few steps: profile/trace.json in the run's folder, and a table"
+    )
+    train.add_argument(
+        "--reproduce",
+        type=Path,
+        metavar="RUN",
+        help="repeat a run, in a new folder: its configuration, and as many ranks; refuses where code, packages, data"
+        " or hardware differ",
+    )
+    train.add_argument("--allow-differences", action="store_true", help="with --reproduce: say what differs, and go on")
+    train.add_argument(
         "--check", type=int, metavar="RANKS", help="only check configuration and data, for a run of that many ranks"
     )
     train.add_argument("--run-dir", type=Path, help=argparse.SUPPRESS)  # how a launcher tells its ranks the folder
@@ -151,6 +162,12 @@ def _parser() -> _Parser:
         "-o", "--output", type=Path, default=Path("gates.png"), metavar="FILE", help="picture (default: gates.png)"
     )
     _add_weights(explain)
+
+    plot = add("plot", commands.plot, "Draw the curves of one run, or of several together.")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    plot.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="picture (default: RUN/curve.png; curves.png for several)"
+    )
 
     ablate = add(
         "ablate",

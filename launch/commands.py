@@ -33,7 +33,7 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur train`: as a launcher, checks everything that needs no ranks, then starts them; as a rank, trains."""
     from convneur.config import load_config, save_config
 
-    config = load_config(args.config, overrides)
+    config = _repeated(args, overrides) if args.reproduce else load_config(args.config, overrides)
     if args.check is not None:
         if args.check < 1:
             raise InputError(f"--check is {args.check}, expected the number of ranks, at least 1")
@@ -53,15 +53,45 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
         resolved = Path(temporary) / "config.yaml"  # one file for all ranks, whatever happens to the user's
         save_config(config, resolved)
         words = ["train", "--config", str(resolved), "--resume", args.resume, "--run-dir", str(folder)]
+        words += ["--profile"] if args.profile else []
         return run_ranks(words, nproc)
 
 
+def _repeated(args: argparse.Namespace, overrides: Overrides) -> "Config":
+    """The configuration of the run to repeat, once this machine and this checkout are what that one was made with."""
+    from convneur.launch.local import rank_count, set_thread_count
+    from convneur.reproduce import differences, read_record, record, recorded_config
+    from convneur.world import name_accelerator
+
+    name_accelerator()
+    if args.config:
+        raise InputError(f"--config {args.config[0]} and --reproduce exclude each other: the run has its configuration")
+    then = read_record(args.reproduce)
+    config = recorded_config(then, overrides)
+    if not _is_rank(args):
+        args.nproc = rank_count(args.nproc or then["hardware"]["world_size"])
+        set_thread_count(args.nproc)
+    now = record(config, int(os.environ["WORLD_SIZE"]) if _is_rank(args) else args.nproc)
+    differing = differences(then, now)
+    for line in differing if os.environ.get("RANK", "0") == "0" else ():
+        print(f"differs: {line}", flush=True)
+    if differing and not args.allow_differences:
+        raise InputError(
+            f"{args.reproduce} was made with something else, in {len(differing)} respects: see above;"
+            " --allow-differences goes on all the same"
+        )
+    return config
+
+
 def _train_rank(config: "Config", args: argparse.Namespace) -> int:
+    from convneur.determinism import set_determinism
+
+    set_determinism(config.run.determinism)
     with _joined_world() as world:
         from convneur.train import train
 
         with _agreed_folder(config, args, world) as folder:
-            summary = train(config, world, folder, args.resume)
+            summary = train(config, world, folder, args.resume, args.profile)
         if world.is_main and summary:
             _conclude(summary, folder)
     return 0
@@ -175,6 +205,19 @@ def explain(args: argparse.Namespace, _: Overrides) -> int:
         )
     Console().print(table)
     print(f"over the image: smallest and largest mean over the channels\npicture         {args.output}")
+    return 0
+
+
+def plot(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur plot`: draws the curves of runs, finished or not."""
+    from convneur.world import name_accelerator
+
+    name_accelerator()
+    from convneur.plot import CURVE_FILE, plot_runs
+
+    path = args.output or (args.runs[0] / CURVE_FILE if len(args.runs) == 1 else Path("curves.png"))
+    plot_runs(args.runs, path)
+    print(f"picture  {path}")
     return 0
 
 

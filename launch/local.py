@@ -24,13 +24,18 @@ def rank_count(nproc: int | None) -> int:
     return nproc
 
 
+def set_thread_count(nproc: int) -> None:
+    """Divides the processors among `nproc` ranks, unless OMP_NUM_THREADS says otherwise."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+
+
 def run_ranks(words: list[str], nproc: int) -> int:
     """Runs `convneur WORDS` in `nproc` processes that know of each other, and returns the exit status.
 
     It is that of the first rank to fail. What a rank hands to `report_failure` is printed here, once. Signals go on to
     the ranks; none is left behind.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    set_thread_count(nproc)
     with TemporaryDirectory(prefix="convneur-ranks-") as log_dir:
         torchrun = ["--standalone", f"--nproc-per-node={nproc}", f"--log-dir={log_dir}", "--no-python"]
         # -P: modules are not looked for in the working folder, which may be a checkout.

@@ -16,7 +16,9 @@ def small_config(
 ) -> Config:
     """One epoch of 11 steps with a checkpoint after the 4th and the 8th."""
     return Config(
-        run=RunConfig(**{"name": "small", "log_every_steps": 1, "checkpoint_every_steps": 4, **run}),
+        run=RunConfig(
+            **{"name": "small", "determinism": "strict", "log_every_steps": 1, "checkpoint_every_steps": 4, **run}
+        ),
         model=ModelConfig("n1", num_classes=10, memory=MemoryConfig(chunk_length=16), drop_path=0.3, layer_scale=0.1),
         data=DataConfig(
             root=str(digits),

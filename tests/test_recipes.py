@@ -93,6 +93,7 @@ def test_optimizer_groups(name: str, branch: Any) -> None:
         key for p, key in names.items() if p.ndim == 1 or key.endswith("persistent_tokens")
     }
     assert config.data.global_batch_size == source["batch"]
+    assert config.data.repeats == (3 if name == "deit300" else 1)
     assert config.optimizer.clip_grad == 0
     assert config.train.ema_decay == source["ema"]
 
