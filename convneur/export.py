@@ -65,7 +65,8 @@ def export_checkpoint(path: Path, kind: Format, out: Path | None = None, average
     """
     checkpoint = find_checkpoint(path)
     config = load_config([checkpoint / CONFIG_FILE])
-    model = ConvNeur(config.model).eval()
+    with torch.device("meta"):
+        model = ConvNeur(config.model).eval()
     model.load_state_dict(load_weights(checkpoint, averaged), assign=True)  # mapped from the file, not copied
 
     side = config.data.image_size

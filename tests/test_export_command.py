@@ -131,3 +131,32 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent/model\.safetensors can't be written"):
         export_checkpoint(folder, "safetensors", tmp_path / "absent" / "model.safetensors")
     assert load_config([folder / CONFIG_FILE]).model.num_classes == 5
+
+
+@pytest.mark.slow
+def test_export_takes_memory_for_one_copy(tmp_path: Path) -> None:
+    """Of the largest model, 1.5 GB; what a small one takes is taken off."""
+    program = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from convneur.export import export_checkpoint\n"
+        "export_checkpoint(Path(sys.argv[1]), 'safetensors', Path(sys.argv[1]) / 'out.safetensors')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    peaks, sizes = {}, {}
+    for variant in ("m9", "n2"):
+        with torch.device("meta"):
+            model = ConvNeur(ModelConfig(variant, num_classes=5))
+        config = Config(run=RunConfig(name=variant), model=model.config, data=DataConfig(image_size=32))
+        folder = tmp_path / variant / "step-00000001"
+        folder.mkdir(parents=True)
+        weights = {name: 0.02 * torch.randn(weight.shape) for name, weight in model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"config": config_text(config)})
+        sizes[variant] = sum(weight.numel() * 4 for weight in weights.values())
+        del weights
+        save_config(config, folder / CONFIG_FILE)
+        (folder / MANIFEST).write_text("{}")
+        command = [sys.executable, "-P", "-c", program, str(folder)]
+        peaks[variant] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    assert sizes["m9"] > 1e9
+    assert peaks["m9"] - peaks["n2"] < 1.1 * sizes["m9"]
