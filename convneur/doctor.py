@@ -67,7 +67,7 @@ REQUIRED_PACKAGES = (
     Package("wrapt", "wrapt", "nothing runs"),
 )
 
-_FFCV = Package("ffcv", "ffcv", "data come from WebDataset shards, not from FFCV files")
+_FFCV = Package("ffcv", "ffcv", "no data.engine ffcv, no .beton files; data come from WebDataset shards")
 _APEX_COST = "no fused optimizers of apex; PyTorch's AdamW doesn't need it"
 _APEX_BUILD = (
     "build NVIDIA's from github.com/NVIDIA/apex: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."

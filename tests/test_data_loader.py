@@ -187,6 +187,7 @@ def test_state_describes_the_stream_and_not_the_ranks(config: DataConfig) -> Non
             "lanes": 8,
             "window": 2,
             "repeats": 1,
+            "engine": "webdataset",
             "index_hash": store.index_hash,
         }
     )
