@@ -3,6 +3,7 @@
 ours       `train_step` and what the loop calls after it: average, guards, log, the agreement on stopping
 deepspeed  forward, loss, backward and step of a DeepSpeed engine of the same ZeRO stage and precision
 pytorch    the same without DeepSpeed: DistributedDataParallel, autocast, clipping, AdamW
+strict     ours with deterministic algorithms
 
 Each has a model of its own; their steps alternate, and the figure to quote is the ratio of medians. Logging is as often
 as by default, so at least one line falls into the steps that are timed.
@@ -126,7 +127,19 @@ def bare_pytorch(config: Config, world: World, images: Tensor, targets: Tensor) 
     return step
 
 
-LOOPS = {"ours": ours, "deepspeed": bare_deepspeed, "pytorch": bare_pytorch}
+def strict(config: Config, world: World, images: Tensor, targets: Tensor) -> Step:
+    """Ours with deterministic algorithms; what NCCL and cuBLAS read from the environment stays as it is."""
+    step = ours(config, world, images, targets)
+
+    def strictly(number: int) -> None:
+        torch.use_deterministic_algorithms(True)
+        step(number)
+        torch.use_deterministic_algorithms(False)
+
+    return strictly
+
+
+LOOPS = {"ours": ours, "deepspeed": bare_deepspeed, "pytorch": bare_pytorch, "strict": strict}
 
 
 def compare(args: argparse.Namespace, stage: int, autocast: bool, world: World) -> dict[str, Any]:
@@ -157,6 +170,7 @@ def compare(args: argparse.Namespace, stage: int, autocast: bool, world: World) 
         "seconds": medians,
         "over_deepspeed": medians["ours"] / medians["deepspeed"],
         "over_pytorch": medians["ours"] / medians["pytorch"],
+        "strict_over_ours": medians["strict"] / medians["ours"],
     }
 
 
@@ -178,6 +192,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     world = World.join()
+    torch.utils.deterministic.fill_uninitialized_memory = False
     results = []
     for stage in args.stages:
         for precision in args.precisions:
