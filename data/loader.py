@@ -431,9 +431,10 @@ def _ignore_stop_signals(_: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Kills what an error left running: multiprocessing would send TERM, which workers ignore, and wait for ever."""
-    for process in active_children():
-        if process.daemon:
+    """Kill what an error left running: multiprocessing would send TERM, which workers ignore, and wait for ever."""
+    if left := [process for process in active_children() if process.daemon]:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each as a fault of its own
+        for process in left:
             process.kill()
 
 

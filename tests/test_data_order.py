@@ -23,7 +23,14 @@ def settings_of_orders(draw: st.DrawFn) -> dict[str, object]:
         "lanes": lanes,
         "batch_size": lanes * share,
         "window": draw(st.integers(1, 5)),
+        "repeats": draw(st.sampled_from([1, 1, 2, 3])),
     }
+
+
+def showings(order: LaneOrder, lanes: int) -> np.ndarray:
+    """Which showing of its sample each is, in the shape of `epoch_of`."""
+    steps = [np.tile(order.repetitions(step), (lanes, 1)) for step in range(order.steps_per_epoch)]
+    return np.stack(steps)
 
 
 def epoch_of(order: LaneOrder, epoch: int, lanes: range) -> np.ndarray:
@@ -38,7 +45,10 @@ def test_an_epoch_shows_no_sample_twice_and_fills_every_batch(arguments: dict, e
     total, batch, lanes = sum(arguments["shard_sizes"]), arguments["batch_size"], arguments["lanes"]
     samples = epoch_of(order, epoch, range(lanes))
     assert samples.shape == (total // batch, lanes, batch // lanes)
-    assert len(np.unique(samples)) == samples.size
+    views = np.stack([samples.ravel(), showings(order, lanes).ravel()], axis=1)
+    assert len(np.unique(views, axis=0)) == samples.size
+    assert views[:, 1].max() < arguments["repeats"]
+    assert len(np.unique(samples)) == lanes * -(-(samples.size // lanes) // arguments["repeats"])
     assert samples.min() >= 0
     assert samples.max() < total
 
@@ -76,6 +86,21 @@ def test_each_sample_is_left_out_equally_often() -> None:
     expected = epochs * 80 / 101
     deviation = np.sqrt(epochs * 80 / 101 * 21 / 101)
     assert np.abs(seen - expected).max() < 5 * deviation
+
+
+@pytest.mark.parametrize(("repeats", "share"), [(2, 4), (3, 6), (3, 16), (4, 10)])
+def test_mixup_never_meets_two_views_of_a_sample(repeats: int, share: int) -> None:
+    order = LaneOrder([500], seed=0, lanes=2, batch_size=2 * share, window=2, repeats=repeats)
+    samples = epoch_of(order, 0, range(2))
+    assert (samples != samples[:, :, ::-1]).all()
+
+
+def test_views_of_a_sample_share_a_step_or_two_in_a_row() -> None:
+    order = LaneOrder([100] * 5, seed=0, lanes=4, batch_size=64, window=2, repeats=3)
+    samples = epoch_of(order, 0, range(4))
+    steps = {number: np.unique(np.argwhere(samples == number)[:, 0]) for number in np.unique(samples)}
+    assert all(len(at) == 1 or (len(at) == 2 and at[1] == at[0] + 1) for at in steps.values())
+    assert np.mean([len(at) for at in steps.values()]) < 1.2
 
 
 def test_samples_travel_over_all_steps_and_lanes() -> None:
@@ -134,7 +159,7 @@ def test_imagenet_is_reordered_in_a_moment() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_size": 30}, {"batch_size": 101}, {"batch_size": 0}, {"lanes": 0}, {"window": 0}]
+    "wrong", [{"batch_size": 30}, {"batch_size": 101}, {"batch_size": 0}, {"lanes": 0}, {"window": 0}, {"repeats": 0}]
 )
 def test_contradictions_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="no order of 100 samples"):
