@@ -309,6 +309,8 @@ def _build(section: type[_Section], tree: Tree, where: str) -> _Section:
 
 
 def _unknown(where: str, key: str, keys: Iterable[str]) -> InputError:
+    if key.rpartition(".")[2] == "amp":  # people know it from apex, which has it no more
+        return InputError(f"{where}{key} is not a configuration key; deepspeed.torch_autocast sets mixed precision")
     nearest = nearest_key(key, keys)
     hint = (
         f"did you mean {'--' if where == '--' else ''}{nearest}?" if nearest else "`convneur train --help` lists them"

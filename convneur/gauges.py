@@ -1,5 +1,6 @@
 """What a run measures of itself beside losses: gradients, arithmetic, memory, waiting for data, and gates."""
 
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from convneur.world import World
 
 T = TypeVar("T")
 
-# Dense bfloat16 with float32 sums, FLOP/s: NVIDIA's data sheets, by a part of the name that CUDA gives the device.
+# Dense bfloat16 with float32 sums, FLOP/s: NVIDIA's data sheets, by words in the name that CUDA gives the device.
 PEAK_FLOPS = {
     "B200": 2.25e15,
     "GH200": 989e12,
@@ -24,7 +25,6 @@ PEAK_FLOPS = {
     "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
-    "A10": 125e12,
     "L40S": 362e12,
     "L4": 121e12,
 }
@@ -35,7 +35,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def step_flops(config: ModelConfig, image_size: int) -> float:

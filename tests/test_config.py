@@ -99,6 +99,8 @@ def test_bad_include_is_refused_in_one_line(tmp_path: Path) -> None:
 BAD_FILES = {
     "modle: {variant: m3}": "modle is not a configuration key; did you mean model?",
     "data: {augment: {mixupp: 3}}": "data.augment.mixupp is not a configuration key; did you mean data.augment.mixup?",
+    "amp: true": "amp is not a configuration key; deepspeed.torch_autocast sets mixed precision",
+    "train: {amp: true}": "train.amp is not a configuration key; deepspeed.torch_autocast sets mixed precision",
     "train: {epochs: 3}": "train.epochs is not a configuration key; did you mean schedule.epochs?",
     "1: 2": "1 is not a configuration key; `convneur train --help` lists them",
     "optimizer: {lr: fast}": "optimizer.lr is 'fast', expected a number",

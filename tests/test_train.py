@@ -77,6 +77,13 @@ def test_stopped_and_resumed_equals_uninterrupted(runs: Path, name: str) -> None
     assert summaries[0]["top1_ema"] == summaries[1]["top1_ema"]
 
 
+@pytest.mark.slow
+def test_the_other_stages_and_precisions_resume_to_the_bit(digits: Path, tmp_path: Path) -> None:
+    two_ranks("ranks/zero_stages.py", digits, tmp_path, "rest")
+    for name in ("zero0-fp32", "zero1-fp32", "zero2-bf16", "zero1-own", "zero2-own", "zero3-own"):
+        test_stopped_and_resumed_equals_uninterrupted(tmp_path, name)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "tolerance"),
     [

@@ -1,11 +1,12 @@
 """Run by torchrun: under every ZeRO stage, trains a run in one go and another that is stopped and resumed.
 
-Usage: zero_stages.py DIGITS OUT
+Usage: zero_stages.py DIGITS OUT [rest]
 """
 
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from small_run import small_config
@@ -15,6 +16,11 @@ from convneur.train import train
 from convneur.world import World
 
 STOP_AT = 6  # between two checkpoints, so that steps are lost and made again
+
+
+# Stage, precision, accumulation. own: DeepSpeed's bf16 mode instead of autocast.
+USUAL = ((0, "bf16", 2), (1, "bf16", 2), (2, "fp32", 1), (3, "bf16", 2), (3, "fp32", 1))
+REST = ((0, "fp32", 1), (1, "fp32", 2), (2, "bf16", 2), (1, "own", 2), (2, "own", 1), (3, "own", 1))
 
 
 class StoppedError(Exception):
@@ -32,9 +38,11 @@ def main() -> None:
                 raise StoppedError
             yield batches
 
-    for stage, autocast, accumulation in ((0, True, 2), (1, True, 2), (2, False, 1), (3, True, 2), (3, False, 1)):
-        config = small_config(digits, stage, autocast=autocast, accumulation=accumulation)
-        name = f"zero{stage}-{'bf16' if autocast else 'fp32'}"
+    for stage, precision, accumulation in REST if sys.argv[3:] == ["rest"] else USUAL:
+        config = small_config(digits, stage, autocast=precision == "bf16", accumulation=accumulation)
+        if precision == "own":
+            config = replace(config, deepspeed={**config.deepspeed, "bf16": {"enabled": True}})
+        name = f"zero{stage}-{precision}"
         TrainLoader.iterate = stopping
         with suppress(StoppedError):
             train(config, world, out / f"{name}-stopped")
