@@ -26,7 +26,8 @@ def together(world: World, error: type[Exception], doing: str) -> Iterator[None]
     except Exception as caught:
         failure = caught
     reasons: list[str | None] = [None] * world.size
-    dist.all_gather_object(reasons, failure and f"{type(failure).__name__}: {failure}", world.control)
+    reason = f"{type(failure).__name__}: {failure}" if failure else None
+    dist.all_gather_object(reasons, reason, world.control)
     failed = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
     if failed:
         raise error(f"{doing} failed on {'; '.join(failed)}") from failure

@@ -189,7 +189,7 @@ def remove_obsolete(folder: Path, current: int, retention: Retention, best: Best
     if best:
         best.write(folder)
     by_step = {checkpoint_step(path): path for path in list_checkpoints(folder)}
-    for step in retention.obsolete(list(by_step), current, best and best.step):
+    for step in retention.obsolete(list(by_step), current, best.step if best else None):
         _remove(by_step[step])
 
 

@@ -281,7 +281,7 @@ def _stop_by(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
         optimizer.found_inf = flag  # type: ignore[attr-defined] # what torch.amp.GradScaler sets
         return
     step = optimizer.step
-    optimizer.step = lambda *words: None if flag.item() else step(*words)  # type: ignore[method-assign]
+    optimizer.step = lambda *words: None if flag.item() else step(*words)  # type: ignore[assignment, method-assign]
 
 
 def spike_limit(losses: "deque[float] | list[float]", deviations: float) -> float:

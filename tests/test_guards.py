@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from small_run import STEPS
 from convneur.checkpoint import list_checkpoints
 from convneur.guards import _stop_by, checksum, odd_ranks, spike_limit
 from convneur.metrics import read_metrics
+from convneur.world import COLLECTIVE_TIMEOUT
 
 TESTS = Path(__file__).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -40,18 +42,14 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(said: dict[str,
     """Weights, moments and step counts stay as they are, to the bit, and the next step changes them again."""
     for rank in range(2):
         assert "same [False, True, False] skipped 1" in said[f"skip-{stage}.{rank}"]
-    assert (
-        "warning: step 2 was skipped: its gradients are not finite; 1 skipped so far; its samples are "
-        in (said[f"skip-{stage}"])
-    )
+    warning = "warning: step 2 was skipped: its gradients are not finite; 1 skipped so far; its samples are "
+    assert warning in said[f"skip-{stage}.0"]
 
 
 def test_after_bad_steps_in_a_row_a_run_goes_back_once_and_then_stops(said: dict[str, str], out: Path) -> None:
     folder = out / "back" / "checkpoints"
-    assert (
-        f"ALARM: 2 bad steps in a row from step 5 on: back to the weights of {folder / 'step-00000004'}"
-        in (said["back.0"])
-    )
+    alarm = f"ALARM: 2 bad steps in a row from step 5 on: back to the weights of {folder / 'step-00000004'}"
+    assert alarm in said["back.0"]
     assert "the samples of steps 4 to 6 are passed over" in said["back.0"]
     assert "NonFiniteError: 2 bad steps in a row from step 9 on, and the run has gone back once" in said["back.0"]
     names = [path.name for path in list_checkpoints(folder)]
@@ -67,8 +65,7 @@ def test_a_flipped_bit_of_a_weight_ends_the_run(said: dict[str, str]) -> None:
 
 
 def test_the_slow_rank_is_named(said: dict[str, str]) -> None:
-    assert "warning: rank 1 on " in said["slow.0"]
-    assert " holds the others up: its data and forward passes take 0." in said["slow.0"]
+    assert re.search(r"warning: rank 1 on \S+ holds the others up: its data and forward passes take", said["slow.0"])
     assert "holds the others up" not in said["skip-1.0"]
 
 
@@ -80,7 +77,7 @@ def test_a_rank_that_can_t_write_keeps_nobody_waiting(said: dict[str, str], out:
     assert len(list_checkpoints(out / "disk" / "checkpoints")) == 2
     assert read_metrics(out / "disk")[-1]["step"] == STEPS
     seconds = json.loads((out / "disk" / "summary.json").read_text())["seconds"]
-    assert seconds < 100
+    assert seconds < COLLECTIVE_TIMEOUT.total_seconds()
 
 
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
