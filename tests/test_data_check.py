@@ -39,6 +39,7 @@ def test_what_fits_is_accepted(config: DataConfig, world_size: int, accumulation
         ({"image_size": 0}, "data.image_size is 0"),
         ({"lanes": 0}, "data.lanes is 0"),
         ({"window": 0}, "data.window is 0"),
+        ({"repeats": 0}, "data.repeats is 0"),
         ({"workers": -1}, "data.workers is -1"),
         ({"eval_batch_size": 0}, "data.eval_batch_size is 0"),
         ({"eval_crop": 0.0}, "data.eval_crop is 0.0"),
