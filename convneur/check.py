@@ -43,6 +43,8 @@ RANGES = {
     "guards.max_bad_steps": COUNT,
     "guards.spike": POSITIVE,
     "guards.compare_every_steps": COUNT,
+    "watchdog.seconds": NOT_NEGATIVE,
+    "watchdog.long_seconds": POSITIVE,
     "schedule.epochs": COUNT,
     "schedule.warmup_epochs": NOT_NEGATIVE,
     "schedule.warmup_lr": NOT_NEGATIVE,

@@ -24,6 +24,7 @@ from convneur.determinism import Determinism
 from convneur.guards import GuardConfig
 from convneur.model import ModelConfig
 from convneur.optim import OptimizerConfig, ScheduleConfig
+from convneur.watchdog import WatchdogConfig
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
 

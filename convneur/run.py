@@ -48,7 +48,8 @@ from convneur.profiling import Profiler
 from convneur.reproduce import REPRODUCE_FILE, differences, read_record, record, write_record
 from convneur.retention import Best, Retention
 from convneur.stopping import StopRequest
-from convneur.summary import Summary, write_summary
+from convneur.summary import SUMMARY_FILE, Summary, write_summary
+from convneur.watchdog import Watchdog
 from convneur.world import World
 
 CHECKPOINTS = "checkpoints"
@@ -77,6 +78,7 @@ class Run:
     gauges: Gauges
     profiler: Profiler | None
     stop_request: StopRequest
+    watchdog: Watchdog
     start_step: int
     seconds_before: float
     best: Best | None
@@ -107,6 +109,7 @@ class Run:
         read = self.gauges.waiting(self.guards.timed(self.loader.iterate(self.start_step, self.total_steps)))
         for step, batches in enumerate(read, self.start_step):
             yield step, batches
+            self.watchdog.step()
             if self.profiler:
                 self.profiler.step()
             if self._is_reported(step + 1):
@@ -161,7 +164,7 @@ class Run:
             return
         engine = engine_settings(self.engine, self.config)
         state = TrainState(done, self.seconds, self.loader.state(done), engine, self.best, self.went_back)
-        with self.log.paused():
+        with self.log.paused(), self.watchdog.paused():
             try:
                 save_checkpoint(
                     self.folder / CHECKPOINTS, self.config, self.world, self.engine, self.ema, state, self.retention
@@ -196,7 +199,7 @@ class Run:
         return summary
 
     def _evaluate(self, done: int) -> tuple[Scores, Scores | None]:
-        with self.log.paused():
+        with self.log.paused(), self.watchdog.paused():
             raw, gates = self._score(gather(self.engine))
             averaged = self._score(self.ema.full_weights())[0] if self.ema else None
         self.log.scores(done, raw, averaged, gates)
@@ -227,8 +230,8 @@ def started_run(config: Config, world: World, folder: Path, resume: str, profile
 
     Collective; see `convneur.train.train` for what it takes and raises.
     """
-    with StopRequest() as stop_request:
-        run = _start(config, world, folder, resume, stop_request, profile)
+    with StopRequest() as stop_request, Watchdog(config.watchdog, folder, world.rank) as watchdog:
+        run = _start(config, world, folder, resume, stop_request, watchdog, profile)
         try:
             yield run
         finally:
@@ -237,7 +240,15 @@ def started_run(config: Config, world: World, folder: Path, resume: str, profile
             run.log.close()
 
 
-def _start(config: Config, world: World, folder: Path, resume: str, stop_request: StopRequest, profile: bool) -> Run:
+def _start(
+    config: Config,
+    world: World,
+    folder: Path,
+    resume: str,
+    stop_request: StopRequest,
+    watchdog: Watchdog,
+    profile: bool,
+) -> Run:
     """Builds everything a rank trains with."""
     started = time.monotonic()
     set_determinism(config.run.determinism)
@@ -285,6 +296,8 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / CONFIG_FILE)
+        if start_step < config.schedule.epochs * loader.steps_per_epoch:
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run that is now to be longer
         made_with = record(config, world.size)
         changed = differences(read_record(folder), made_with) if state and (folder / REPRODUCE_FILE).exists() else []
         if not state:
@@ -339,6 +352,7 @@ def _start(config: Config, world: World, folder: Path, resume: str, stop_request
         gauges=Gauges(world, flops, guards.gradient_norm, loader.bad_samples),
         profiler=Profiler(folder, world, log.say) if profile else None,
         stop_request=stop_request,
+        watchdog=watchdog,
         start_step=start_step,
         seconds_before=state.seconds if state else 0.0,
         best=state.best if state else None,

@@ -134,7 +134,35 @@ def _parser() -> _Parser:
     train.add_argument(
         "--check", type=int, metavar="RANKS", help="only check configuration and data, for a run of that many ranks"
     )
+    _add_json(train, "with --check, print the run's folder and whether the run is finished, as JSON")
     train.add_argument("--run-dir", type=Path, help=argparse.SUPPRESS)  # how a launcher tells its ranks the folder
+
+    submit = add(
+        "submit",
+        commands.submit,
+        "Submit a training run to Slurm, from a snapshot of code and configuration; takes --section.key VALUE.",
+        takes_overrides=True,
+    )
+    submit.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML file; of several, later ones win"
+    )
+    submit.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
+    submit.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    submit.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks a node (default: one a GPU, or one)")
+    submit.add_argument("--cpus-per-task", type=int, default=12, metavar="N", help="CPUs a rank (default: 12)")
+    submit.add_argument(
+        "--timeout-min", type=int, default=1440, metavar="M", help="minutes of a time slice (default: 1440)"
+    )
+    submit.add_argument("--array", type=int, metavar="N", help="an array of N runs, with seeds 0 to N-1")
+    submit.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="another option of sbatch, without --"
+    )
+    submit.add_argument("--dry-run", action="store_true", help="print the text for sbatch; write and submit nothing")
+
+    runs = add("runs", commands.runs, "List runs: state, epoch, accuracy, speed, time left, restarts.")
+    runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+    runs.add_argument("--watch", action="store_true", help="refresh until interrupted")
+    runs.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between refreshes (default: 10)")
 
     evaluate = add("eval", commands.evaluate, "Measure a checkpoint's accuracy.")
     evaluate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN", help="folder of a checkpoint, or of a run")
@@ -189,7 +217,7 @@ def _parser() -> _Parser:
         "Show a variant's parameters, operations and stages; takes --model.KEY VALUE.",
         takes_overrides=True,
     )
-    info.add_argument("variant", help="n1 to n3, m1 to m9")
+    info.add_argument("variant", help="n1 to n3, m1 to m9, or a shape such as 24x2-2-6-2")
     info.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="side of the image (default: 224)")
     _add_json(info)
 
@@ -320,5 +348,5 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, metavar="N", help="processes to start (default: one a GPU, or one)")
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+def _add_json(parser: argparse.ArgumentParser, help: str = "print JSON") -> None:
+    parser.add_argument("--json", action="store_true", help=help)

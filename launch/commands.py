@@ -38,6 +38,9 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
         if args.check < 1:
             raise InputError(f"--check is {args.check}, expected the number of ranks, at least 1")
         _check(config, args.check)
+        if args.json:
+            folder = Path(config.run.root) / config.run.name
+            print(json.dumps({"folder": str(folder), "finished": _finished(config) is not None}))
         return 0
     if _is_rank(args):
         return _train_rank(config, args)
@@ -120,16 +123,23 @@ def _agreed_folder(config: "Config", args: argparse.Namespace, world: "World") -
 
 def _conclude_finished(config: "Config") -> bool:
     """Says how this very run has ended, if it has; False if there is still something to do."""
+    folder = Path(config.run.root) / config.run.name
+    summary = _finished(config)
+    if summary is None:
+        return False
+    print(f"{folder} is finished already; --run.name NAME, or leaving out --resume auto, starts another run")
+    _conclude(summary, folder)
+    return True
+
+
+def _finished(config: "Config") -> "Summary | None":
+    """How this very run has ended, if it has."""
     from convneur.config import load_config
     from convneur.summary import read_summary
 
     folder = Path(config.run.root) / config.run.name
     summary = read_summary(folder)
-    if summary is None or load_config([folder / "config.yaml"]) != config:
-        return False
-    print(f"{folder} is finished already; --run.name NAME, or leaving out --resume auto, starts another run")
-    _conclude(summary, folder)
-    return True
+    return summary if summary and load_config([folder / "config.yaml"]) == config else None
 
 
 def _conclude(summary: "Summary", folder: Path) -> None:
@@ -137,6 +147,72 @@ def _conclude(summary: "Summary", folder: Path) -> None:
     print(f"accuracy    {summary.top1:.2%} top-1 on the held-out images{averaged}")
     print(f"checkpoint  {summary.checkpoint}")
     print(f"next        convneur eval {folder}")
+
+
+def submit(args: argparse.Namespace, overrides: Overrides) -> int:
+    """`convneur submit`: a job, or an array of one job a seed, from a snapshot of code and configuration."""
+    import sys
+    from dataclasses import replace
+    from time import strftime
+
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    from convneur.config import load_config
+    from convneur.launch.submit import Resources, Training, executor, snapshot
+
+    for flag in ("nodes", "gpus_per_node", "timeout_min"):
+        if getattr(args, flag) < (0 if flag == "gpus_per_node" else 1):
+            raise InputError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, expected at least 1")
+    tasks = args.tasks_per_node or max(1, args.gpus_per_node)
+    options = dict(option.partition("=")[::2] for option in args.sbatch)
+    resources = Resources(args.nodes, args.gpus_per_node, tasks, args.cpus_per_task, args.timeout_min, options)
+    config = load_config(args.config, overrides)
+    configs = [config]
+    if args.array:
+        runs = [replace(config.run, name=f"{config.run.name}-seed{seed}", seed=seed) for seed in range(args.array)]
+        configs = [replace(config, run=run) for run in runs]
+    _check(config, args.nodes * tasks)
+    folder = Path(config.run.root).absolute() / "submitted" / f"{config.run.name}-{strftime('%Y%m%d-%H%M%S')}"
+    made = executor(folder / "jobs", config.run.name, resources, sys.executable)
+    if args.dry_run:
+        count = len(configs) if args.array else None
+        print(_make_sbatch_string(made._submitit_command_str, made.folder, map_count=count, **made.parameters), end="")
+        return 0
+    paths = snapshot(configs, folder)
+    jobs = [Training(folder / "slurm" / "submitted.sh", [sys.executable, str(path)]) for path in paths]
+    with made.batch():
+        submitted = [made.submit(job) for job in jobs]
+    for job, config in zip(submitted, configs, strict=True):
+        print(f"job {job.job_id}: {Path(config.run.root) / config.run.name}, log {job.paths.stdout}")
+    return 0
+
+
+def runs(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur runs`: a table of the runs in a folder; again and again with --watch."""
+    import time
+
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    from convneur.launch.runs import list_runs
+
+    def table() -> Table:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for heading in ("run", "state", "epoch", "top-1", "images/s", "left", "restarts"):
+            table.add_column(heading, justify="left" if heading in ("run", "state") else "right")
+        for run in list_runs(args.folder):
+            table.add_row(*run.cells())
+        return table
+
+    if not args.watch:
+        Console().print(table())
+        return 0
+    with Live(table(), auto_refresh=False) as live:
+        while True:
+            time.sleep(args.every)
+            live.update(table(), refresh=True)
 
 
 def evaluate(args: argparse.Namespace, _: Overrides) -> int:
@@ -223,8 +299,9 @@ def plot(args: argparse.Namespace, _: Overrides) -> int:
 
 def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur ablate`: trains the rows of the ablation table that are missing, and prints and saves the table."""
-    from convneur.ablate import AblationConfig, check_finished_runs, run_configs, train_rows
+    from convneur.ablate import AblationConfig, run_configs, train_rows
     from convneur.config import load_as, save_config
+    from convneur.series import check_saved_runs
 
     config = load_as(AblationConfig, args.config, overrides)
     if args.dry_run:
@@ -244,7 +321,7 @@ def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
 
     nproc = rank_count(args.nproc)
     _check(next(iter(run_configs(config).values())), nproc)  # the others differ in the model and the seed alone
-    check_finished_runs(config)
+    check_saved_runs(run_configs(config).values(), "ablation")
     with run_folder(config.run, resume="auto"), TemporaryDirectory(prefix="convneur-config-") as temporary:
         resolved = Path(temporary) / "config.yaml"
         save_config(config, resolved)
@@ -256,7 +333,8 @@ def _print_ablation(config: "AblationConfig", device: "torch.device", costs_only
     from rich.console import Console
     from rich.table import Table
 
-    from convneur.ablate import COSTS, HEADINGS, ablation_folder, caption, cells, save_table, tabulate
+    from convneur.ablate import COSTS, HEADINGS, caption, cells, save_table, tabulate
+    from convneur.series import series_folder
 
     results = tabulate(config, device)
     note = caption(config, results, device)
@@ -269,7 +347,7 @@ def _print_ablation(config: "AblationConfig", device: "torch.device", costs_only
     Console().print(table)
     print(note)
     if not costs_only:
-        print("table      ", *save_table(ablation_folder(config), results, note))
+        print("table      ", *save_table(series_folder(config), results, note))
 
 
 def info(args: argparse.Namespace, overrides: Overrides) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from convneur.config import RunConfig
 from convneur.data.errors import InputError
+from convneur.launch.lock import locked
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def run_folder(run: RunConfig, resume: str) -> Iterator[Path]:
     With resume "auto" it is root/name, whatever is in it. Otherwise it is the first of root/name, root/name-2, ...
     that is free or empty.
 
-    Raises InputError where it can't be made.
+    It is locked meanwhile. Raises InputError where it can't be made, or is in use.
     """
     wanted = Path(run.root) / run.name
     names = (wanted if n == 1 else wanted.with_name(f"{run.name}-{n}") for n in count(1))
@@ -29,7 +30,8 @@ def run_folder(run: RunConfig, resume: str) -> Iterator[Path]:
     if folder != wanted:
         print(f"convneur: {wanted} holds another run, so this one goes to {folder}", flush=True)
     try:
-        yield folder
+        with locked(folder):
+            yield folder
     finally:
         for path in absent:
             with suppress(OSError):  # it isn't empty

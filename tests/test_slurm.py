@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurm_cluster import SLURM, Cluster, dev_cluster
@@ -98,8 +99,10 @@ def test_jobs_that_share_a_node_meet_at_ports_of_their_own(jobs: dict[str, Ended
     assert first["NodeList"] == "n[1-2]"
     assert second["NodeList"] == "n1"
     assert max(first["StartTime"], second["StartTime"]) < min(first["EndTime"], second["EndTime"])
-    ports = [re.findall(r"MASTER_ADDR=127\.0\.0\.1 MASTER_PORT=(\d+)", jobs[name].log) for name in jobs]
-    assert len({port for (port,) in ports}) == len(jobs)
+    ports = [
+        re.findall(r"attempt 1, MASTER_PORT=(\d+)", jobs[name].log) for name in ("two-nodes", "one-node", "warned")
+    ]
+    assert len({port for (port,) in ports}) == len(ports)
 
 
 def test_log_is_under_runs_and_named_where_slurm_writes(jobs: dict[str, Ended], folder: Path) -> None:
@@ -153,10 +156,14 @@ def submit(cluster: Cluster, tmp_path: Path) -> Submit:
     shutil.copytree(SLURM, checkout / "slurm")
 
     def submit(program: str, *options: str) -> tuple[str, Path]:
-        (checkout / "program.py").write_text(f"import os, sys\nif '--check' in sys.argv: sys.exit()\n{program}")
+        shutil.copytree(SLURM.parent / "launch", checkout / "launch", dirs_exist_ok=True)
+        plan = {"folder": str(tmp_path / "runs" / "a name"), "finished": False}
+        head = f"import json, os, sys\nif '--check' in sys.argv: print({json.dumps(plan)!r}); sys.exit()\n"
+        (checkout / "program.py").write_text(f"{head}run = {plan['folder']!r}\n{program}")
         with (checkout / "slurm" / "site.sh").open("a") as site:
             site.write(
-                f"convneur=({sys.executable} -S '{checkout}/program.py')\ndata=/the/data\nruns='{tmp_path}/runs'\n"
+                f"convneur=({sys.executable} -S '{checkout}/program.py')\npython={sys.executable}\n"
+                f"data=/the/data\nruns='{tmp_path}/runs'\n"
             )
         script = checkout / "slurm" / "train_m1.sh"
         number = cluster.submit("--job-name=small", *options, script, "--run.name", "a name", cwd=tmp_path)
@@ -167,7 +174,8 @@ def submit(cluster: Cluster, tmp_path: Path) -> Submit:
 
 def test_ranks_know_their_place(cluster: Cluster, submit: Submit) -> None:
     variables = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURMD_NODENAME", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES"]
-    number, log = submit(f"print('place', *[os.environ[name] for name in {variables}], sys.argv[1:])", "-N2", "-n6")
+    program = f"print('place', *[os.environ[name] for name in {variables}], sys.argv[1:])\n{FINISH}"
+    number, log = submit(program, "-N2", "-n6")
     assert cluster.wait(number)["JobState"] == "COMPLETED", log.read_text()
     words = ["train", "--config", f"{log.parents[2]}/a checkout/configs/m1.yaml", "--launch", "env", "--resume", "auto"]
     words += ["--run.root", f"{log.parents[1]}", "--data.root", "/the/data", "--run.name", "a name"]
@@ -177,13 +185,90 @@ def test_ranks_know_their_place(cluster: Cluster, submit: Submit) -> None:
     ]
 
 
-def test_a_rank_that_dies_takes_the_others_along(cluster: Cluster, submit: Submit) -> None:
-    program = "import time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(600)"
+FINISH = "os.makedirs(run, exist_ok=True); open(f'{run}/summary.json', 'w').close()\n"
+DIE = "os.kill(os.getpid(), 9)"
+
+
+def attempts(log: Path, event: str) -> list[dict[str, Any]]:
+    """The records of an event in the history of the run of `submit`."""
+    lines = (log.parents[1] / "a name" / "attempts.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def test_a_rank_that_dies_takes_the_others_along_and_is_started_again(cluster: Cluster, submit: Submit) -> None:
+    program = "import time\nfirst = '-0-1/' in os.environ['TORCHELASTIC_ERROR_FILE']\n"
+    program += f"if os.environ['RANK'] == '1' and first: {DIE}\n"
+    program += f"if first: time.sleep(600)\nif os.environ['RANK'] == '0':\n  {FINISH}"
     number, log = submit(program, "--nodes=2", "--ntasks-per-node=2")
     started = time.monotonic()
-    assert cluster.wait(number)["JobState"] == "FAILED"
+    assert cluster.wait(number)["JobState"] == "COMPLETED", log.read_text()
     assert time.monotonic() - started < 30
-    assert "n1: task 1: Killed" in log.read_text()
+    assert "attempt 1 of start 1 failed; rank 1 on n1 failed first: killed by SIGKILL" in log.read_text()
+    first, second = attempts(log, "end")
+    assert (first["outcome"], first["action"], first["rank"], first["node"]) == ("failed", "restart", 1, "n1")
+    assert second["outcome"] == "finished"
+    ports = re.findall(r"MASTER_PORT=(\d+)", log.read_text())
+    assert len(set(ports)) == 2
+
+
+def test_failures_without_a_new_checkpoint_end_the_job(cluster: Cluster, submit: Submit) -> None:
+    number, log = submit("sys.exit(1)", "--nodes=2", "--ntasks-per-node=1")
+    job = cluster.wait(number)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log.read_text()
+    assert [record["action"] for record in attempts(log, "end")] == ["restart", "restart", "stop: no progress"]
+    assert "3 failures in a row without a new checkpoint" in log.read_text()
+
+
+def test_new_checkpoints_let_a_job_be_queued_again(cluster: Cluster, submit: Submit) -> None:
+    program = "n = len(open(f'{run}/attempts.jsonl').readlines())\nos.makedirs(f'{run}/checkpoints/step-{n:08}')\n"
+    program += "open(f'{run}/checkpoints/step-{n:08}/manifest.json', 'w').close()\nsys.exit(1)"
+    number, log = submit(program, "--nodes=2", "--ntasks=2")
+    wait_for(log, "queueing the job again")
+    job = cluster.wait(number, "PENDING")
+    assert (job["JobState"], job["Restarts"]) == ("PENDING", "1"), log.read_text()
+    assert [record["action"] for record in attempts(log, "end")] == ["restart", "restart", "restart", "requeue"]
+    cluster.run("scancel", number)
+
+
+def test_bad_node_is_excluded_when_it_has_failed_twice(cluster: Cluster, submit: Submit) -> None:
+    program = f"if os.environ['SLURMD_NODENAME'] == 'n1': {DIE}\n{FINISH}"
+    number, log = submit(program, "--nodes=1", "--ntasks=1")  # Slurm takes the first node that is free
+    wait_for(log, "queueing the job again")
+    job = cluster.wait(number, "PENDING")
+    assert (job["JobState"], job["Restarts"]) == ("PENDING", "1"), log.read_text()
+    wait_until(lambda: cluster.job(number)["ExcNodeList"] == "n1")
+    assert [record["action"] for record in attempts(log, "end")] == ["restart", "requeue"]
+    assert attempts(log, "end")[-1]["excluded"] == "n1"
+    cluster.run("scancel", number)
+
+
+def test_bad_input_of_a_rank_and_a_finished_run_start_nothing_again(cluster: Cluster, submit: Submit) -> None:
+    number, log = submit("if os.environ['RANK'] == '1': sys.exit(2)\nimport time\ntime.sleep(600)", "-N1", "-n2")
+    job = cluster.wait(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log.read_text()
+    assert [record["action"] for record in attempts(log, "end")] == ["stop: bad input"]
+    # Ranks that abort after the summary has been written have finished nevertheless.
+    number, log = submit(f"{FINISH}{DIE}", "-N1", "-n1")
+    assert cluster.wait(number)["JobState"] == "COMPLETED", log.read_text()
+
+
+@pytest.mark.parametrize("name", ["USR2", "TERM"])
+def test_notice_to_a_job_that_runs_queues_it_again(cluster: Cluster, submit: Submit, name: str) -> None:
+    program = "import signal, time\nsignal.signal(signal.SIGUSR2, lambda *_: sys.exit())\nprint('up')\ntime.sleep(600)"
+    number, log = submit(program, "-N2", "-n2")
+    wait_for(log, "rank 0 is bound")
+    cluster.run("scancel", "--batch", f"--signal={name}", number)
+    job = cluster.wait(number, "PENDING", "FAILED", "COMPLETED")
+    assert (job["JobState"], job["Restarts"]) == ("PENDING", "1"), log.read_text()
+    assert [(r["outcome"], r["action"]) for r in attempts(log, "end")] == [("stopped", "requeue")]
+    cluster.run("scancel", number)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_cancelled_job_is_not_queued_again(cluster: Cluster, submit: Submit) -> None:
