@@ -102,9 +102,9 @@ def gather_scalars(engine: DeepSpeedEngine) -> dict[str, Any]:
     steps = torch.zeros(len(names), dtype=torch.int64, device=engine.device)
     inner = engine.basic_optimizer
     for piece in pieces(engine):
-        state = inner.state.get(piece.flat, {})
-        # Some optimizers count steps by parameter, others by group.
-        steps[names.index(piece.name)] = int(state.get("step", inner.param_groups[piece.group].get("step", 0)))
+        # Some optimizers count steps by parameter, others by group; `_set_step` may have set the other.
+        counts = inner.state.get(piece.flat, {}), inner.param_groups[piece.group]
+        steps[names.index(piece.name)] = max(int(count.get("step", 0)) for count in counts)
     dist.all_reduce(steps, dist.ReduceOp.MAX)
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     scale: dict[str, Any] = {}  # empty where losses aren't scaled
@@ -171,13 +171,14 @@ def restore(
 def _set_step(optimizer: torch.optim.Optimizer, group: dict[str, Any], flat: Tensor, step: int) -> None:
     """Sets the count of steps where the optimizer looks for it.
 
-    torch's optimizers keep a tensor for each parameter, on the device where a fused kernel reads it; DeepSpeed's keep
-    a number for each parameter; timm's and apex's keep one for the group.
+    torch's optimizers keep a tensor for each parameter, on the device where a fused kernel reads it, and timm's one for
+    the group; DeepSpeed's keep a number for each parameter, apex's one for the group.
     """
-    if type(optimizer).__module__.startswith("torch."):
+    library = type(optimizer).__module__.partition(".")[0]
+    if library == "torch":
         on_device = group.get("fused") or group.get("capturable")
         optimizer.state[flat]["step"] = torch.tensor(float(step), device=flat.device if on_device else "cpu")
-        return
-    optimizer.state[flat]["step"] = step
-    counted = group.get("step", 0)
-    group["step"] = torch.full_like(counted, step) if torch.is_tensor(counted) else step
+    elif library == "timm":
+        group["step"] = torch.tensor(float(step))
+    else:
+        optimizer.state[flat]["step"] = group["step"] = step

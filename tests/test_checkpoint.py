@@ -93,6 +93,26 @@ def test_resume_goes_on_from_the_previous_one_and_says_so(
     assert [r["step"] for r in read_metrics(run)] == [r["step"] for r in read_metrics(trained)]
 
 
+def test_lamb_which_counts_steps_otherwise_is_resumed_to_the_bit(world: World, config: Config, tmp_path: Path) -> None:
+    lamb = replace(
+        config,
+        run=replace(config.run, keep_checkpoints=3),
+        optimizer=replace(config.optimizer, name="lamb"),
+        deepspeed=config.deepspeed | {"zero_optimization": {"stage": 0}},
+    )
+    train(lamb, world, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for later in list_checkpoints(tmp_path / "again" / "checkpoints")[:2]:
+        shutil.rmtree(later)
+    train(lamb, world, tmp_path / "again", resume="auto")
+    a, b = (find_checkpoint(tmp_path / name) for name in ("whole", "again"))
+    assert {path.name for path in (a / "optimizer").iterdir()} == {"exp_avg.safetensors", "exp_avg_sq.safetensors"}
+    assert set(json.loads((a / "optimizer.json").read_text())["steps"].values()) == {STEPS}
+    assert (a / "optimizer.json").read_text() == (b / "optimizer.json").read_text()
+    first, second = (load_file(path / "optimizer" / "exp_avg_sq.safetensors") for path in (a, b))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_never_starts_afresh_in_silence(run: Path, world: World, config: Config) -> None:
     for damaged in list_checkpoints(run / "checkpoints"):
         (damaged / "optimizer.json").unlink()
