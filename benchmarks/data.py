@@ -1,9 +1,10 @@
 """Images per second, and per second of processor time, of this data layer and of others on the same images.
 
-    python benchmarks/data.py [--images 2000] [--rounds 3] [--workers 2] [--data datasets/benchmark] [--only NAME,...]
-                              [--streaming-python VENV/bin/python]
+    python benchmarks/data.py [--images 2000] [--rounds 3] [--epochs 1] [--workers 2] [--data datasets/benchmark]
+                              [--only NAME,...] [--streaming-python VENV/bin/python]
 
 Every round runs every reader once, each in a process of its own, so that a busy spell of the machine hits all alike.
+Several epochs, by one set of workers, show what is left when starting those no longer counts.
 Processor time counts the reader's process and its workers or threads, and neither imports nor what FFCV compiles.
 "per CPU-second" is thus images a second and core.
 
@@ -65,7 +66,9 @@ CROP_AND_FLIP = AugmentConfig(randaugment="", erase_prob=0, mixup=0, cutmix=0)
 class Ours:
     """This data layer; an epoch of batches as they reach the model's process."""
 
-    def __init__(self, root: Path, workers: int, augment: AugmentConfig, interpolation: Any, **settings: Any):
+    def __init__(
+        self, root: Path, workers: int, epochs: int, augment: AugmentConfig, interpolation: Any, **settings: Any
+    ):
         config = DataConfig(
             root=str(root),
             global_batch_size=BATCH,
@@ -80,13 +83,14 @@ class Ours:
         )
         self._transform = DeviceTransform(config, CLASSES, label_smoothing=0.1, seed=0, device=torch.device("cpu"))
         self._on_device = augment.erase_prob > 0
+        self._epochs = epochs
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for (batch,) in self._loader.iterate(0, self._loader.steps_per_epoch):
+        for (batch,) in self._loader.iterate(0, self._epochs * self._loader.steps_per_epoch):
             yield self._transform(batch)[0] if self._on_device else batch.images
 
 
-def stock_ffcv(root: Path, workers: int) -> Iterable[torch.Tensor]:
+def stock_ffcv(root: Path, workers: int, epochs: int) -> Iterable[torch.Tensor]:
     """FFCV's loader as its documentation builds it, without the model's device and normalisation."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -104,41 +108,42 @@ def stock_ffcv(root: Path, workers: int) -> Iterable[torch.Tensor]:
             "label": [IntDecoder(), ToTensor()],
         },
     )
-    return _Images(loader)
+    return _Images(loader, epochs)
 
 
 class _Images:
-    """The images of a loader of images and labels, epoch for epoch."""
+    """The images of some epochs of a loader of images and labels."""
 
-    def __init__(self, loader: Iterable[tuple[torch.Tensor, ...]]):
-        self._loader = loader
+    def __init__(self, loader: Iterable[tuple[torch.Tensor, ...]], epochs: int):
+        self._loader, self._epochs = loader, epochs
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return (images for images, *_ in self._loader)
+        return (images for _ in range(self._epochs) for images, *_ in self._loader)
 
 
 class _Decoded(Dataset[int]):
-    def __init__(self, store: TarStore):
-        self._store = store
+    def __init__(self, store: TarStore, epochs: int):
+        self._store, self._epochs = store, epochs
 
     def __len__(self) -> int:
-        return len(self._store)
+        return len(self._store) * self._epochs
 
     def __getitem__(self, number: int) -> int:
-        return simplejpeg.decode_jpeg(self._store.read(number).image).shape[0]
+        return simplejpeg.decode_jpeg(self._store.read(number % len(self._store)).image).shape[0]
 
 
-def decode(root: Path, workers: int) -> Iterable[torch.Tensor]:
+def decode(root: Path, workers: int, epochs: int) -> Iterable[torch.Tensor]:
     """Decode, and throw the pixels away."""
-    return DataLoader(_Decoded(TarStore(root, "train")), batch_size=BATCH, num_workers=workers)
+    return DataLoader(_Decoded(TarStore(root, "train"), epochs), batch_size=BATCH, num_workers=workers)
 
 
-def wds(root: Path, workers: int, decoder: Callable[[bytes], Image.Image]) -> Iterable[torch.Tensor]:
+def wds(root: Path, workers: int, epochs: int, decoder: Callable[[bytes], Image.Image]) -> Iterable[torch.Tensor]:
     """WebDataset's pipeline as its documentation builds it."""
     crop_and_flip = Compose([RandomResizedCrop(224), RandomHorizontalFlip(), PILToTensor()])
     urls = sorted(map(str, root.glob("train-*.tar")))
     pipeline = (
         webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0)
+        .repeat(epochs)
         .shuffle(1000)
         .to_tuple("jpg", "cls")
         .map_tuple(lambda image: crop_and_flip(decoder(image)), int)
@@ -147,7 +152,7 @@ def wds(root: Path, workers: int, decoder: Callable[[bytes], Image.Image]) -> It
     return (images for images, _ in webdataset.WebLoader(pipeline, batch_size=None, num_workers=workers))
 
 
-def timm_deit(folder: Path, workers: int) -> Iterator[torch.Tensor]:
+def timm_deit(folder: Path, workers: int, epochs: int) -> Iterator[torch.Tensor]:
     """timm's loader without its CUDA prefetcher, and its mixup."""
     loader = timm.data.create_loader(
         timm.data.create_dataset("", root=str(folder)),
@@ -161,13 +166,14 @@ def timm_deit(folder: Path, workers: int) -> Iterator[torch.Tensor]:
         interpolation="bicubic",
         num_workers=workers,
         pin_memory=False,
-        persistent_workers=False,
+        persistent_workers=True,
     )
     mend_posterize(loader.dataset.transform)
     mixup = timm.data.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=CLASSES)
-    for images, labels in loader:
-        if len(images) % 2 == 0:  # mixup takes pairs
-            yield mixup(images, labels)[0]
+    for _ in range(epochs):
+        for images, labels in loader:
+            if len(images) % 2 == 0:  # mixup takes pairs
+                yield mixup(images, labels)[0]
 
 
 def unpack(root: Path, folder: Path) -> None:
@@ -190,7 +196,7 @@ class Rate(NamedTuple):
 
 
 def measure(make: Callable[[], Iterable[torch.Tensor]], compiles: bool) -> Rate:
-    """Read one epoch in a forked process, after another one where the reader compiles itself."""
+    """Read some epochs in a forked process, after as many others where the reader compiles itself."""
     results, result = os.pipe()
     if (child := os.fork()) == 0:
         torch.set_num_threads(1)
@@ -233,10 +239,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("datasets/benchmark"))
     parser.add_argument("--only", type=lambda text: text.split(","), help="readers to run, with commas between")
-    parser.add_argument("--streaming-python", help="Python that has mosaicml-streaming")
+    parser.add_argument("--streaming-python", help="Python that has mosaicml-streaming; it reads one epoch")
     args = parser.parse_args()
 
     root, raw, folder = (args.data / f"{kind}-{args.images}" for kind in ("shards", "raw", "files"))
@@ -261,21 +268,21 @@ def main() -> None:
         return Image.fromarray(pixels)
 
     def cropped(where: Path, kind: str, **settings: Any) -> Callable[[], Iterable[torch.Tensor]]:
-        return lambda: Ours(where, args.workers, CROP_AND_FLIP, kind, **settings)
+        return lambda: Ours(where, args.workers, args.epochs, CROP_AND_FLIP, kind, **settings)
 
     readers: dict[str, Callable[[], Iterable[torch.Tensor]]] = {
-        "decode": lambda: decode(root, args.workers),
+        "decode": lambda: decode(root, args.workers, args.epochs),
         **{f"ours-{kind}": cropped(root, kind) for kind in RESIZES},
         "ours-beton-jpg": cropped(root, "fast-bilinear", format="ffcv"),
         "ours-beton-raw": cropped(raw, "fast-bilinear", format="ffcv"),
         "ours-engine-ffcv": cropped(root, "area", engine="ffcv"),
-        "ffcv-jpg": lambda: stock_ffcv(root, args.workers),
-        "ffcv-raw": lambda: stock_ffcv(raw, args.workers),
-        "wds-pil": lambda: wds(root, args.workers, pil),
-        "wds-simplejpeg": lambda: wds(root, args.workers, turbo),
-        "ours-deit": lambda: Ours(root, args.workers, AugmentConfig(), "bicubic"),
-        "ours-deit-fast": lambda: Ours(root, args.workers, AugmentConfig(), "fast-bicubic"),
-        "timm-deit": lambda: timm_deit(folder, args.workers),
+        "ffcv-jpg": lambda: stock_ffcv(root, args.workers, args.epochs),
+        "ffcv-raw": lambda: stock_ffcv(raw, args.workers, args.epochs),
+        "wds-pil": lambda: wds(root, args.workers, args.epochs, pil),
+        "wds-simplejpeg": lambda: wds(root, args.workers, args.epochs, turbo),
+        "ours-deit": lambda: Ours(root, args.workers, args.epochs, AugmentConfig(), "bicubic"),
+        "ours-deit-fast": lambda: Ours(root, args.workers, args.epochs, AugmentConfig(), "fast-bicubic"),
+        "timm-deit": lambda: timm_deit(folder, args.workers, args.epochs),
     }
     names = [name for name in [*readers, STREAMING] if not args.only or name in args.only]
     if not args.streaming_python and STREAMING in names:
@@ -290,7 +297,8 @@ def main() -> None:
                 rates[name].append(measure(readers[name], compiles="ffcv" in name))
 
     load = os.getloadavg()[0]
-    print(f"{args.images} JPEGs of 500 x 375, {args.workers} workers, {args.rounds} rounds; load average {load:.1f}")
+    print(f"{args.images} JPEGs of 500 x 375, {args.workers} workers, load average {load:.1f},", end=" ")
+    print(f"{args.rounds} rounds of {args.epochs} epochs")
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("reader", "images/s", "range", "per CPU-second", "range"):
         table.add_column(heading, justify="left" if heading == "reader" else "right")
