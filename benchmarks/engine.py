@@ -5,8 +5,9 @@ deepspeed  forward, loss, backward and step of a DeepSpeed engine of the same Ze
 pytorch    the same without DeepSpeed: DistributedDataParallel, autocast, clipping, AdamW
 strict     ours with deterministic algorithms
 
-Each has a model of its own; their steps alternate, and the figure to quote is the ratio of medians. Logging is as often
-as by default, so at least one line falls into the steps that are timed.
+Each has a model of its own; their steps alternate, and the figure to quote is the ratio of medians: of wall time, or on
+a CPU that others use, too, of rank 0's CPU time. Logging is as often as by default, so at least one line falls into the
+steps that are timed.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/engine.py --out engine.json
 """
@@ -151,18 +152,21 @@ def compare(args: argparse.Namespace, stage: int, autocast: bool, world: World) 
     targets = torch.softmax(torch.randn(args.batch_size, config.model.num_classes, device=world.device), 1)
     steps = {name: loop(config, world, images, targets) for name, loop in LOOPS.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
+    cpu_times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(args.warmup + args.steps):
         for name in sorted(steps, key=lambda name: (place(name) + number) % len(steps)):  # each goes first in turn
             dist.barrier()
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             steps[name](number)
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             if number >= args.warmup:
                 times[name].append(time.perf_counter() - start)
+                cpu_times[name].append(time.process_time() - cpu_start)
     medians = {name: statistics.median(values) for name, values in times.items()}
+    cpu_medians = {name: statistics.median(values) for name, values in cpu_times.items()}
     return {
         "stage": stage,
         "precision": "bf16 autocast" if autocast else "fp32",
@@ -171,6 +175,10 @@ def compare(args: argparse.Namespace, stage: int, autocast: bool, world: World) 
         "over_deepspeed": medians["ours"] / medians["deepspeed"],
         "over_pytorch": medians["ours"] / medians["pytorch"],
         "strict_over_ours": medians["strict"] / medians["ours"],
+        "cpu_seconds": cpu_medians,
+        "cpu_over_deepspeed": cpu_medians["ours"] / cpu_medians["deepspeed"],
+        "cpu_over_pytorch": cpu_medians["ours"] / cpu_medians["pytorch"],
+        "cpu_strict_over_ours": cpu_medians["strict"] / cpu_medians["ours"],
     }
 
 
