@@ -79,12 +79,12 @@ def test_a_flipped_bit_is_found_and_the_previous_checkpoint_taken(run: Path, wor
 
 
 def test_resume_goes_on_from_the_previous_one_and_says_so(
-    run: Path, trained: Path, world: World, config: Config, capsys: pytest.CaptureFixture[str]
+    run: Path, trained: Path, world: World, config: Config, capfd: pytest.CaptureFixture[str]
 ) -> None:
     newest, previous = list_checkpoints(run / "checkpoints")
     os.truncate(newest / "model.safetensors", 100)
     train(config, world, run, resume="auto")
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert f"warning: damaged checkpoint left out: {newest}: model.safetensors is not as it was written" in said
     assert f"resuming from {previous}, 8 of {STEPS} steps made" in said
     mended = load_file(newest / "model.safetensors")
@@ -132,7 +132,7 @@ def test_a_save_that_fails_raises_an_alarm_and_the_run_goes_on(
     config: Config,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     fails_in: str,
 ) -> None:
     """Whatever the phase in which the second of three saves fails, the first stays and the third is made."""
@@ -146,7 +146,7 @@ def test_a_save_that_fails_raises_an_alarm_and_the_run_goes_on(
 
     monkeypatch.setattr(checkpoints, fails_in, failing)
     train(config, world, tmp_path)
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert "ALARM: after 8 steps " in said
     assert "failed on rank 0: OSError: [Errno 28] No space left on device; the checkpoints before stay" in said
     assert folder / "step-00000004" in calls[0]

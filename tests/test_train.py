@@ -133,13 +133,13 @@ def test_other_zero_stages_change_no_bit(runs: Path, converted: Path, source: in
 
 
 def test_a_run_goes_on_with_other_ranks_and_another_stage(
-    runs: Path, digits: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, digits: Path, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As one rank under ZeRO 3 what two began under ZeRO 1: it ends near where those two end. Drop path differs."""
     whole = runs / "zero1-bf16-whole"
     begun = list_checkpoints(whole / "checkpoints")[-1]
     train(small_config(digits, 3, accumulation=4), world, tmp_path / "other", resume=str(begun))
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert "resuming 2 x ZeRO 1, 2 micro-batches as 1 x ZeRO 3, 4 micro-batches: " in said
     a, b = (load_file(newest(run) / "model.safetensors") for run in (whole, tmp_path / "other"))
     assert 0 < distance(a, b) < 3e-2
