@@ -88,7 +88,13 @@ def evaluate_checkpoint(
     """
     checkpoint = find_checkpoint(path)
     config = load_config([checkpoint / CONFIG_FILE])
-    data = replace(config.data, root=data_root or config.data.root, val_split=split or config.data.val_split)
+    # The engine is training's: left out, it doesn't ask for a format that other data may not have.
+    data = replace(
+        config.data,
+        root=data_root or config.data.root,
+        val_split=split or config.data.val_split,
+        engine="webdataset",
+    )
     store = open_store(data, data.val_split)
     if len(store.classes) != config.model.num_classes:
         raise InputError(

@@ -29,7 +29,9 @@ from convneur.data.shards import Manifest, Sample, write_split
 from convneur.data.store import open_store
 from convneur.data.synthetic import SyntheticImages
 from convneur.data.transforms import decode
+from convneur.evaluate import evaluate_checkpoint
 from convneur.metrics import read_metrics
+from convneur.world import World
 
 pytestmark = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV, WHICH IS OPTIONAL, IS NOT INSTALLED HERE")
 
@@ -299,7 +301,9 @@ def test_a_stream_of_the_other_engine_is_refused(config: DataConfig, loader: Tra
             mine.check_state(theirs.state(3))
 
 
-def test_a_run_in_two_processes_stopped_and_resumed_equals_an_uninterrupted_one(digits: Path, tmp_path: Path) -> None:
+def test_a_run_in_two_processes_stopped_and_resumed_equals_an_uninterrupted_one(
+    digits: Path, world: World, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
     prepare_digits(folder, "ffcv")
     two_ranks("ranks/ffcv_runs.py", folder, tmp_path)
@@ -310,3 +314,5 @@ def test_a_run_in_two_processes_stopped_and_resumed_equals_an_uninterrupted_one(
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["images"] == STEPS_A_RUN * 128
     assert summary["top1"] > 0.3  # chance is 0.1
+    scores = evaluate_checkpoint(whole, world, data_root=str(digits), split=None, averaged=False)
+    assert scores.top1 == summary["top1"]  # by another number of ranks, from shards
