@@ -29,10 +29,14 @@ DEAD_SECONDS = 30.0
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a run's folder against other processes. InputError where a living one holds it."""
-    path = folder / LOCK_FILE
-    mine = _identity()
-    while not _create(path, mine):
-        _take_away(path, mine)
+    path, mine = folder / LOCK_FILE, _identity()
+    temporary = path.with_name(f"{LOCK_FILE}.{mine['token']}.tmp")
+    temporary.write_text(json.dumps(mine))
+    try:
+        while not _create(path, temporary) and not _take_over(path, temporary, mine):
+            pass
+    finally:
+        temporary.unlink(missing_ok=True)
     ended = Event()
     beating = Thread(target=_beat, args=(path, mine, ended), daemon=True)
     beating.start()
@@ -55,16 +59,12 @@ def _identity() -> dict[str, Any]:
     }
 
 
-def _create(path: Path, mine: dict[str, Any]) -> bool:
+def _create(path: Path, temporary: Path) -> bool:
     """Makes the lock, whole from the first moment on; False where there is one."""
-    temporary = path.with_name(f"{LOCK_FILE}.{mine['token']}.tmp")
-    temporary.write_text(json.dumps(mine))
     try:
         os.link(temporary, path)  # fails if it exists, on NFS as well
     except FileExistsError:
         return False
-    finally:
-        temporary.unlink()
     return True
 
 
@@ -76,31 +76,45 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _take_away(path: Path, mine: dict[str, Any]) -> None:
-    """Removes the lock of a holder that is dead; InputError for one that lives."""
+def _take_over(path: Path, temporary: Path, mine: dict[str, Any]) -> bool:
+    """Replaces the lock of a holder that is dead; InputError for one that lives; False where it is no longer his."""
     holder = _read(path)
-    if holder and not _is_known_dead(holder, mine):
-        first = _touched(path)
-        print(f"convneur: {path.parent} is in use; waiting to see whether its user lives", file=sys.stderr, flush=True)
-        deadline = time.monotonic() + DEAD_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(BEAT_SECONDS / 5)
-            if (now := _touched(path)) is None:
-                return
-            if now != first:
-                user = f"job {holder['job']}" if holder["job"] else f"process {holder['pid']}"
-                raise InputError(
-                    f"{path.parent} is in use by {user} on {holder['host']}: wait for its end, or name another run"
-                    " (--run.name)"
-                )
-    # Two may come to this at once: the name decides who has moved the lock, and what it moved must be what it saw.
-    aside = path.with_name(f"{LOCK_FILE}.{mine['token']}.old")
-    with suppress(FileNotFoundError):
-        path.rename(aside)
-        if _read(aside) != holder:
-            with suppress(FileExistsError):
-                os.link(aside, path)
-        aside.unlink()
+    if holder is None:
+        return False
+    if not _is_known_dead(holder, mine):
+        _watch(path, holder)
+    # Of all that come to this only one may replace this very holder's lock.
+    claim = path.with_name(f"{LOCK_FILE}.{holder['token']}.claimed")
+    try:
+        claim.touch(exist_ok=False)
+    except FileExistsError:
+        time.sleep(DEAD_SECONDS / 10)
+        if _read(path) == holder:  # who has claimed it died in the middle
+            claim.unlink(missing_ok=True)
+        return False
+    try:
+        if _read(path) != holder:
+            return False
+        temporary.replace(path)
+        return True
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _watch(path: Path, holder: dict[str, Any]) -> None:
+    """Returns when a lock hasn't been touched for long enough; InputError as soon as it is."""
+    print(f"convneur: {path.parent} is in use; waiting to see whether its user lives", file=sys.stderr, flush=True)
+    first, deadline = _touched(path), time.monotonic() + DEAD_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(BEAT_SECONDS / 5)
+        if (now := _touched(path)) is None:
+            return
+        if now != first:
+            user = f"job {holder['job']}" if holder["job"] else f"process {holder['pid']}"
+            raise InputError(
+                f"{path.parent} is in use by {user} on {holder['host']}: wait for its end, or name another run"
+                " (--run.name)"
+            )
 
 
 def _is_known_dead(holder: dict[str, Any], mine: dict[str, Any]) -> bool:

@@ -250,7 +250,7 @@ class Supervisor:
 
     def end(self, attempt: int, outcome: str, status: int, fault: Fault | None = None, **more: Any) -> None:
         """Records how an attempt ended: what failed first, and what is done about it."""
-        about = fault._asdict() | {"status": status} if fault else {"status": status}
+        about = (fault._asdict() if fault else {}) | {"srun_status": status}
         checkpoint = newest_checkpoint(self.folder)
         self.record("end", attempt=attempt, outcome=outcome, checkpoint=checkpoint, **about, **more)
 

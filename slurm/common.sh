@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What the batch scripts share. They source it and call `train VARIANT [--dry-run] [--section.key VALUE]...`.
+# What the batch scripts share. They source it and call `train VARIANT [--dry-run] [--section.key VALUE]...`, or
+# `evaluate CHECKPOINT_OR_RUN [--dry-run] [FLAG]...`.
 set -euo pipefail
 notice=$(mktemp -u) # a file that appears when Slurm is about to take the nodes away, however early that is
 trap 'rm -f "$notice"' EXIT
@@ -25,29 +26,56 @@ die() {
 
 # Trains a variant on all of the job's GPUs, one rank each, from the newest checkpoint of its run if there is one.
 train() {
-    local word dry_run=no
     command=(train --config "$checkout/configs/$1.yaml" --launch env --resume auto)
     command+=(--run.root "$runs" ${data:+--data.root "$data"})
-    for word in "${@:2}"; do
-        if [ "$word" = --dry-run ]; then dry_run=yes; else command+=("$word"); fi
-    done
-    if [ $dry_run = yes ]; then preview "${command[@]}"; else launch "${command[@]}"; fi
+    finish_command "${@:2}"
+    if [ $dry_run = yes ]; then
+        preview
+        return
+    fi
+    prepare
+    supervise
 }
 
-# Runs a command of convneur on all of the job's GPUs.
-launch() {
-    local command=("${convneur[@]}" "$@")
+# Scores a checkpoint, once: what fails is submitted again by hand.
+evaluate() {
+    command=(eval --launch env)
+    finish_command "$@"
+    if [ $dry_run = yes ]; then
+        preview
+        return
+    fi
+    prepare
+    CONVNEUR_FAULTS=$(mktemp -d -p "$(dirname "$(log_file x x)")")
+    MASTER_PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    export CONVNEUR_FAULTS MASTER_PORT
+    "${srun[@]}" "${command[@]}"
+    rm -r "$CONVNEUR_FAULTS"
+}
+
+# Adds the words after a script's name to the command; takes --dry-run out of them.
+finish_command() {
+    local word
+    dry_run=no
+    command=("${convneur[@]}" "${command[@]}")
+    for word in "$@"; do
+        if [ "$word" = --dry-run ]; then dry_run=yes; else command+=("$word"); fi
+    done
+}
+
+# Checks that this is a job; divides its nodes among ranks and sets their environment.
+prepare() {
     [ -n "${SLURM_JOB_ID-}" ] || die "not in a Slurm job. Submit it: sbatch $0; or see what it would do: $0 --dry-run"
     open_log
+    mkdir -p "$(dirname "$(log_file x x)")"
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
     divide "$SLURM_NNODES" "$SLURM_NTASKS" "${SLURM_GPUS_ON_NODE:-0}" "$SLURM_CPUS_ON_NODE"
     set_environment
-    supervise "${command[@]}"
 }
 
 # Prints what the job would be and would run, from the script's own #SBATCH lines. Needs no Slurm.
 preview() {
-    local nodes tasks command=("${convneur[@]}" "$@")
+    local nodes tasks
     nodes=$(directive nodes) tasks=$(directive ntasks-per-node)
     divide "$nodes" $((nodes * tasks)) "$(directive gpus-per-node)" $((tasks * $(directive cpus-per-task)))
     echo "sbatch options, each of which can be given another value on the command line of sbatch:"
@@ -112,7 +140,7 @@ interface_of() {
 # Starts the ranks, and sees to it that they go on: launch/supervise.py. A check first says once what all would say.
 supervise() {
     local plan folder
-    plan=$("$@" --check "$ranks" --json)
+    plan=$("${command[@]}" --check "$ranks" --json)
     case $plan in *'"finished": true'*)
         say "the run is finished already; --run.name NAME starts another"
         return
@@ -122,7 +150,7 @@ supervise() {
     (
         trap '' USR2 TERM # it looks for the notice
         exec "$python" -I "$checkout/launch/supervise.py" --folder "$folder" --notice "$notice" \
-            "${supervisor_options[@]}" -- "${srun[@]}" "$@"
+            "${supervisor_options[@]}" -- "${srun[@]}" "${command[@]}"
     ) &
     local pid=$! status
     # `wait` returns early when a signal comes.

@@ -6,4 +6,6 @@ export PYTHONPATH=$checkout/packages
 if [ "$python" = "$checkout/.venv/bin/python" ]; then python=$1; fi
 if [ "${convneur[0]}" = "$checkout/.venv/bin/convneur" ]; then convneur=("$1" -P -m convneur.launch); fi
 supervisor_options=(--no-requeue) # after a notice; submitit does it then
-launch train --config "$2" --launch env --resume auto
+command=("${convneur[@]}" train --config "$2" --launch env --resume auto)
+prepare
+supervise

@@ -1,0 +1,53 @@
+"""A rank that hangs shows its stacks and ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from convneur.watchdog import EXIT_STATUS
+
+WATCHED = """
+import sys, threading, time
+from pathlib import Path
+from convneur import watchdog
+watchdog.OTHERS_SECONDS, watchdog.DEAF_SECONDS = 0.1, 0.5
+config = watchdog.WatchdogConfig(seconds=0.5, long_seconds=5)
+
+def stuck():
+    {stuck}
+
+with watchdog.Watchdog(config, Path(sys.argv[1]), rank=3) as dog:
+    time.sleep(1)  # the start may take long
+    for _ in range(4):
+        dog.step()
+        time.sleep(0.3)
+    with dog.paused():
+        time.sleep(1)
+    stuck()
+print("ended well")
+"""
+
+
+def run(folder: Path, stuck: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", WATCHED.format(stuck=stuck), str(folder)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+
+def test_stacks_of_a_rank_that_hangs_are_in_a_file_and_in_the_log(tmp_path: Path) -> None:
+    hung = run(tmp_path, "time.sleep(60)")
+    assert hung.returncode == EXIT_STATUS, hung.stderr
+    for text in (hung.stderr, (tmp_path / "stacks" / "rank-3.txt").read_text()):
+        assert "in stuck" in text
+    assert "rank 3: no step for too long" in hung.stderr
+
+
+def test_a_call_that_lets_no_python_run_is_ended_too(tmp_path: Path) -> None:
+    hung = run(tmp_path, "import ctypes; ctypes.PyDLL(None).sleep(60)")
+    assert hung.returncode == 1
+    assert "in stuck" in hung.stderr
+
+
+def test_a_run_that_ends_leaves_nothing(tmp_path: Path) -> None:
+    ended = run(tmp_path, "pass")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "ended well\n", "")
+    assert not list(tmp_path.iterdir())
