@@ -120,7 +120,7 @@ def test_rank_killed_during_a_save(cluster: Cluster, start: Start, weights: dict
     process = rank_process(number, 0)
     wait_until(lambda: list((run / "checkpoints").glob("tmp-*")))
     os.kill(process, signal.SIGKILL)
-    assert [end["action"] for end in check(cluster, number, run, weights)][:1] == ["restart"]
+    assert check(cluster, number, run, weights)[0]["action"] == "restart"
 
 
 def test_stopped_rank(cluster: Cluster, start: Start, weights: dict[str, Any], folder: Path) -> None:
@@ -143,7 +143,7 @@ def test_notice_to_the_ranks_alone(
     wait_until(lambda: cluster.job(number)["Restarts"] == "1")
     cluster.wait(number, "PENDING")
     cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")
-    first, _ = check(cluster, number, run, weights)
+    first = check(cluster, number, run, weights)[0]
     assert (first["outcome"], first["action"]) == ("stopped", "requeue")
 
 
