@@ -12,17 +12,17 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from convneur.config import Config, load_config
-from convneur.data.errors import InputError
+from convneur.config import Config
 from convneur.data.files import atomic_write
 from convneur.info import describe
 from convneur.model import ConvNeur, ModelConfig
+from convneur.series import member, run_folder
 from convneur.summary import read_summary
 from convneur.world import World
 
@@ -128,37 +128,13 @@ class Result:
         return statistics.stdev(self.top1.values()) if len(self.top1) > 1 else None
 
 
-def ablation_folder(config: AblationConfig) -> Path:
-    """Where the runs and the table go."""
-    return Path(config.run.root) / config.run.name
-
-
 def run_configs(config: AblationConfig) -> dict[tuple[str, int], Config]:
     """The configuration of every run, by row and seed; the seeds come round by round, so that all rows get one soon."""
-    recipe = {f.name: getattr(config, f.name) for f in fields(Config)}
-    runs = {}
-    for seed in config.ablation.seeds:
-        for row in config.ablation.rows:
-            run = replace(config.run, root=str(ablation_folder(config)), name=f"{row}-seed{seed}", seed=seed)
-            runs[row, seed] = Config(**{**recipe, "run": run, "model": ROWS[row].applied_to(config.model)})
-    return runs
-
-
-def check_finished_runs(config: AblationConfig) -> None:
-    """Raises InputError where a run that is there already was made by another recipe."""
-    for run in run_configs(config).values():
-        folder = run_folder(run)
-        saved = folder / "config.yaml"
-        if saved.is_file() and load_config([saved]) != run:
-            raise InputError(
-                f"{saved} is not what this ablation would train there; give the ablation another --run.name, or delete"
-                f" {folder}"
-            )
-
-
-def run_folder(run: Config) -> Path:
-    """The folder of one of the runs."""
-    return Path(run.run.root) / run.run.name
+    return {
+        (row, seed): member(config, f"{row}-seed{seed}", seed, ROWS[row].applied_to(config.model))
+        for seed in config.ablation.seeds
+        for row in config.ablation.rows
+    }
 
 
 def train_rows(config: AblationConfig, world: World) -> None:

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur.data.errors import InputError
-from convneur.model import SMALLEST_IMAGE, VARIANTS, ConvNeur, ModelConfig, Stage
+from convneur.model import SMALLEST_IMAGE, ConvNeur, ModelConfig, Stage, variant_named
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def describe(config: ModelConfig, image_size: int = 224) -> ModelInfo:
 
 
 def _describe_stage(config: ModelConfig, stage: int, resolution: tuple[int, int], params: int, macs: int) -> StageInfo:
-    variant = VARIANTS[config.variant]
+    variant = variant_named(config.variant)
     blocks = variant.depths[stage]
     branches = {"none": 0, "per_stage": 1, "per_layer": blocks}[config.placement]
     has_memory = branches and config.branch == "neural_memory"

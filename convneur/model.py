@@ -9,6 +9,7 @@ Shape legend: B images, C channels of a stage, H x W positions, d bottleneck wid
 neural memory).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -59,6 +60,26 @@ VARIANTS = {
     "m9": Variant((3, 3, 27, 3), 256),
 }
 
+FREE_SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)-([1-9]\d*)-([1-9]\d*)-([1-9]\d*)")
+
+
+def variant_named(name: str) -> Variant:
+    """A row of VARIANTS, or what a free name such as "24x2-2-6-2" says: first width, then the blocks of each stage.
+
+    Raises ValueError where it is neither; widths are even, because the memory's bottleneck is half of one.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    match = FREE_SHAPE.fullmatch(name)
+    if match is None or int(match[1]) % 2:
+        raise ValueError(
+            f"model.variant is {name!r}, expected one of {', '.join(map(repr, VARIANTS))}, or an even first width and"
+            " the blocks of the four stages, such as '24x2-2-6-2'"
+        )
+    base_width, *depths = map(int, match.groups())
+    return Variant((depths[0], depths[1], depths[2], depths[3]), base_width)
+
+
 SMALLEST_IMAGE = 32  # pixels a side: the stages reduce it by 4, 8, 16 and 32
 
 
@@ -67,7 +88,8 @@ class ModelConfig:
     """What to build.
 
     Attributes:
-        variant: a row of VARIANTS, n1..n3 or m1..m9.
+        variant: a row of VARIANTS, n1..n3 or m1..m9, or a shape of its own: "24x2-2-6-2" has 24 channels in the first
+            stage and 2, 2, 6 and 2 blocks in the four.
         num_classes: outputs of the head; 0 for no classifier.
         in_chans: channels of the input image.
         placement: where global branches sit: in no block (the local-only control), in the first block of every stage
@@ -101,8 +123,8 @@ class ModelConfig:
     layer_scale: float = 1e-6
 
     def __post_init__(self) -> None:
+        variant_named(self.variant)
         choices = {
-            "variant": tuple(VARIANTS),
             "placement": get_args(Placement),
             "branch": get_args(MixerKind),
             "fusion": get_args(Fusion),
@@ -127,7 +149,7 @@ class ModelConfig:
         """Bottleneck width d of a stage's global branch."""
         if self.branch_widths is not None:
             return self.branch_widths[stage]
-        return round(VARIANTS[self.variant].widths[stage] * MIXERS[self.branch].width_ratio)
+        return round(variant_named(self.variant).widths[stage] * MIXERS[self.branch].width_ratio)
 
     def stage_memory(self, stage: int) -> MemoryConfig:
         """Settings of a stage's neural memory."""
@@ -230,7 +252,7 @@ class Stage(nn.Module):
 
     def __init__(self, config: ModelConfig, stage: int, drop_path: Sequence[float]) -> None:
         super().__init__()
-        dim = VARIANTS[config.variant].widths[stage]
+        dim = variant_named(config.variant).widths[stage]
         self.grad_checkpointing = False
         self.downsample = (
             nn.Sequential(LayerNorm2d(dim // 2), nn.Conv2d(dim // 2, dim, kernel_size=2, stride=2))
@@ -267,7 +289,7 @@ class ConvNeur(nn.Module):
         self.config = config
         self.in_chans = config.in_chans
         self.num_classes = config.num_classes
-        variant = VARIANTS[config.variant]
+        variant = variant_named(config.variant)
         widths, depth = variant.widths, sum(variant.depths)
         drop_path = [config.drop_path * block / (depth - 1) for block in range(depth)]
 
@@ -338,7 +360,7 @@ class ConvNeur(nn.Module):
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if shortened:
-            self.num_features = self.head_hidden_size = VARIANTS[self.config.variant].widths[last]
+            self.num_features = self.head_hidden_size = variant_named(self.config.variant).widths[last]
         if shortened or prune_head:
             self.num_classes = 0
             self.head.reset(0, "", reset_other=True, in_features=self.num_features)

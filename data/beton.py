@@ -30,7 +30,7 @@ from convneur.data.parallel import in_parallel
 from convneur.data.remote import is_remote
 from convneur.data.retry import retrying
 from convneur.data.shards import Beton, Manifest, Sample, Shard, Split, file_crc32c, read_index
-from convneur.data.store import IndexedStore
+from convneur.data.store import IndexedStore, Subset
 from convneur.data.transforms import decode
 
 Pixels = Literal["jpg", "raw"]
@@ -280,14 +280,15 @@ class BetonStore(IndexedStore):
     Args:
         root: folder of the dataset.
         split: "train", "val" or whatever was prepared.
+        subset: what of it is used; None for all.
 
     Raises:
         InputError: FFCV isn't installed; there is no such beton; one of its files is missing, or has another size or
             checksum than the manifest says.
     """
 
-    def __init__(self, root: str | Path, split: str):
-        super().__init__(root, split)
+    def __init__(self, root: str | Path, split: str, subset: Subset | None = None):
+        super().__init__(root, split, subset)
         beton = self._entry.beton
         if beton is None:
             raise InputError(f"{root} has no {split}.beton: repeat its `convneur prepare` with --format ffcv")
@@ -305,8 +306,8 @@ class BetonStore(IndexedStore):
         self._sizes = reader.alloc_table["size"]
         self._descriptor: int | None = None
 
-    def __reduce__(self) -> tuple[type["BetonStore"], tuple[Path, str]]:
-        return BetonStore, (self._root, self._split)
+    def __reduce__(self) -> tuple[type["BetonStore"], tuple[Path, str, Subset | None]]:
+        return BetonStore, (self._root, self._split, self._subset)
 
     @property
     def rows(self) -> np.ndarray:

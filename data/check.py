@@ -39,6 +39,7 @@ def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumul
 def _check_values(config: DataConfig) -> None:
     for name in ("image_size", "global_batch_size", "lanes", "window", "repeats", "eval_batch_size"):
         _require(getattr(config, name) >= 1, f"data.{name}", getattr(config, name), "at least 1")
+    _require(config.subset >= 0, "data.subset", config.subset, "at least 0")
     _require(config.workers >= 0, "data.workers", config.workers, "at least 0")
     _require(config.cache_gb > 0, "data.cache_gb", config.cache_gb, "above 0")
     _require(config.bad_limit >= 0, "data.bad_limit", config.bad_limit, "at least 0")

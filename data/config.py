@@ -51,6 +51,9 @@ class DataConfig:
             the engine "ffcv" and where there are no shards, else shards. Both give the same images.
         train_split: split that is trained on.
         val_split: split that is evaluated on.
+        subset: how many samples of the training split are used, 0 for all: so many of every class, as far as they go.
+            Of one subset_seed a smaller subset is part of every larger one.
+        subset_seed: which of the subsets it is, whatever the run's seed.
         image_size: side in pixels of the square that the model sees.
         interpolation: resampling of resized images. "bilinear" and "bicubic" are Pillow's, to the bit. The "fast-" ones
             are torch's of the same filters: nearly the same pixels in a quarter of the time. "area" is OpenCV's, as
@@ -78,6 +81,8 @@ class DataConfig:
     format: Literal["auto", "tar", "ffcv"] = "auto"
     train_split: str = "train"
     val_split: str = "val"
+    subset: int = 0
+    subset_seed: int = 0
     image_size: int = 224
     interpolation: Interpolation = "fast-bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import google_crc32c
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from convneur.data.cache import ShardCache
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError, SampleError
+from convneur.data.keys import permutation, raw_bits
 from convneur.data.remote import is_remote
 from convneur.data.retry import retrying
 from convneur.data.shards import Manifest, Sample, file_crc32c, read_index
@@ -70,13 +71,14 @@ def open_store(config: DataConfig, split: str) -> Store:
     Raises:
         InputError: it can't be used; see `TarStore` and `BetonStore`.
     """
+    subset = Subset(config.subset, config.subset_seed) if config.subset and split == config.train_split else None
     if reads_beton(config):
         from convneur.data.beton import BetonStore  # FFCV is optional, and takes seconds to import
 
-        return BetonStore(config.root, split)
+        return BetonStore(config.root, split, subset)
     default = Path(tempfile.gettempdir()) / f"convneur-cache-{os.getuid()}"
     cache = ShardCache(Path(config.cache_dir) if config.cache_dir else default, round(config.cache_gb * 1e9))
-    return TarStore(config.root, split, cache)
+    return TarStore(config.root, split, cache, subset)
 
 
 def reads_beton(config: DataConfig) -> bool:
@@ -90,14 +92,35 @@ def reads_beton(config: DataConfig) -> bool:
     return config.format == "ffcv"
 
 
+class Subset(NamedTuple):
+    """Part of a split: `samples` of it, the same for a `seed` wherever they are drawn."""
+
+    samples: int
+    seed: int
+
+    def rows(self, labels: np.ndarray) -> np.ndarray:
+        """Which of the samples with these `labels` (N,) belong to it, (samples,) int64 in ascending order.
+
+        Each class's samples are put in a random order; one of every class is taken, then a second of every class, and
+        so on, in a round the classes in random order. So it is balanced, and smaller ones are parts of larger ones.
+        """
+        shuffled = permutation(len(labels), self.seed, "subset")
+        by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        counts = np.bincount(labels)
+        rounds = np.concatenate([np.arange(count) for count in counts])
+        ranked = np.lexsort((raw_bits(len(labels), self.seed, "subset rounds"), rounds))
+        return np.sort(by_class[ranked[: self.samples]])
+
+
 class IndexedStore:
     """What the stores share: a split as its index describes it.
 
-    Denied samples are left out: samples 0..N-1 are the others.
+    Denied samples are left out, and what isn't in the subset: samples 0..N-1 are the others.
 
     Args:
         root: folder of the dataset.
         split: "train", "val" or whatever was prepared.
+        subset: what of it is used; None for all.
 
     Raises:
         InputError: the folder, the split or the index is missing, or has another checksum than the manifest says.
@@ -105,8 +128,8 @@ class IndexedStore:
 
     is_remote = False
 
-    def __init__(self, root: str | Path, split: str):
-        self._root, self._split = Path(root), split
+    def __init__(self, root: str | Path, split: str, subset: Subset | None = None):
+        self._root, self._split, self._subset = Path(root), split, subset
         self._manifest = Manifest.read(self._root)
         if split not in self._manifest.splits:
             raise InputError(f"{root} has no split '{split}'; it has {', '.join(sorted(self._manifest.splits))}")
@@ -116,6 +139,14 @@ class IndexedStore:
         self._rows = np.delete(np.arange(len(self._index)), [denied.row for denied in self._entry.denied])
         self.classes = self._manifest.classes
         self.index_hash = self._entry.index_hash
+        if subset:
+            if subset.samples > len(self):
+                raise InputError(
+                    f"data.subset is {subset.samples}, but split '{split}' of {root} has {len(self)} samples"
+                )
+            self._rows = self._rows[subset.rows(self.labels)]
+            del self.labels
+            self.index_hash = f"{self.index_hash}, {subset.samples} by seed {subset.seed}"
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -143,14 +174,15 @@ class TarStore(IndexedStore):
         root: folder of the dataset.
         split: "train", "val" or whatever was prepared.
         cache: where shards from servers go; none are accepted without.
+        subset: what of the split is used; None for all.
 
     Raises:
         InputError: the folder, the split, the index or a shard is missing, or has another size or checksum than the
             manifest says.
     """
 
-    def __init__(self, root: str | Path, split: str, cache: ShardCache | None = None):
-        super().__init__(root, split)
+    def __init__(self, root: str | Path, split: str, cache: ShardCache | None = None, subset: Subset | None = None):
+        super().__init__(root, split, subset)
         self._cache = cache
         self._shards = self._entry.shards
         if not self._manifest.has_shards:
@@ -168,8 +200,8 @@ class TarStore(IndexedStore):
                 raise InputError(f"{path} {what}: {self._remedy}")
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type["TarStore"], tuple[Path, str, ShardCache | None]]:
-        return TarStore, (self._root, self._split, self._cache)
+    def __reduce__(self) -> tuple[type["TarStore"], tuple[Path, str, ShardCache | None, Subset | None]]:
+        return TarStore, (self._root, self._split, self._cache, self._subset)
 
     def read(self, sample: int) -> Sample:
         """Read a sample.

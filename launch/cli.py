@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from convneur.data.errors import InputError
 from convneur.errors import TrainingError
-from convneur.launch import commands, data_commands
+from convneur.launch import commands, data_commands, study_commands
 from convneur.launch.commands import Command
 
 
@@ -211,6 +211,8 @@ def _parser() -> _Parser:
     )
     _add_launch(ablate)
 
+    _add_study(subparsers)
+
     info = add(
         "info",
         commands.info,
@@ -309,6 +311,38 @@ def _add_data(subparsers: Any) -> None:
     show.add_argument(
         "--sheet", type=Path, default=Path("samples.png"), metavar="FILE", help="picture to draw (default: samples.png)"
     )
+
+
+def _add_study(subparsers: Any) -> None:
+    summary = "Train models over a range of sizes by one recipe, and fit scaling laws to them."
+    study = subparsers.add_parser("study", help=summary, description=summary, allow_abbrev=False)
+    actions = study.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, run: Command, summary: str) -> _Parser:
+        action = _add_command(actions, name, run, f"{summary}; takes --section.key VALUE.", takes_overrides=True)
+        action.add_argument("config", type=Path, metavar="FILE", help="YAML file with the recipe and the study's axes")
+        return action
+
+    run = add("run", study_commands.run, "Train the runs of a study that aren't finished")
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    run.add_argument("--nproc", type=int, metavar="N", help="processes a run (default: one a GPU, or one)")
+    run.add_argument(
+        "--launch",
+        choices=["local", "print"],
+        default="local",
+        help="local: train on this machine (default); print: only print a line for each run that submits it to Slurm",
+    )
+    run.add_argument(
+        "--script",
+        type=Path,
+        default=Path("slurm/train_m4.sh"),
+        metavar="FILE",
+        help="with --launch print, the batch script whose resources the jobs get (default: slurm/train_m4.sh)",
+    )
+    add("status", study_commands.status, "Show how far a study is")
+    add("fit", study_commands.fit, "Fit scaling laws to the finished runs of a study")
+    report = add("report", study_commands.report, "Write the report of a study, as far as it has come")
+    report.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: the study's)")
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:

@@ -37,7 +37,7 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.check is not None:
         if args.check < 1:
             raise InputError(f"--check is {args.check}, expected the number of ranks, at least 1")
-        _check(config, args.check)
+        check(config, args.check)
         if args.json:
             folder = Path(config.run.root) / config.run.name
             print(json.dumps({"folder": str(folder), "finished": _finished(config) is not None}))
@@ -51,7 +51,7 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.resume == "auto" and _conclude_finished(config):
         return 0
     nproc = rank_count(args.nproc)
-    _check(config, nproc)
+    check(config, nproc)
     with run_folder(config.run, args.resume) as folder, TemporaryDirectory(prefix="convneur-config-") as temporary:
         resolved = Path(temporary) / "config.yaml"  # one file for all ranks, whatever happens to the user's
         save_config(config, resolved)
@@ -110,7 +110,7 @@ def _agreed_folder(config: "Config", args: argparse.Namespace, world: "World") -
 
     from convneur.launch.folder import run_folder
 
-    _check(config, world.size)
+    check(config, world.size)
     if world.is_main:
         with run_folder(config.run, args.resume) as folder:
             broadcast_object_list([folder])
@@ -171,7 +171,7 @@ def submit(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.array:
         runs = [replace(config.run, name=f"{config.run.name}-seed{seed}", seed=seed) for seed in range(args.array)]
         configs = [replace(config, run=run) for run in runs]
-    _check(config, args.nodes * tasks)
+    check(config, args.nodes * tasks)
     folder = Path(config.run.root).absolute() / "submitted" / f"{config.run.name}-{strftime('%Y%m%d-%H%M%S')}"
     made = executor(folder / "jobs", config.run.name, resources, sys.executable)
     if args.dry_run:
@@ -320,7 +320,7 @@ def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.launch.local import rank_count, run_ranks
 
     nproc = rank_count(args.nproc)
-    _check(next(iter(run_configs(config).values())), nproc)  # the others differ in the model and the seed alone
+    check(next(iter(run_configs(config).values())), nproc)  # the others differ in the model and the seed alone
     check_saved_runs(run_configs(config).values(), "ablation")
     with run_folder(config.run, resume="auto"), TemporaryDirectory(prefix="convneur-config-") as temporary:
         resolved = Path(temporary) / "config.yaml"
@@ -442,7 +442,7 @@ def _joined_world() -> Iterator["World"]:
     world.leave()
 
 
-def _check(config: "Config", world_size: int) -> None:
+def check(config: "Config", world_size: int) -> None:
     """Holds a configuration against the data, the ranks and DeepSpeed, before anything is allocated or written."""
     from convneur.check import check_config
     from convneur.data.check import check_data

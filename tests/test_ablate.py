@@ -16,12 +16,9 @@ from convneur.ablate import (
     ROWS,
     AblationConfig,
     AblationSettings,
-    ablation_folder,
     caption,
     cells,
-    check_finished_runs,
     run_configs,
-    run_folder,
     save_table,
     tabulate,
 )
@@ -30,6 +27,7 @@ from convneur.data.errors import InputError
 from convneur.info import describe
 from convneur.launch.cli import main
 from convneur.model import ModelConfig
+from convneur.series import check_saved_runs, run_folder, series_folder
 from convneur.summary import Summary, write_summary
 
 CPU = torch.device("cpu")
@@ -99,7 +97,7 @@ def test_table_of_finished_runs(digits: Path, tmp_path: Path) -> None:
     for (row, seed), run in run_configs(config).items():
         if row == "local_only" or (row == "neural_memory" and seed == 1):
             finish(run, *scores[seed])
-    check_finished_runs(config)
+    check_saved_runs(run_configs(config).values(), "ablation")
     local, memory, titans = tabulate(config, CPU)
     assert local.top1 == pytest.approx({0: 90.0, 1: 92.0, 2: 94.0})
     assert (local.top1_mean, local.top1_std) == pytest.approx((92.0, 2.0))
@@ -114,7 +112,7 @@ def test_table_of_finished_runs(digits: Path, tmp_path: Path) -> None:
     note = caption(config, [local, memory, titans], CPU)
     assert "averaged weights after 1 epochs" in note
     assert "3 of 3 seeds" in note
-    folder = ablation_folder(config)
+    folder = series_folder(config)
     assert save_table(folder, [local, memory, titans], note) == [
         folder / f"table.{kind}" for kind in ("json", "csv", "md")
     ]
@@ -133,7 +131,7 @@ def test_a_run_by_another_recipe_is_not_taken_for_one_of_ours(digits: Path, tmp_
     finish(next(iter(run_configs(config).values())), 0.5, None)
     longer = replace(config, schedule=replace(config.schedule, epochs=2))
     with pytest.raises(InputError, match=r"local_only-seed0/config\.yaml is not what this ablation would train there"):
-        check_finished_runs(longer)
+        check_saved_runs(run_configs(longer).values(), "ablation")
 
 
 def test_dry_run_prints_costs_and_writes_nothing(
@@ -162,7 +160,7 @@ def test_a_small_ablation_goes_on_where_it_stopped(digits: Path, tmp_path: Path)
     out = run()
     assert "[1/2] local_only, seed 4" in out
     assert "[2/2] cbam, seed 4" in out
-    table = json.loads((ablation_folder(config) / "table.json").read_text())
+    table = json.loads((series_folder(config) / "table.json").read_text())
     assert all(10 < line["top1"]["4"] <= 100 for line in table["rows"])
 
     # As if it had been killed between the last checkpoint of one run and its summary.
@@ -170,5 +168,5 @@ def test_a_small_ablation_goes_on_where_it_stopped(digits: Path, tmp_path: Path)
     out = run()
     assert "local_only, seed 4" not in out
     assert "resuming from" in out
-    again = json.loads((ablation_folder(config) / "table.json").read_text())
+    again = json.loads((series_folder(config) / "table.json").read_text())
     assert [line["top1"] for line in again["rows"]] == [line["top1"] for line in table["rows"]]

@@ -1,0 +1,128 @@
+"""Running what a study misses: as processes of this machine, some at a time, or as lines for Slurm."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from convneur.config import Config, save_config
+from convneur.series import run_folder
+from convneur.study import Place, StudyConfig, progress
+from convneur.summary import read_summary
+
+CONFIGS = "configs"
+LOGS = "logs"
+POLL_SECONDS = 0.5
+
+
+class StoppedError(Exception):
+    """A signal has asked the study to stop."""
+
+
+def save_configs(runs: Mapping[Place, Config], folder: Path) -> dict[Place, Path]:
+    """Writes the configuration of every run into the study's folder; returns the files."""
+    (folder / CONFIGS).mkdir(parents=True, exist_ok=True)
+    paths = {place: folder / CONFIGS / f"{place.name}.yaml" for place in runs}
+    for place, path in paths.items():
+        save_config(runs[place], path)
+    return paths
+
+
+def sbatch_lines(runs: Mapping[Place, Config], paths: Mapping[Place, Path], script: Path) -> Iterator[str]:
+    """A line for each run that submits it by one of the batch scripts, which ask for the nodes and GPUs.
+
+    The places of runs and data are repeated, because the scripts have some of their own.
+    """
+    for place, path in paths.items():
+        run = runs[place]
+        words = ["sbatch", f"--job-name={place.name}", str(script), "--config", str(path.resolve())]
+        yield shlex.join([*words, "--run.root", run.run.root, "--data.root", run.data.root])
+
+
+def run_missing(config: StudyConfig, runs: Mapping[Place, Config], folder: Path, jobs: int, nproc: int) -> list[str]:
+    """Trains the unfinished runs, `jobs` of them at a time with `nproc` ranks each; the names of those that failed.
+
+    A run that fails is left behind and the others go on. What a run says goes to logs/NAME.log in the study's folder.
+
+    Raises StoppedError where INT or TERM came; the runs have saved checkpoints by then.
+    """
+    missing = {place: run for place, run in runs.items() if not read_summary(run_folder(run))}
+    paths = save_configs(missing, folder)
+    (folder / LOGS).mkdir(exist_ok=True)
+    weights = {place: state.weight for place, state in progress(config).items()}
+    total, finished = sum(weights.values()), sum(weights[place] for place in runs if place not in missing)
+    before, started = finished, time.monotonic()
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished, {finished / total:.0%} of the operations")
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(jobs * nproc)))}
+    waiting, failed = list(missing), []
+    running: dict[Place, subprocess.Popen[bytes]] = {}
+    with _stoppable():
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    place = waiting.pop(0)
+                    running[place] = _start(paths[place], folder / LOGS / f"{place.name}.log", nproc, environment)
+                time.sleep(POLL_SECONDS)
+                for place in [place for place, process in running.items() if process.poll() is not None]:
+                    del running[place]
+                    summary = read_summary(run_folder(runs[place]))
+                    if summary is None:
+                        failed.append(place.name)
+                        print(f"FAILED: {place.name}; see {folder / LOGS / place.name}.log", flush=True)
+                        continue
+                    finished += weights[place]
+                    left = (time.monotonic() - started) / (finished - before) * (total - finished)
+                    done = len(runs) - len(waiting) - len(running) - len(failed)
+                    top1 = summary.top1 if summary.top1_ema is None else summary.top1_ema
+                    print(
+                        f"[{done}/{len(runs)}] {place.name}  top1 {top1:.4f}  {summary.seconds:.0f} s"
+                        f"  {finished / total:.0%} of the operations, about {left / 60:.0f} min left",
+                        flush=True,
+                    )
+        finally:
+            _stop(running)
+    return failed
+
+
+def _threads(ranks: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def _start(config: Path, log: Path, nproc: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Starts `convneur train` for a run, in a session of its own: a Ctrl-C comes here alone and is passed on."""
+    words = ["train", "--config", str(config), "--resume", "auto", "--launch", "local", "--nproc", str(nproc)]
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "convneur.launch", *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+        )
+
+
+def _stop(running: Mapping[Place, subprocess.Popen[bytes]]) -> None:
+    """Has the runs save a checkpoint and end."""
+    for process in running.values():
+        process.send_signal(signal.SIGTERM)
+    for process in running.values():
+        process.wait()
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    def stop(number: int, _: FrameType | None) -> None:
+        raise StoppedError(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
