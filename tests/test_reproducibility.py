@@ -90,8 +90,8 @@ def test_what_differs_is_said_line_by_line(
     assert differences(read_record(runs / "small") | {"code": made_with["code"]}, made_with) == []
     data = tmp_path / "digits"
     shutil.copytree(digits, data)
-    index = next(data.glob("train.index*"))
-    index.write_bytes(index.read_bytes() + b" ")
+    manifest = data / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b"\n")
     made_with["packages"] |= {"torch": "1.0", "apex": "0.1"}
     made_with["code"] |= {"commit": "0" * 40, "diff": "+ a line\n" * 100}
     made_with["hardware"]["cpu"] = "VAX"
