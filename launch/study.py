@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+import numpy as np
+from scipy.optimize import nnls
 
 from convneur.config import Config, save_config
 from convneur.series import run_folder
@@ -57,7 +60,7 @@ def run_missing(config: StudyConfig, runs: Mapping[Place, Config], folder: Path,
     (folder / LOGS).mkdir(exist_ok=True)
     weights = {place: state.weight for place, state in progress(config).items()}
     total, finished = sum(weights.values()), sum(weights[place] for place in runs if place not in missing)
-    before, started = finished, time.monotonic()
+    spent: dict[Place, float] = {}  # seconds, of the runs that end here
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished, {finished / total:.0%} of the operations")
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(jobs * nproc)))}
     waiting, failed = list(missing), []
@@ -68,16 +71,20 @@ def run_missing(config: StudyConfig, runs: Mapping[Place, Config], folder: Path,
                 while waiting and len(running) < jobs:
                     place = waiting.pop(0)
                     running[place] = _start(paths[place], folder / LOGS / f"{place.name}.log", nproc, environment)
+                    spent[place] = -time.monotonic()
                 time.sleep(POLL_SECONDS)
                 for place in [place for place, process in running.items() if process.poll() is not None]:
                     del running[place]
+                    spent[place] += time.monotonic()
                     summary = read_summary(run_folder(runs[place]))
                     if summary is None:
+                        del spent[place]
                         failed.append(place.name)
                         print(f"FAILED: {place.name}; see {folder / LOGS / place.name}.log", flush=True)
                         continue
                     finished += weights[place]
-                    left = (time.monotonic() - started) / (finished - before) * (total - finished)
+                    ended = {one: seconds for one, seconds in spent.items() if seconds > 0}
+                    left = _seconds_left(ended, weights, [*running, *waiting]) / jobs
                     done = len(runs) - len(waiting) - len(running) - len(failed)
                     top1 = summary.top1 if summary.top1_ema is None else summary.top1_ema
                     print(
@@ -88,6 +95,14 @@ def run_missing(config: StudyConfig, runs: Mapping[Place, Config], folder: Path,
         finally:
             _stop(running)
     return failed
+
+
+def _seconds_left(ended: Mapping[Place, float], weights: Mapping[Place, float], ahead: Sequence[Place]) -> float:
+    """What the runs ahead will take one after the other, if runs take so long to start and so long an operation."""
+    largest = max(weights.values())
+    work = np.array([[1.0, weights[place] / largest] for place in ended])
+    start, slope = nnls(work, np.array(list(ended.values())))[0]
+    return float(sum(start + slope * weights[place] / largest for place in ahead))
 
 
 def _threads(ranks: int) -> int:

@@ -18,6 +18,7 @@ Overrides = Sequence[str]
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur study run`: trains what is missing, or says how Slurm would."""
+    config = _load(args, overrides)
     from convneur.launch.commands import check
     from convneur.launch.folder import run_folder as locked_folder
     from convneur.launch.local import rank_count
@@ -26,7 +27,6 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.study import study_runs
     from convneur.summary import read_summary
 
-    config = _load(args, overrides)
     if args.jobs < 1:
         raise InputError(f"--jobs is {args.jobs}, expected at least 1")
     nproc = rank_count(args.nproc)
@@ -52,13 +52,13 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def status(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur study status`: how far every part of the study is."""
+    config = _load(args, overrides)
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from convneur.study import progress
 
-    config = _load(args, overrides)
     states = progress(config)
     table = Table(box=SIMPLE_HEAD, padding=0)
     for heading in ("size", "placement", "runs", "finished", "begun", "of the operations"):
@@ -79,12 +79,12 @@ def status(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def fit(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur study fit`: fits laws to the runs that are finished, prints them and writes fit.json."""
+    config = _load(args, overrides)
     from convneur.report import fit_lines
     from convneur.series import series_folder
     from convneur.study import finished_points
     from convneur.study_fit import find, save_findings
 
-    config = _load(args, overrides)
     findings = find(config, _some(finished_points(config), config))
     print(*fit_lines(findings), sep="\n")
     print(f"written     {save_findings(findings, series_folder(config))}")
@@ -93,12 +93,12 @@ def fit(args: argparse.Namespace, overrides: Overrides) -> int:
 
 def report(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur study report`: writes report.html, its figures and points.csv."""
+    config = _load(args, overrides)
     from convneur.report import write_report
     from convneur.series import series_folder
     from convneur.study import finished_points, progress
     from convneur.study_fit import find, save_findings
 
-    config = _load(args, overrides)
     findings = find(config, _some(finished_points(config), config))
     folder = args.out or series_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
