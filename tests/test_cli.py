@@ -115,7 +115,8 @@ def test_train_help_explains_every_key(capsys: pytest.CaptureFixture[str], monke
     assert not [entry for entry in entries if " ".join(entry.split()[2:]).startswith("(type:")], (
         "keys without a docstring"
     )
-    assert "peak learning rate, for a global batch of lr_batch_size images. (type: float, default: 0.001)" in " ".join(output.split())
+    peak = "peak learning rate, for a global batch of lr_batch_size images. (type: float, default: 0.001)"
+    assert peak in " ".join(output.split())
 
 
 def test_prepare_is_quick_when_done_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
