@@ -14,28 +14,27 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from convneur.config import config_text
 from convneur.data.files import atomic_write
 from convneur.metrics import read_metrics
 from convneur.scaling_law import Difference, Interval
-from convneur.study import LOCAL_ONLY, Place, Point, Progress, StudyConfig
+from convneur.study import LOCAL_ONLY, Point, StudyConfig, study_runs
 from convneur.study_fit import LEVEL, METRICS, Findings, StudyFit
 
 REPORT_FILE, POINTS_FILE = "report.html", "points.csv"
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } img { max-width: 100%; margin: 1rem 0 }
-table { border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; display: block; overflow-x: auto }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+table { border-collapse: collapse; font-size: 0.8rem; margin: 1rem 0; display: block; overflow-x: auto }
+th, td { padding: 0.2rem 0.5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto }
 .note { color: #555; font-size: 0.9rem }
 """
 
 
-def write_report(
-    config: StudyConfig, findings: Findings, progress: Mapping[Place, Progress], folder: Path
-) -> list[Path]:
+def write_report(config: StudyConfig, findings: Findings, folder: Path) -> list[Path]:
     """Writes report.html, points.csv and the figures into a folder; returns their paths, the page first."""
     figures = {
         "loss-by-size.png": _by_size(config, findings),
@@ -51,7 +50,7 @@ def write_report(
         figure.savefig(buffer, dpi=130, format="png")
         plt.close(figure)
         pictures[name] = buffer.getvalue()
-    page = _page(config, findings, progress, pictures)
+    page = _page(config, findings, pictures)
     contents = {REPORT_FILE: page.encode(), POINTS_FILE: _csv(findings.points).encode(), **pictures}
     for name, content in contents.items():
         with atomic_write(folder / name) as file:
@@ -114,13 +113,11 @@ def _difference(one: Difference) -> str:
 # The page.
 
 
-def _page(
-    config: StudyConfig, findings: Findings, progress: Mapping[Place, Progress], pictures: Mapping[str, bytes]
-) -> str:
+def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]) -> str:
     finished = len(findings.points)
     parts = [
         f"<h1>Scaling study {escape(config.run.name)}</h1>",
-        f"<p>{finished} of {len(progress)} runs are finished. "
+        f"<p>{finished} of {len(study_runs(config))} runs are finished. "
         f"Sizes {', '.join(config.study.sizes)}; held out {', '.join(config.study.held_out) or 'none'}. Images of "
         f"{config.data.image_size} x {config.data.image_size} pixels from {escape(config.data.root)}. Loss is the "
         f"cross-entropy on the held-out images, of the averaged weights where a run keeps an average. All intervals "
@@ -149,11 +146,7 @@ def _page(
             ("law", "kind", "runs", "points", "floor E", "exponents"),
             (_fit_row(fit) for fit in findings.fits if fit.fit),
         ),
-        *(
-            f"<p class=note>No law of {f.metric} by {f.axis}, {_name(f.placement)}, {escape(f.runs)}: {f.refusal}.</p>"
-            for f in findings.fits
-            if f.refusal
-        ),
+        *(f"<p class=note>{escape(line)}</p>" for line in _refusals(findings)),
         "<h2>Held-out sizes</h2>",
         _table(
             ("size", "law", "kind", "runs", "predicted, for their mean", "measured", "error", "within the interval"),
@@ -162,7 +155,7 @@ def _page(
                     p.size,
                     f"{f.metric} by {f.axis}",
                     _name(f.placement),
-                    f"{p.runs}, {f.runs}",
+                    f"{f.runs}, {p.runs} seeds",
                     interval(p.predicted),
                     f"{p.measured:.4g}",
                     f"{p.error:+.1%}",
@@ -232,9 +225,11 @@ def _summary(config: StudyConfig, findings: Findings) -> Iterator[str]:
     for fit in findings.fits:
         if fit.metric == "loss" and fit.axis == "parameters":
             what = f"Loss by parameters, {_name(fit.placement)}, {fit.runs}"
-            yield f"{what}: {_law(fit)}." if fit.fit else f"{what}: no fit, {fit.refusal}."
-            for line in fit.predictions:
-                yield f"It predicts {interval(line.predicted)} for {line.size}; {_measured(line.measured)}."
+            predictions = "".join(
+                f" It predicts {interval(line.predicted)} for {line.size}; {_measured(line.measured)}."
+                for line in fit.predictions
+            )
+            yield f"{what}: {_law(fit)}.{predictions}" if fit.fit else f"{what}: no fit, {fit.refusal}."
     yield from findings.notes
 
 
@@ -257,6 +252,17 @@ def _fit_row(fit: StudyFit) -> tuple[str, ...]:
     exponents = "; ".join(interval(fit.fit.exponent(term)) for term in range(len(fit.fit.law.exponents)))
     law = f"{fit.metric} by {fit.axis}"
     return law, _name(fit.placement), fit.runs, str(len(fit.points)), interval(fit.fit.floor), exponents
+
+
+def _refusals(findings: Findings) -> Iterator[str]:
+    """Why some laws are not there, one line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for fit in findings.fits:
+        if fit.refusal:
+            what = f"{fit.metric} by {fit.axis}, {_name(fit.placement)}, {fit.runs}"
+            reasons.setdefault(fit.refusal, []).append(what)
+    for reason, laws in reasons.items():
+        yield f"No fit, because of {reason}: {'; '.join(laws)}."
 
 
 def _cost_rows(config: StudyConfig, findings: Findings) -> Iterator[tuple[str, ...]]:
@@ -426,5 +432,10 @@ def _training(config: StudyConfig, findings: Findings) -> Figure:
 def _tidy(axis: Axes) -> None:
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
+    for side, text in ((axis.xaxis, EngFormatter(sep="")), (axis.yaxis, FuncFormatter(lambda value, _: f"{value:g}"))):
+        if side.get_scale() == "log":  # a decade or so, where matplotlib's own labels run into each other
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_major_formatter(text)
+            side.set_minor_formatter(NullFormatter())
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize="small")

@@ -96,14 +96,14 @@ def report(args: argparse.Namespace, overrides: Overrides) -> int:
     config = _load(args, overrides)
     from convneur.report import write_report
     from convneur.series import series_folder
-    from convneur.study import finished_points, progress
+    from convneur.study import finished_points
     from convneur.study_fit import find, save_findings
 
     findings = find(config, _some(finished_points(config), config))
     folder = args.out or series_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     save_findings(findings, folder)
-    print("report     ", *write_report(config, findings, progress(config), folder))
+    print("report     ", *write_report(config, findings, folder))
     return 0
 
 

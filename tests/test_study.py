@@ -187,13 +187,13 @@ def test_a_study_in_progress_is_refused_a_fit_and_still_reported(digits: Path, t
         in "\n".join(fit_lines(findings))
     )
     assert findings.comparisons[0].budgets[0].interval is None
-    page = write_report(config, findings, progress(config), tmp_path)[0].read_text()
+    page = write_report(config, findings, tmp_path)[0].read_text()
     assert "6 of 10 runs are finished" in page
     assert "no interval: no point was run twice" in page
 
 
 def test_report_holds_all_that_it_shows(finished: StudyConfig, findings: Findings, tmp_path: Path) -> None:
-    page, table, *pictures = write_report(finished, findings, progress(finished), tmp_path)
+    page, table, *pictures = write_report(finished, findings, tmp_path)
     text = page.read_text()
     assert text.count("data:image/png;base64,") == len(pictures) == 3  # one length: no isoFLOP curves
     assert 'src="http' not in text
