@@ -17,7 +17,7 @@ Overrides = Sequence[str]
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """`convneur study run`: trains what is missing, or says how Slurm would."""
+    """`convneur study run`: trains what is missing, or prints how Slurm would; its jobs check the data then."""
     config = _load(args, overrides)
     from convneur.launch.commands import check
     from convneur.launch.folder import run_folder as locked_folder
@@ -29,15 +29,15 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
     if args.jobs < 1:
         raise InputError(f"--jobs is {args.jobs}, expected at least 1")
-    nproc = rank_count(args.nproc)
     runs, folder = study_runs(config), series_folder(config)
-    for one in {(one.data, one.schedule): one for one in runs.values()}.values():
-        check(one, nproc)  # the others differ in model, learning rate and seed alone
     check_saved_runs(runs.values(), "study")
     if args.launch == "print":
         missing = {place: one for place, one in runs.items() if not read_summary(run_folder(one))}
         print(*sbatch_lines(missing, save_configs(missing, folder), args.script), sep="\n")
         return 0
+    nproc = rank_count(args.nproc)
+    for one in {(one.data, one.schedule): one for one in runs.values()}.values():
+        check(one, nproc)  # the others differ in model, learning rate and seed alone
     with locked_folder(config.run, resume="auto"):
         try:
             failed = run_missing(config, runs, folder, args.jobs, nproc)
