@@ -24,6 +24,7 @@ FEWEST_LENGTHS = 3  # different numbers of images that a joint law needs
 SMALLEST_DELTA = 1e-3  # Huber's threshold in arXiv 2203.15556
 EXPONENTS = np.geomspace(0.03, 3.0, 14)
 STARTS = 4
+LARGEST_EXPONENT = 10.0  # where noise makes a step of the law, its exponent would grow without end
 
 
 class RefusedError(ValueError):
@@ -188,15 +189,20 @@ def _theta(law: Law, center: np.ndarray) -> np.ndarray:
 
 def _law(theta: np.ndarray, center: np.ndarray) -> Law:
     terms = len(center)
-    exponents = np.exp(theta[1 + terms :])
+    exponents = _exponents(theta, terms)
     coefficients = np.exp(theta[1 : 1 + terms]) * center**exponents
     return Law(float(np.exp(theta[0])), tuple(map(float, coefficients)), tuple(map(float, exponents)))
+
+
+def _exponents(theta: np.ndarray, terms: int) -> np.ndarray:
+    exponents: np.ndarray = np.exp(np.minimum(theta[1 + terms :], math.log(LARGEST_EXPONENT)))
+    return exponents
 
 
 def _log_terms(theta: np.ndarray, log_x: np.ndarray) -> np.ndarray:
     """log of E and of each A x^-alpha, (n, 1 + k)."""
     terms = log_x.shape[1]
-    powers = theta[1 : 1 + terms] - np.exp(theta[1 + terms :]) * log_x
+    powers = theta[1 : 1 + terms] - _exponents(theta, terms) * log_x
     return np.column_stack([np.full(len(log_x), theta[0]), powers])
 
 
@@ -248,12 +254,12 @@ def _best(x: np.ndarray, loss: np.ndarray, delta: float, starts: Sequence[np.nda
         size = np.abs(np.log(loss) - total)
         slope = np.where(size <= delta, 1.0, delta / np.sqrt(np.maximum(2 * delta * size - delta**2, delta**2)))
         shares = np.exp(log_terms - total[:, None])  # d log L / d log term
-        inner = -shares[:, 1:] * np.exp(theta[1 + terms :]) * log_x
+        inner = -shares[:, 1:] * _exponents(theta, terms) * log_x
         jacobian: np.ndarray = -slope[:, None] * np.column_stack([shares, inner])
         return jacobian
 
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        results = [least_squares(squares, start, derivatives, method="lm", max_nfev=500) for start in starts]
+        results = [least_squares(squares, start, derivatives, method="lm", max_nfev=200) for start in starts]
     best: np.ndarray = min(results, key=lambda result: result.cost).x
     return best
 
