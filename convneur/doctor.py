@@ -52,6 +52,7 @@ REQUIRED_PACKAGES = (
     Package("deepspeed", "deepspeed", "no training"),
     Package("webdataset", "webdataset", "no shards can be written or read"),
     Package("simplejpeg", "simplejpeg", "JPEG images can't be decoded"),
+    Package("opencv-python", "cv2", "images can't be resized"),
     Package("pillow", "PIL", "images can't be decoded"),
     Package("google-crc32c", "google_crc32c", "shards can't be checked for damage"),
     Package("numpy", "numpy", "nothing runs"),

@@ -19,19 +19,29 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    """This test process as a world of one."""
-    with socket.socket() as s:
+RANK_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.fixture(scope="session")
+def joined() -> Iterator[World]:
+    """A process group, made once: DeepSpeed keeps hold of the first it meets."""
+    with socket.socket() as s, pytest.MonkeyPatch.context() as patch:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(names)
-    world = World.join()
+        for name, value in {**RANK_OF_ONE, "MASTER_PORT": str(s.getsockname()[1])}.items():
+            patch.setenv(name, value)
+        s.close()
+        world = World.join()
     yield world
     world.leave()
-    for name in names:
-        del os.environ[name]
+
+
+@pytest.fixture(scope="module")
+def world(joined: World) -> Iterator[World]:
+    """This test process as a world of one, and its environment as torchrun would make it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in RANK_OF_ONE.items():
+            patch.setenv(name, value)
+        yield joined
 
 
 @pytest.fixture(scope="session")

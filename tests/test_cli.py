@@ -221,11 +221,11 @@ def test_what_only_ranks_find_out_is_said_once(trained: tuple[Path, str], words:
 
 def test_a_crash_is_a_traceback_and_a_line(trained: tuple[Path, str], digits: Path, tmp_path: Path) -> None:
     (tmp_path / "runs/small").mkdir(parents=True)
-    (tmp_path / "runs/small/checkpoints").touch()  # a file where a folder belongs
-    save_config(small_config(digits, 1, checkpoint_every_steps=1), tmp_path / "digits.yaml")
+    (tmp_path / "runs/small/tensorboard").touch()  # a file where a folder belongs
+    save_config(small_config(digits, 1), tmp_path / "digits.yaml")
     result = convneur("train", "--config", "digits.yaml", "--nproc", "2", "--resume", "auto", cwd=tmp_path)
     assert result.returncode == 1
-    assert "NotADirectoryError: " in result.stderr
+    assert "FileExistsError: " in result.stderr
     *_, last = result.stderr.splitlines()
     assert last.startswith("convneur: error: rank ")
     assert last.endswith(" failed with exit status 1; its traceback is above")

@@ -91,7 +91,7 @@ def test_run_goes_from_start_to_an_evaluated_checkpoint(jobs: dict[str, Ended], 
     assert summary["top1"] == scores[-1]["eval/top1"] > 0.1
     assert summary["images"] == 11 * 128
     assert list_checkpoints(run / "checkpoints")[0].name == "step-00000011"
-    assert load_config([run / "config.yaml"]).optimizer.lr == (2e-3 if name == "one-node" else 1e-3)
+    assert load_config([run / "config.yaml"]).optimizer.lr == (2e-3 if name == "one-node" else 5e-4)
 
 
 def test_jobs_that_share_a_node_meet_at_ports_of_their_own(jobs: dict[str, Ended]) -> None:

@@ -10,7 +10,7 @@ WATCHED = """
 import sys, threading, time
 from pathlib import Path
 from convneur import watchdog
-watchdog.OTHERS_SECONDS, watchdog.DEAF_SECONDS = 0.1, 0.5
+watchdog.OTHERS_SECONDS, watchdog.DEAF_SECONDS = 0.1, {deaf}
 config = watchdog.WatchdogConfig(seconds=0.5, long_seconds=5)
 
 def stuck():
@@ -28,8 +28,8 @@ print("ended well")
 """
 
 
-def run(folder: Path, stuck: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", WATCHED.format(stuck=stuck), str(folder)]
+def run(folder: Path, stuck: str, deaf: float = 30) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", WATCHED.format(stuck=stuck, deaf=deaf), str(folder)]
     return subprocess.run(words, capture_output=True, text=True, timeout=60)
 
 
@@ -42,7 +42,7 @@ def test_stacks_of_a_rank_that_hangs_are_in_a_file_and_in_the_log(tmp_path: Path
 
 
 def test_a_call_that_lets_no_python_run_is_ended_too(tmp_path: Path) -> None:
-    hung = run(tmp_path, "import ctypes; ctypes.PyDLL(None).sleep(60)")
+    hung = run(tmp_path, "import ctypes; ctypes.PyDLL(None).sleep(60)", deaf=0.5)
     assert hung.returncode == 1
     assert "in stuck" in hung.stderr
 
