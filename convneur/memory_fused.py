@@ -14,7 +14,6 @@ the update factors scale the same axis of both weights.
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -64,10 +63,16 @@ class _Scratch:
     def __init__(self, like: Tensor, images: int, longest: int, widths: Sequence[int]) -> None:
         self.images, self.widths = images, widths
         self.storage = like.new_empty(images * longest * sum(widths) + LINE * len(widths))
-        self.cut = cache(self._cut)
+        # No functools.cache: it would hold this object, which holds it, until the garbage collector comes by.
+        self.views: dict[int, list[Tensor]] = {}
+
+    def cut(self, rows: int) -> list[Tensor]:
+        """One (b, rows, width) for every width."""
+        if rows not in self.views:
+            self.views[rows] = self._cut(rows)
+        return self.views[rows]
 
     def _cut(self, rows: int) -> list[Tensor]:
-        """One (b, rows, width) for every width."""
         views, end = [], 0
         for width in self.widths:
             size = self.images * rows * width
