@@ -1,7 +1,8 @@
 """Times the neural memory, forward and backward, against titans-pytorch and against slower versions of itself.
 
 Runs alternate, and the figure to quote is the ratio of medians. Peak memory is what the allocator handed out at the
-same time, above what was there before the call. The default is the first stage of a small ConvNeur at 224 x 224.
+same time, above what was there before the call. The table that comes last is for docs/measurements.md. The default is
+the first stage of a small ConvNeur at 224 x 224.
 
     python benchmarks/memory.py --out memory.json
     python benchmarks/memory.py --contenders convneur --sides 56 112 168 256 --batch-size 1   # cost a token
@@ -192,13 +193,7 @@ def compare(side: int, compiled: bool, args: argparse.Namespace) -> list[dict[st
         }
         result["peak_bytes_per_token"] = result["peak_bytes"] / tokens[..., 0].numel()
         results.append(result)
-        mode = "compiled" if compiled else "eager"
-        print(
-            f"{side:4d} x {side:<4d} {mode:8s} {name:16s} {result['seconds'] * 1e3:9.2f} ms"
-            f" {result['times_the_first']:6.2f} x  {result['seconds_per_token'] * 1e6:7.3f} us a token"
-            f" {result['peak_bytes'] / 2**20:8.1f} MiB peak {result['peak_bytes_per_token']:7.0f} bytes a token",
-            flush=True,
-        )
+        print(f"{side} x {side} {name}: {result['seconds'] * 1e3:.1f} ms", flush=True)
     return results
 
 
@@ -222,6 +217,20 @@ def main() -> None:
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     results = [r for mode in args.modes for side in args.sides for r in compare(side, mode == "compiled", args)]
+    print("\n| contender | tokens | mode | time | over the first's | time a token | peak memory | a token |")
+    print("|---|---|---|---:|---:|---:|---:|---:|")
+    for r in results:
+        cells = [
+            r["contender"],
+            f"{r['side']} x {r['side']}",
+            "compiled" if r["compiled"] else "eager",
+            f"{r['seconds'] * 1e3:.1f} ms",
+            f"{r['times_the_first']:.2f}",
+            f"{r['seconds_per_token'] * 1e6:.2f} us",
+            f"{r['peak_bytes'] / 2**20:.1f} MiB",
+            f"{r['peak_bytes_per_token']:.0f} bytes",
+        ]
+        print("|", *(f"{cell} |" for cell in cells))
     if args.out:
         settings = {key: value for key, value in vars(args).items() if key != "out"}
         report = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, **settings}

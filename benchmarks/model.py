@@ -1,7 +1,8 @@
 """Times ConvNeur-M1..M4 against timm's ConvNeXt of the same widths, which have no memory branch.
 
 A training step is forward, loss, backward and AdamW; inference is a forward pass. Runs alternate, and the figure to
-quote is the ratio of medians. Eager and compiled, whichever is faster for each, are compared at the end.
+quote is the ratio of medians. A table for docs/measurements.md comes last; its last column has eager or compiled,
+whichever is faster for each of the two.
 
     python benchmarks/model.py --out model.json
     python benchmarks/model.py --variants m1 m4 --device cuda --batch-size 128 --autocast
@@ -123,11 +124,17 @@ def main() -> None:
         compare(variant, task, mode == "compiled", args)
         for variant, task, mode in product(args.variants, args.tasks, args.modes)
     ]
-    print("fastest of the modes, each model its own:")
+    modes = [f"ratio, {mode}" for mode in args.modes]
+    print("\n| model | counterpart | pass |", *(f"{column} |" for column in [*modes, "ratio of the fastest"]))
+    print("|---|---|---|" + "---:|" * (len(modes) + 1))
     for variant, task in product(args.variants, args.tasks):
-        of_both = [r for r in results if (r["variant"], r["task"]) == (variant, task)]
-        ratio = min(r["seconds"] for r in of_both) / min(r["counterpart_seconds"] for r in of_both)
-        print(f"{variant} {task:9s} ratio {ratio:.3f}")
+        of_modes = [r for r in results if (r["variant"], r["task"]) == (variant, task)]
+        ours, theirs = (min(r[key] for r in of_modes) for key in ("seconds", "counterpart_seconds"))
+        cells = [
+            *(f"{r['ratio']:.3f}" for r in of_modes),
+            f"{ours / theirs:.3f} ({ours * 1e3:.0f} / {theirs * 1e3:.0f} ms)",
+        ]
+        print(f"| {variant} | {COUNTERPARTS[variant]} | {task} |", *(f"{cell} |" for cell in cells))
     if args.out:
         settings = {key: value for key, value in vars(args).items() if key != "out"}
         report = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, **settings}

@@ -201,7 +201,7 @@ def _draw_input(axes: Axes, explanation: Explanation) -> None:
 
 
 def _draw_map(axes: Axes, values: Tensor, colours: str) -> None:
-    axes.figure.colorbar(axes.imshow(values.numpy(), cmap=colours), ax=axes, shrink=0.8, format="%.3g")
+    axes.figure.colorbar(axes.imshow(values.numpy(), cmap=colours), ax=axes, shrink=0.8)
     _hide_frame(axes)
 
 
