@@ -42,6 +42,9 @@ from convneur.errors import NonFiniteError, SaveError
 from convneur.retention import Best, Retention
 from convneur.world import World
 
+CHECKPOINTS = "checkpoints"
+"""Their folder in that of a run."""
+
 MANIFEST = "manifest.json"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
@@ -111,7 +114,7 @@ def find_checkpoint(path: Path) -> Path:
     """A checkpoint given as its own folder or as a run's, whose newest is taken; InputError where there is none."""
     if (path / MANIFEST).is_file():
         return path
-    found = list_checkpoints(path / "checkpoints")
+    found = list_checkpoints(path / CHECKPOINTS)
     if not found:
         raise InputError(
             f"no checkpoint in {path}: expected a folder step-<number> with a {MANIFEST}, or a run's folder"
