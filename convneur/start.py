@@ -15,6 +15,7 @@ from convneur.bad_samples import BadSampleCount
 from convneur.checkpoint import (
     CHECKPOINTS,
     CONFIG_FILE,
+    LATEST,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -33,7 +34,7 @@ from convneur.ema import Ema
 from convneur.engine import autocast, build_engine, engine_settings, true_shape, use_apex_norms, zero_stage
 from convneur.gauges import Gauges, step_flops
 from convneur.guards import Guards
-from convneur.metrics import TrainingLog
+from convneur.metrics import TrainingLog, read_metrics
 from convneur.model import ConvNeur
 from convneur.optim import Implementation, build_optimizer, build_schedule, choose_implementation
 from convneur.profiling import Profiler
@@ -102,6 +103,7 @@ def _start(
         check_fit(checkpoint, config)
         loader.check_state(state.data)
         load_checkpoint(checkpoint, engine, ema)
+    lost = max((record["step"] for record in read_metrics(folder)), default=0) if resume == "auto" and not state else 0
     start_step, total_steps = state.step if state else 0, config.schedule.epochs * loader.steps_per_epoch
 
     changed = _write_records(config, world, folder, resumed=state is not None) if world.is_main else []
@@ -121,6 +123,8 @@ def _start(
         log.say(f"warning: damaged checkpoint left out: {fault}")
     for line in changed:
         log.say(f"warning: changed since the run was started: {line}")
+    if lost:
+        log.say(f"warning: no checkpoint yet: the {lost} steps that this run has made before are made anew")
     if state:
         log.say(f"resuming from {checkpoint}, {start_step} of {total_steps} steps made")
         if state.engine != (settings := engine_settings(engine)):
@@ -202,7 +206,10 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
     if resume == "never":
         return None, []
     if resume == "auto":
-        checkpoint, faults = newest_intact(list_checkpoints(folder / CHECKPOINTS), world)
+        found, latest = list_checkpoints(folder / CHECKPOINTS), folder / CHECKPOINTS / LATEST
+        checkpoint, faults = newest_intact(found, world)
+        if not found and latest.is_file():
+            faults = [f"{latest} names {latest.read_text().strip()}, which is not there"]
     else:
         checkpoint, faults = newest_intact([find_checkpoint(Path(resume))], world)
     if checkpoint is None and faults:

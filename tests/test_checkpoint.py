@@ -126,10 +126,25 @@ def test_never_starts_afresh_in_silence(run: Path, world: World, config: Config)
         train(config, world, run, resume="auto")
 
 
-def test_a_checkpoint_without_manifest_is_none(run: Path, world: World) -> None:
+def test_a_lost_manifest_is_damage(run: Path, world: World) -> None:
     newest, previous = list_checkpoints(run / "checkpoints")
     (newest / "manifest.json").unlink()
-    assert list_checkpoints(run / "checkpoints") == [previous]
+    found, (fault,) = newest_intact(list_checkpoints(run / "checkpoints"), world)
+    assert found == find_checkpoint(run) == previous
+    assert fault.startswith(f"{newest}: manifest.json can't be read (")
+
+
+def test_lost_checkpoints_are_missed(
+    run: Path, world: World, config: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that had checkpoints doesn't begin anew without being told to; one that had none yet says that it does."""
+    for lost in list_checkpoints(run / "checkpoints"):
+        shutil.rmtree(lost)
+    with pytest.raises(InputError, match=f"LATEST names step-{STEPS:08d}, which is not there"):
+        train(config, world, run, resume="auto")
+    shutil.rmtree(run / "checkpoints")
+    train(config, world, run, resume="auto")
+    assert f"warning: no checkpoint yet: the {STEPS} steps that this run has made" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("fails_in", ["save_config", "_digest", "_publish"])
