@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -22,7 +23,13 @@ LOSSES = {
 }
 ACCURACIES = {"eval/top1": "raw weights", "eval/top1_ema": "averaged weights"}
 COLORS = {"train/loss": "C0", "eval/loss": "C1", "eval/loss_ema": "C2", "eval/top1": "C1", "eval/top1_ema": "C2"}
-STYLES = {"train/loss": ":", "eval/loss": "-", "eval/loss_ema": "--", "eval/top1": "-", "eval/top1_ema": "--"}
+STYLES: dict[str, Literal["-", "--", ":"]] = {
+    "train/loss": ":",
+    "eval/loss": "-",
+    "eval/loss_ema": "--",
+    "eval/top1": "-",
+    "eval/top1_ema": "--",
+}
 
 
 def plot_run(folder: Path) -> Path:
