@@ -157,7 +157,7 @@ class Run:
                 )
             except SaveError as error:
                 if done == self.total_steps:
-                    raise
+                    raise SaveError(f"at the run's end {error}; mend that, and use --resume auto") from error
                 self.log.say(f"ALARM: after {done} steps {error}; the checkpoints before stay")
 
     def evaluate_if_due(self, done: int) -> None:

@@ -187,7 +187,7 @@ def test_a_last_checkpoint_that_fails_ends_the_run_as_failed(
         real(temporary, final)
 
     monkeypatch.setattr(checkpoints, "_publish", failing)
-    with pytest.raises(SaveError, match="No space left"):
+    with pytest.raises(SaveError, match=r"^at the run's end .*No space left.*; mend that, and use --resume auto$"):
         train(config, world, tmp_path)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000008", "step-00000004"]
