@@ -10,6 +10,8 @@ a CPU that others use, too, of rank 0's CPU time. Logging is as often as by defa
 steps that are timed.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/engine.py --out engine.json
+
+Prints a table in Markdown; the file has the medians it is made of.
 """
 
 import argparse
@@ -182,6 +184,23 @@ def compare(args: argparse.Namespace, stage: int, autocast: bool, world: World) 
     }
 
 
+HEADINGS = (
+    "| ranks, ZeRO, precision | whole step, wall (CPU) | / bare DeepSpeed | / bare PyTorch or DDP | strict / fast |\n"
+    "|---|---|---|---|---|"
+)
+
+
+def row(result: dict[str, Any]) -> str:
+    """A comparison as a row of the table: ratios of wall time, in brackets those of CPU time."""
+    ratios = [
+        f"{result[name]:.3f} ({result[f'cpu_{name}']:.3f})"
+        for name in ("over_deepspeed", "over_pytorch", "strict_over_ours")
+    ]
+    ours = f"{result['seconds']['ours'] * 1e3:.1f} ms ({result['cpu_seconds']['ours'] * 1e3:.1f} ms)"
+    loop = f"{result['world_size']}, {result['stage']}, {result['precision']}"
+    return f"| {' | '.join([loop, ours, *ratios])} |"
+
+
 def place(name: str) -> int:
     """A loop's place among the others."""
     return list(LOOPS).index(name)
@@ -202,11 +221,13 @@ def main() -> None:
     world = World.join()
     torch.utils.deterministic.fill_uninitialized_memory = False
     results = []
+    if world.is_main:
+        print(HEADINGS)
     for stage in args.stages:
         for precision in args.precisions:
             results.append(compare(args, stage, precision == "autocast", world))
             if world.is_main:
-                print(json.dumps(results[-1]), flush=True)
+                print(row(results[-1]), flush=True)
     if args.out and world.is_main:
         machine = {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
         machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None

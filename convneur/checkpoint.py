@@ -42,6 +42,9 @@ from convneur.errors import NonFiniteError, SaveError
 from convneur.retention import Best, Retention
 from convneur.world import World
 
+CHECKPOINTS = "checkpoints"
+"""Their folder in that of a run."""
+
 MANIFEST = "manifest.json"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
@@ -94,12 +97,11 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints in a folder, newest first; unfinished ones are not among them."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        (p for p in folder.iterdir() if p.name.startswith(_PREFIX) and (p / MANIFEST).is_file()), reverse=True
-    )
+    """Committed checkpoints in a folder, newest first; unfinished ones are not among them.
+
+    A folder with such a name was whole when it got it. What it has lost since, `newest_intact` finds.
+    """
+    return sorted((path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()), reverse=True)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -111,7 +113,7 @@ def find_checkpoint(path: Path) -> Path:
     """A checkpoint given as its own folder or as a run's, whose newest is taken; InputError where there is none."""
     if (path / MANIFEST).is_file():
         return path
-    found = list_checkpoints(path / "checkpoints")
+    found = [checkpoint for checkpoint in list_checkpoints(path / CHECKPOINTS) if (checkpoint / MANIFEST).is_file()]
     if not found:
         raise InputError(
             f"no checkpoint in {path}: expected a folder step-<number> with a {MANIFEST}, or a run's folder"

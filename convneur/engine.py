@@ -4,6 +4,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.config import get_torch_autocast_dtype, get_torch_autocast_enabled
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME, has_comm_dtype
@@ -62,6 +63,15 @@ def _gather_vectors_in_float32(model: nn.Module) -> None:
 def zero_stage(engine: DeepSpeedEngine) -> int:
     """The ZeRO stage, 0 to 3: which of optimizer state (1), gradients (2) and parameters (3) are partitioned."""
     return int(engine.zero_optimization_stage())
+
+
+def engine_settings(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """The settings that the order of summation depends on, and so the last bits of a step."""
+    return {
+        "zero_stage": zero_stage(engine),
+        "world_size": dist.get_world_size(),
+        "accumulation": engine.gradient_accumulation_steps(),
+    }
 
 
 def autocast(deepspeed_section: dict[str, Any], device: torch.device) -> torch.autocast:

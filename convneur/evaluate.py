@@ -16,7 +16,7 @@ from convneur.data.loader import EvalBatch, EvalLoader
 from convneur.data.mixing import Normalize
 from convneur.data.store import open_store
 from convneur.engine import autocast
-from convneur.model import ConvNeur
+from convneur.model import SMALLEST_IMAGE, ConvNeur
 from convneur.world import World
 
 
@@ -72,7 +72,14 @@ def evaluate(
 
 
 def evaluate_checkpoint(
-    path: Path, world: World, *, data_root: str | None, split: str | None, averaged: bool
+    path: Path,
+    world: World,
+    *,
+    data_root: str | None = None,
+    split: str | None = None,
+    averaged: bool = False,
+    image_size: int | None = None,
+    crop: float | None = None,
 ) -> Scores:
     """Scores a checkpoint, or the newest of a run, as the run itself would. Collective.
 
@@ -82,10 +89,17 @@ def evaluate_checkpoint(
         data_root: dataset to evaluate on; None for the run's own.
         split: split to evaluate on; None for the run's own.
         averaged: whether to take the averaged weights.
+        image_size: side of the images in pixels, which need not be that of training; None for the run's own.
+        crop: fraction of the resized image's side that the centre crop keeps; None for the run's own.
 
     Raises:
-        InputError: the checkpoint or the data can't be read, or have different numbers of classes.
+        InputError: the size or the crop is impossible; the checkpoint or the data can't be read, or have different
+            numbers of classes.
     """
+    if image_size is not None and image_size < SMALLEST_IMAGE:
+        raise InputError(f"--image-size is {image_size}, expected at least {SMALLEST_IMAGE}")
+    if crop is not None and not 0 < crop <= 1:
+        raise InputError(f"--crop is {crop}, expected a number above 0 and at most 1")
     checkpoint = find_checkpoint(path)
     config = load_config([checkpoint / CONFIG_FILE])
     # The engine is training's: left out, it doesn't ask for a format that other data may not have.
@@ -93,6 +107,8 @@ def evaluate_checkpoint(
         config.data,
         root=data_root or config.data.root,
         val_split=split or config.data.val_split,
+        image_size=image_size or config.data.image_size,
+        eval_crop=crop or config.data.eval_crop,
         engine="webdataset",
     )
     store = open_store(data, data.val_split)

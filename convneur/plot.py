@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from convneur.data.errors import InputError
@@ -21,7 +23,13 @@ LOSSES = {
 }
 ACCURACIES = {"eval/top1": "raw weights", "eval/top1_ema": "averaged weights"}
 COLORS = {"train/loss": "C0", "eval/loss": "C1", "eval/loss_ema": "C2", "eval/top1": "C1", "eval/top1_ema": "C2"}
-STYLES = {"train/loss": ":", "eval/loss": "-", "eval/loss_ema": "--", "eval/top1": "-", "eval/top1_ema": "--"}
+STYLES: dict[str, Literal["-", "--", ":"]] = {
+    "train/loss": ":",
+    "eval/loss": "-",
+    "eval/loss_ema": "--",
+    "eval/top1": "-",
+    "eval/top1_ema": "--",
+}
 
 
 def plot_run(folder: Path) -> Path:
@@ -32,11 +40,12 @@ def plot_run(folder: Path) -> Path:
 
 
 def plot_runs(folders: Sequence[Path], path: Path) -> None:
-    """Draws the same for one run or several, which then have a colour each.
+    """Draws the same for one run or several, which then have a colour each, and share the styles of lines.
 
     Raises InputError where one of the folders holds no metrics.
     """
     figure, (losses, accuracy) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    one = len(folders) == 1
     for number, folder in enumerate(folders):
         records = read_metrics(folder)
         if not records:
@@ -46,10 +55,9 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
                 points = [(r["epoch"], r[name]) for r in records if name in r]
                 if not points:
                     continue
-                one = len(folders) == 1
                 axis.plot(
                     *zip(*points, strict=True),
-                    label=label if one else f"{folder.resolve().name}: {label}",
+                    label=label,
                     color=COLORS[name] if one else f"C{number % 10}",
                     linestyle="-" if one else STYLES[name],
                     linewidth=1.4,
@@ -61,9 +69,13 @@ def plot_runs(folders: Sequence[Path], path: Path) -> None:
     for axis in (losses, accuracy):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.lines:
-            axis.legend(frameon=False, fontsize="small" if len(folders) > 1 else None)
-    if len(folders) == 1:
+        if one and axis.lines:
+            axis.legend(frameon=False)
+    if one:
         figure.suptitle(folders[0].resolve().name)
+    else:
+        runs = [Line2D([], [], color=f"C{i % 10}", label=folder.resolve().name) for i, folder in enumerate(folders)]
+        kinds = [Line2D([], [], color="0.3", linestyle=STYLES[name], label=label) for name, label in LOSSES.items()]
+        figure.legend(handles=[*runs, *kinds], loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(path, dpi=130)
     plt.close(figure)

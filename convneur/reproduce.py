@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import subprocess
-import sysconfig
+import sys
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
@@ -116,9 +116,12 @@ def _code() -> Record:
 
 
 def _packages() -> dict[str, str]:
-    """Versions of what is installed. Not all of sys.path, to which setuptools adds what it carries along."""
-    places = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    return {found.metadata["Name"]: found.version for found in metadata.distributions(path=places)}
+    """Versions of what is installed, in places that this environment takes over from another, too.
+
+    Not all of sys.path, to which setuptools adds what it carries along. Of two versions the first is imported.
+    """
+    places = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    return {found.metadata["Name"]: found.version for found in reversed([*metadata.distributions(path=places)])}
 
 
 def _git(*words: str) -> str | None:

@@ -1,11 +1,9 @@
-"""A run: what the training loop uses, how it is put together, resumed and finished."""
+"""A run in progress: what the training loop calls beside the step. `convneur.start` puts it together."""
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,45 +12,34 @@ from timm.scheduler.scheduler import Scheduler
 
 from convneur.bad_samples import BadSampleCount
 from convneur.checkpoint import (
-    CONFIG_FILE,
+    CHECKPOINTS,
     TrainState,
     checkpoint_step,
-    find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     newest_intact,
-    read_state,
     remove_obsolete,
     save_checkpoint,
 )
-from convneur.config import Config, load_config, save_config
-from convneur.data.engine import build_train_loader
-from convneur.data.errors import InputError
+from convneur.config import Config
 from convneur.data.loader import Batch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform, Normalize
-from convneur.data.store import open_store
-from convneur.deepspeed_config import deepspeed_config, offloads_optimizer
-from convneur.determinism import set_determinism
 from convneur.ema import Ema
-from convneur.engine import Weights, autocast, build_engine, use_apex_norms, zero_stage
+from convneur.engine import Weights, engine_settings
 from convneur.engine_state import gather
 from convneur.errors import NonFiniteError, SaveError
 from convneur.evaluate import Scores, evaluate
-from convneur.gauges import Gauges, step_flops, watched_gates
+from convneur.gauges import Gauges, watched_gates
 from convneur.guards import Guards
 from convneur.metrics import TrainingLog
 from convneur.model import ConvNeur
-from convneur.optim import build_optimizer, build_schedule, choose_implementation
 from convneur.plot import plot_run
 from convneur.profiling import Profiler
-from convneur.reproduce import REPRODUCE_FILE, differences, read_record, record, write_record
 from convneur.retention import Best, Retention
 from convneur.stopping import StopRequest
-from convneur.summary import SUMMARY_FILE, Summary, write_summary
+from convneur.summary import Summary, write_summary
 from convneur.watchdog import Watchdog
 from convneur.world import World
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass
@@ -70,7 +57,6 @@ class Run:
     normalize: Normalize
     autocast: torch.autocast
     engine: DeepSpeedEngine
-    optimizer: torch.optim.Optimizer
     schedule: Scheduler
     ema: Ema | None
     log: TrainingLog
@@ -83,7 +69,7 @@ class Run:
     seconds_before: float
     best: Best | None
     went_back: bool
-    started: float = field(default_factory=time.monotonic)
+    started: float
 
     @property
     def total_steps(self) -> int:
@@ -93,7 +79,7 @@ class Run:
     @property
     def learning_rate(self) -> float:
         """Learning rate that the optimizer is set to."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self.engine.basic_optimizer.param_groups[0]["lr"])
 
     @property
     def seconds(self) -> float:
@@ -162,8 +148,8 @@ class Run:
         due = done % self.config.run.checkpoint_every_steps == 0 or self.retention.for_good(done) or best
         if not due and done < self.total_steps and not at_once:
             return
-        engine = engine_settings(self.engine, self.config)
-        state = TrainState(done, self.seconds, self.loader.state(done), engine, self.best, self.went_back)
+        data, engine = self.loader.state(done), engine_settings(self.engine)
+        state = TrainState(done, self.seconds, data, engine, self.best, self.went_back)
         with self.log.paused(), self.watchdog.paused():
             try:
                 save_checkpoint(
@@ -171,7 +157,7 @@ class Run:
                 )
             except SaveError as error:
                 if done == self.total_steps:
-                    raise
+                    raise SaveError(f"at the run's end {error}; mend that, and use --resume auto") from error
                 self.log.say(f"ALARM: after {done} steps {error}; the checkpoints before stay")
 
     def evaluate_if_due(self, done: int) -> None:
@@ -222,185 +208,3 @@ class Run:
         with watched_gates(model) as gates:
             scores = evaluate(model, self.eval_loader, self.normalize, self.autocast, self.eval_images)
         return scores, gates
-
-
-@contextmanager
-def started_run(config: Config, world: World, folder: Path, resume: str, profile: bool = False) -> Iterator[Run]:
-    """A run at the position to start from; closes its files and lets go of signals, however the block ends.
-
-    Collective; see `convneur.train.train` for what it takes and raises.
-    """
-    with StopRequest() as stop_request, Watchdog(config.watchdog, folder, world.rank) as watchdog:
-        run = _start(config, world, folder, resume, stop_request, watchdog, profile)
-        try:
-            yield run
-        finally:
-            if run.profiler:
-                run.profiler.close()
-            run.log.close()
-
-
-def _start(
-    config: Config,
-    world: World,
-    folder: Path,
-    resume: str,
-    stop_request: StopRequest,
-    watchdog: Watchdog,
-    profile: bool,
-) -> Run:
-    """Builds everything a rank trains with."""
-    started = time.monotonic()
-    set_determinism(config.run.determinism)
-    train_store = open_store(config.data, config.data.train_split)
-    eval_store = open_store(config.data, config.data.val_split)
-    loader = build_train_loader(
-        config.data,
-        train_store,
-        seed=config.run.seed,
-        rank=world.rank,
-        world_size=world.size,
-        accumulation=config.train.accumulation,
-    )
-    eval_loader = EvalLoader(config.data, eval_store, rank=world.rank, world_size=world.size)
-    prepare = DeviceTransform(
-        config.data,
-        num_classes=config.model.num_classes,
-        label_smoothing=config.train.label_smoothing,
-        seed=config.run.seed,
-        device=world.device,
-    )
-
-    torch.manual_seed(config.run.seed)  # the same initial weights on every rank
-    model = ConvNeur(config.model).to(world.device)
-    model.set_grad_checkpointing(config.train.recompute)
-    if config.train.norm_implementation == "apex":
-        use_apex_norms(model)
-    parameters = sum(p.numel() for p in model.parameters())
-    offload = offloads_optimizer(config.deepspeed)
-    implementation = choose_implementation(config.optimizer, world.device.type, offload)
-    optimizer = build_optimizer(model, config.optimizer, implementation, config.data.global_batch_size, offload)
-    schedule = build_schedule(optimizer, config.schedule, loader.steps_per_epoch)
-    engine = build_engine(model, optimizer, deepspeed_config(config, world.size), compile=config.train.compile)
-    ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
-
-    checkpoint, faults = choose_checkpoint(folder, resume, world)
-    state = None
-    if checkpoint:
-        state = read_state(checkpoint)
-        check_fit(checkpoint, config)
-        loader.check_state(state.data)
-        load_checkpoint(checkpoint, engine, ema)
-    start_step = state.step if state else 0
-
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / CONFIG_FILE)
-        if start_step < config.schedule.epochs * loader.steps_per_epoch:
-            (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run that is now to be longer
-        made_with = record(config, world.size)
-        changed = differences(read_record(folder), made_with) if state and (folder / REPRODUCE_FILE).exists() else []
-        if not state:
-            write_record(folder, made_with)
-    log = TrainingLog(
-        folder,
-        world,
-        start_step=start_step,
-        total_steps=config.schedule.epochs * loader.steps_per_epoch,
-        steps_per_epoch=loader.steps_per_epoch,
-        images_per_step=config.data.global_batch_size,
-        every_steps=config.run.log_every_steps,
-        wandb_project=config.run.wandb_project,
-    )
-    guards = Guards(config.guards, world, engine, ema, train_store.where, log.say)
-    flops = step_flops(config.model, config.data.image_size)
-    for fault in faults:
-        log.say(f"warning: damaged checkpoint left out: {fault}")
-    if world.is_main:
-        for line in changed:
-            log.say(f"warning: changed since the run was started: {line}")
-    if state:
-        log.say(f"resuming from {checkpoint}, {start_step} of {log.total_steps} steps made")
-        if state.engine != (settings := engine_settings(engine, config)):
-            log.say(
-                f"resuming {_in_words(state.engine)} as {_in_words(settings)}: weights, moments and averages are equal "
-                "to the bit, the steps to come are not: sums run in another order"
-            )
-    log.say(
-        f"{config.model.variant}: {parameters / 1e6:.2f} M parameters, "
-        f"{world.size} x {world.device.type}, ZeRO {zero_stage(engine)}, "
-        f"{config.optimizer.name} of {implementation}, {len(train_store):,} training images, "
-        f"{loader.steps_per_epoch} steps an epoch, {flops / 1e9:.3g} GFLOPs to train on an image"
-    )
-    return Run(
-        config=config,
-        world=world,
-        folder=folder,
-        loader=loader,
-        bad_samples=BadSampleCount(config.data, len(train_store), loader.bad_samples, world.device),
-        eval_loader=eval_loader,
-        eval_images=len(eval_store),
-        prepare=prepare,
-        normalize=Normalize(config.data, world.device),
-        autocast=autocast(config.deepspeed, world.device),
-        engine=engine,
-        optimizer=optimizer,
-        schedule=schedule,
-        ema=ema,
-        log=log,
-        guards=guards,
-        gauges=Gauges(world, flops, guards.gradient_norm, loader.bad_samples),
-        profiler=Profiler(folder, world, log.say) if profile else None,
-        stop_request=stop_request,
-        watchdog=watchdog,
-        start_step=start_step,
-        seconds_before=state.seconds if state else 0.0,
-        best=state.best if state else None,
-        went_back=state.went_back if state else False,
-        started=started,
-    )
-
-
-def engine_settings(engine: DeepSpeedEngine, config: Config) -> dict[str, Any]:
-    """The settings that the order of summation depends on, and so the last bits of a step."""
-    return {
-        "zero_stage": zero_stage(engine),
-        "world_size": dist.get_world_size(),
-        "accumulation": config.train.accumulation,
-    }
-
-
-def _in_words(settings: dict[str, Any]) -> str:
-    accumulated = f", {settings['accumulation']} micro-batches" if settings["accumulation"] > 1 else ""
-    return f"{settings['world_size']} x ZeRO {settings['zero_stage']}{accumulated}"
-
-
-def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | None, list[str]]:
-    """The intact checkpoint that `resume` asks for, and what is wrong with newer ones. Collective.
-
-    Raises:
-        InputError: the checkpoint asked for is absent or damaged, or all of a run's checkpoints are damaged; a run
-            never starts afresh in silence where it has made steps before.
-    """
-    if resume == "never":
-        return None, []
-    if resume == "auto":
-        checkpoint, faults = newest_intact(list_checkpoints(folder / CHECKPOINTS), world)
-    else:
-        checkpoint, faults = newest_intact([find_checkpoint(Path(resume))], world)
-    if checkpoint is None and faults:
-        raise InputError(
-            f"no intact checkpoint to resume from ({' | '.join(faults)}); restore one, or start with --resume never"
-        )
-    return checkpoint, faults
-
-
-def check_fit(checkpoint: Path, config: Config) -> None:
-    """Raises InputError where a checkpoint is of another model."""
-    saved = asdict(load_config([checkpoint / CONFIG_FILE]).model)
-    for name, value in asdict(config.model).items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"{checkpoint} has model.{name} = {saved.get(name)}, the run is configured with {value}; "
-                "use the checkpoint's setting, or start another run with --resume never"
-            )

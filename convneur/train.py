@@ -1,4 +1,4 @@
-"""Training: the step and the loop around it. `convneur.run` builds what they use.
+"""Training: the step and the loop around it. `convneur.start` builds what they use, `convneur.run` holds it.
 
 Shape legend: b images of a rank's micro-batch, K classes.
 """
@@ -16,7 +16,7 @@ from convneur.data.loader import Batch
 from convneur.data.mixing import DeviceTransform
 from convneur.ema import Ema
 from convneur.guards import Guards
-from convneur.run import started_run
+from convneur.start import started_run
 from convneur.summary import Summary
 from convneur.world import World
 

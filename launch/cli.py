@@ -168,6 +168,15 @@ def _parser() -> _Parser:
     evaluate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN", help="folder of a checkpoint, or of a run")
     evaluate.add_argument("--data", metavar="DIR", help="prepared dataset (default: the run's own)")
     evaluate.add_argument("--split", help="split of the dataset (default: the run's own)")
+    evaluate.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="side of the images (default: as in training)"
+    )
+    evaluate.add_argument(
+        "--crop",
+        type=float,
+        metavar="FRACTION",
+        help="part of the resized image's side that is cut out (default: the run's data.eval_crop)",
+    )
     _add_weights(evaluate)
     _add_launch(evaluate)
     _add_json(evaluate)

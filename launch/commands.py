@@ -223,13 +223,23 @@ def evaluate(args: argparse.Namespace, _: Overrides) -> int:
         words = ["eval", str(args.path), "--ema" if args.ema else "--raw"]
         words += ["--data", args.data] if args.data else []
         words += ["--split", args.split] if args.split else []
+        words += ["--image-size", str(args.image_size)] if args.image_size is not None else []
+        words += ["--crop", str(args.crop)] if args.crop is not None else []
         words += ["--json"] if args.json else []
         return run_ranks(words, rank_count(args.nproc))
 
     with _joined_world() as world:
         from convneur.evaluate import evaluate_checkpoint
 
-        scores = evaluate_checkpoint(args.path, world, data_root=args.data, split=args.split, averaged=args.ema)
+        scores = evaluate_checkpoint(
+            args.path,
+            world,
+            data_root=args.data,
+            split=args.split,
+            averaged=args.ema,
+            image_size=args.image_size,
+            crop=args.crop,
+        )
         if world.is_main and args.json:
             print(json.dumps(asdict(scores)))
         elif world.is_main:

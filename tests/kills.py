@@ -69,13 +69,22 @@ def train_on_a_full_disk(config: Config, folder: Path) -> None:
 
 def train_alone(config: Config, folder: Path) -> None:
     """Resumes a run in a world of one."""
+    train_rank(config, folder, 0, 1, free_port())
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+    return port
+
+
+def train_rank(config: Config, folder: Path, rank: int, size: int, port: int) -> None:
+    """Resumes a run as one of its ranks."""
     from convneur.train import train
     from convneur.world import World
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     world = World.join()
     log = os.open(config.run.root, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -6,20 +6,26 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_run import STEPS, small_config
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms.functional import normalize
 
 from convneur import checkpoint as checkpoints
 from convneur.checkpoint import find_checkpoint, list_checkpoints, load_weights, newest_intact, read_state
-from convneur.config import Config
+from convneur.config import Config, load_config
 from convneur.data.errors import InputError
+from convneur.data.store import open_store
+from convneur.data.transforms import decode
 from convneur.errors import NonFiniteError, SaveError
 from convneur.evaluate import evaluate_checkpoint
 from convneur.guards import GuardConfig
 from convneur.metrics import read_metrics
+from convneur.model import ConvNeur
 from convneur.train import train
 from convneur.world import World
 
@@ -120,10 +126,25 @@ def test_never_starts_afresh_in_silence(run: Path, world: World, config: Config)
         train(config, world, run, resume="auto")
 
 
-def test_a_checkpoint_without_manifest_is_none(run: Path, world: World) -> None:
+def test_a_lost_manifest_is_damage(run: Path, world: World) -> None:
     newest, previous = list_checkpoints(run / "checkpoints")
     (newest / "manifest.json").unlink()
-    assert list_checkpoints(run / "checkpoints") == [previous]
+    found, (fault,) = newest_intact(list_checkpoints(run / "checkpoints"), world)
+    assert found == find_checkpoint(run) == previous
+    assert fault.startswith(f"{newest}: manifest.json can't be read (")
+
+
+def test_lost_checkpoints_are_missed(
+    run: Path, world: World, config: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that had checkpoints doesn't begin anew without being told to; one that had none yet says that it does."""
+    for lost in list_checkpoints(run / "checkpoints"):
+        shutil.rmtree(lost)
+    with pytest.raises(InputError, match=f"LATEST names step-{STEPS:08d}, which is not there"):
+        train(config, world, run, resume="auto")
+    shutil.rmtree(run / "checkpoints")
+    train(config, world, run, resume="auto")
+    assert f"warning: no checkpoint yet: the {STEPS} steps that this run has made" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("fails_in", ["save_config", "_digest", "_publish"])
@@ -166,7 +187,7 @@ def test_a_last_checkpoint_that_fails_ends_the_run_as_failed(
         real(temporary, final)
 
     monkeypatch.setattr(checkpoints, "_publish", failing)
-    with pytest.raises(SaveError, match="No space left"):
+    with pytest.raises(SaveError, match=r"^at the run's end .*No space left.*; mend that, and use --resume auto$"):
         train(config, world, tmp_path)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000008", "step-00000004"]
@@ -219,7 +240,37 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_evaluation_of_a_checkpoint_gives_the_run_s_scores(trained: Path, world: World) -> None:
     summary = json.loads((trained / "summary.json").read_text())
-    raw = evaluate_checkpoint(trained, world, data_root=None, split=None, averaged=False)
-    averaged = evaluate_checkpoint(find_checkpoint(trained), world, data_root=None, split=None, averaged=True)
+    raw = evaluate_checkpoint(trained, world)
+    averaged = evaluate_checkpoint(find_checkpoint(trained), world, averaged=True)
     assert (raw.top1, averaged.top1) == (summary["top1"], summary["top1_ema"])
     assert raw.images == 360
+
+
+def test_evaluation_at_another_resolution(trained: Path, world: World) -> None:
+    """Against torchvision's words for it."""
+    scores = evaluate_checkpoint(trained, world, image_size=48, crop=0.75)
+    config = load_config([trained / "config.yaml"])
+    store = open_store(config.data, "val")
+    resized = Compose([Resize(64, InterpolationMode.BICUBIC, antialias=True), CenterCrop(48)])
+    pixels = [resized(torch.from_numpy(decode(store.read(i).image)).permute(2, 0, 1)) for i in range(len(store))]
+    model = ConvNeur(config.model).eval()
+    model.load_state_dict(load_weights(find_checkpoint(trained), averaged=False))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(normalize(torch.stack(pixels) / 255, config.data.mean, config.data.std)).float()
+    labels = torch.from_numpy(store.labels)
+    assert scores.top1 == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert scores.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-3)
+    assert scores.images == 360
+    assert scores.loss != evaluate_checkpoint(trained, world, image_size=48).loss
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"image_size": 16}, "--image-size is 16, expected at least 32"),
+        ({"crop": 0.0}, "--crop is 0.0, expected a number above 0 and at most 1"),
+    ],
+)
+def test_an_impossible_resolution_is_refused(trained: Path, world: World, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate_checkpoint(trained, world, **words)

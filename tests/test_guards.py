@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from small_run import STEPS
 
 from convneur.checkpoint import list_checkpoints
-from convneur.guards import _stop_by, checksum, odd_ranks, spike_limit
+from convneur.data.loader import Batch
+from convneur.engine import build_engine
+from convneur.guards import GuardConfig, Guards, _stop_by, checksum, odd_ranks, spike_limit
 from convneur.metrics import read_metrics
-from convneur.world import COLLECTIVE_TIMEOUT
+from convneur.model import ConvNeur, ModelConfig
+from convneur.world import COLLECTIVE_TIMEOUT, World
 
 TESTS = Path(__file__).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -105,6 +108,32 @@ def test_spikes() -> None:
     assert spike_limit([*losses[:190], *[50.0] * 10], 10) < 5  # outliers don't move it
     assert spike_limit([2.0] * 200, 10) == pytest.approx(2.2)
     assert spike_limit(losses[:5], 10) == float("inf")
+
+
+def test_spikes_in_a_row_are_named_with_their_samples_and_send_a_run_back(world: World) -> None:
+    """One alone is named; from the third in a row on there is a step to go back to, where the row began."""
+    said: list[str] = []
+    model = ConvNeur(ModelConfig("n1", num_classes=10))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    engine = build_engine(model, optimizer, {"train_batch_size": 4, "zero_optimization": {"stage": 0}})
+    config = GuardConfig(max_bad_steps=3, spike=10)
+    guards = Guards(config, world, engine, None, lambda sample: f"train/000{sample}", said.append)
+    losses = [2.0 + 0.01 * (number % 5) for number in range(40)]
+    losses[25] = 7.0
+    losses[36:39] = [9.0, 6.0, 8.0]
+    back = []
+    for number, loss in enumerate(losses):
+        samples = torch.arange(4) + 10 * number
+        images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
+        batch = Batch(images, samples, samples, epoch=0, step=number, lanes=range(1), repetitions=samples)
+        guards.observe(number, [batch], torch.tensor(loss))
+        if number % 10 == 9:
+            back.append(guards.review())
+    assert back == [None, None, None, 36]
+    assert [line.partition(",")[0] for line in said] == [
+        f"warning: the loss of step {step} is {losses[step]:.4g}" for step in (25, 36, 37, 38)
+    ]
+    assert said[0].endswith("its samples are train/000250, train/000251, train/000252, train/000253")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """kill -9 in every phase of a save, at random, and disks on which nothing more can be written."""
 
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -8,12 +9,20 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import pytest
 import torch
-from kills import PHASES, train_alone, train_and_die, train_on_a_full_disk, train_with_small_files
+from kills import (
+    PHASES,
+    free_port,
+    train_alone,
+    train_and_die,
+    train_on_a_full_disk,
+    train_rank,
+    train_with_small_files,
+)
 from safetensors.torch import load_file
 from small_run import STEPS, small_config
 
@@ -105,6 +114,62 @@ def test_two_hundred_random_kills(processes: ForkServerContext, config: Config, 
         step = checkpoint_step(newest(run))
         assert step > last
         last = step
+
+
+def two_ranks(processes: ForkServerContext, config: Config, run: Path) -> list[ForkServerProcess]:
+    port = free_port()
+    ranks = [processes.Process(target=train_rank, args=(config, run, rank, 2, port)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def wait_for_a_step(run: Path, ranks: list[ForkServerProcess], before: os.stat_result | None) -> None:
+    """Until a start, which writes its metrics to a new file, has added a line to it."""
+    file = run / "metrics.jsonl"
+    while not file.exists() or (before and file.stat().st_ino == before.st_ino):
+        assert all(rank.is_alive() for rank in ranks)
+        time.sleep(0.01)
+    size = file.stat().st_size
+    while file.stat().st_size == size:
+        assert all(rank.is_alive() for rank in ranks)
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("stage", range(4))
+def test_random_kills_of_two_ranks_change_no_bit(
+    processes: ForkServerContext, config: Config, tmp_path: Path, stage: int, autocast: bool
+) -> None:
+    """Both at once, or one before the other, or while one of them is stopped; at any moment, saves included."""
+    digits, log = Path(config.data.root), config.run.root
+    small = small_config(digits, stage, autocast=autocast, checkpoint_every_steps=1, keep_checkpoints=2, root=log)
+    small = replace(small, data=config.data, schedule=replace(config.schedule, epochs=4))
+    whole, run, draw = tmp_path / "whole", tmp_path / "run", random.Random(stage)
+    for rank in two_ranks(processes, small, whole):
+        rank.join()
+    for _ in range(12):
+        before = (run / "metrics.jsonl").stat() if run.exists() else None
+        ranks = two_ranks(processes, small, run)
+        wait_for_a_step(run, ranks, before)
+        time.sleep(draw.uniform(0, 1))
+        first, kind = ranks[draw.randrange(2)], draw.randrange(3)
+        if kind:
+            os.kill(first.pid or 0, signal.SIGKILL if kind == 1 else signal.SIGSTOP)
+            time.sleep(draw.uniform(0, 0.5))
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+        if (run / "summary.json").exists():
+            break
+    ranks = two_ranks(processes, small, run)
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0], Path(log).read_text()[-3000:]
+    assert_same_end(whole, run)
+    losses = [[record.get("train/loss") for record in read_metrics(folder)] for folder in (whole, run)]
+    assert losses[0] == losses[1]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from convneur.checkpoint import list_checkpoints
 from convneur.config import load_config, save_config
 from convneur.launch.cli import main
 from convneur.metrics import read_metrics
-from convneur.reproduce import differences, read_record, record, write_record
+from convneur.reproduce import _packages, differences, read_record, record, write_record
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -128,3 +128,14 @@ def test_there_is_nothing_to_repeat(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{tmp_path}/reproduce.json: is no valid JSON" in capsys.readouterr().err
     assert main(["train", "--reproduce", str(tmp_path), "--config", "a.yaml"]) == 2
     assert "--config a.yaml and --reproduce exclude each other" in capsys.readouterr().err
+
+
+def test_packages_of_another_environment_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an environment that takes over the system's packages; its own ones hide them."""
+    for name, version in (("tea", "1.2"), ("torch", "0.1")):
+        folder = tmp_path / "dist-packages" / f"{name}-{version}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "dist-packages")])
+    assert _packages()["tea"] == "1.2"
+    assert _packages()["torch"] == metadata.version("torch") != "0.1"

@@ -23,7 +23,8 @@ from convneur.engine import zero_stage
 from convneur.engine_state import gather, gather_scalars, moment_names
 from convneur.errors import TrainingError
 from convneur.guards import GuardConfig
-from convneur.run import Run, started_run
+from convneur.run import Run
+from convneur.start import started_run
 from convneur.world import World
 
 Play = Callable[[Config, World, Path], None]
