@@ -36,6 +36,7 @@ BAD_INPUT = 2
 HANG = 75  # convneur.watchdog
 ATTEMPTS_FILE = "attempts.jsonl"
 SUMMARY_FILE = "summary.json"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 POLL_SECONDS = 0.5
 TELL_SECONDS = 2.0
 
@@ -105,6 +106,19 @@ def newest_checkpoint(folder: Path) -> int:
     return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
 
 
+def read_attempts(folder: Path) -> list[Record]:
+    """The history of a run; a line that a full disk has cut short is left out."""
+    try:
+        lines = (folder / ATTEMPTS_FILE).read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def first_fault(faults: Path) -> Fault | None:
     """How the first of the failed ranks ended; None where none could leave word."""
     found = []
@@ -152,7 +166,7 @@ class Supervisor:
                 return 0
             noticed = self.notice.exists()
             if status == 0:
-                if not self.job.is_running() or not self.requeues:
+                if not self.job.is_running() or (noticed and not self.requeues):
                     self.end(attempt, "stopped", status, action="left to Slurm")
                     return 0
                 self.end(attempt, "stopped", status, action="requeue")
@@ -213,19 +227,7 @@ class Supervisor:
 
     def records(self) -> list[Record]:
         """The lines about this job."""
-        try:
-            lines = (self.folder / ATTEMPTS_FILE).read_text().splitlines()
-        except OSError:
-            return []
-        found = []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # a full disk cut it short
-            if record.get("job") == self.job.id:
-                found.append(record)
-        return found
+        return [record for record in read_attempts(self.folder) if record["job"] == self.job.id]
 
     def fruitless(self) -> int:
         """How many of this job's last attempts have failed in a row without a new checkpoint."""
@@ -256,7 +258,7 @@ class Supervisor:
 
     def record(self, event: str, **values: Any) -> None:
         """Adds a line to the history; a full disk must not stop the run that may outlast it."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        now = time.strftime(TIME_FORMAT, time.gmtime())
         line = {"time": now, "event": event, "job": self.job.id, "start": self.job.restart + 1}
         line |= {"nodes": self.job.nodes} | values
         try:
