@@ -193,6 +193,9 @@ def asked_resources(args: argparse.Namespace, at_once: int | None = None) -> "Re
 
 def runs(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur runs`: a table of the runs in a folder; again and again with --watch."""
+    from convneur.world import name_accelerator
+
+    name_accelerator()
     import time
 
     from rich.box import SIMPLE_HEAD

@@ -1,6 +1,7 @@
 """A study in Slurm's hands: as a submitted array, and by the batch script."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -62,11 +63,16 @@ def test_array_trains_what_is_missing_and_nothing_twice(cluster: Cluster, study:
     jobs = dict(reversed(line.split(", ")[0].removeprefix("job ").split(": ")) for line in out.splitlines()[1:4])
     assert list(jobs) == names(study)[1:]
     assert cluster.job(jobs[names(study)[3]])["ArrayTaskThrottle"] == "2"
+    cluster.run("scontrol", "hold", jobs[names(study)[3]])  # which waits, because only two may run
     warned, run = jobs[names(study)[1]], tmp_path / series_folder(study) / names(study)[1]
     cluster.wait(warned, "RUNNING")
     cluster.run("scancel", "--batch", "--signal=USR2", warned)
-    assert "3 are in the queue already" in convneur(cluster, tmp_path, *words)
-    assert convneur(cluster, tmp_path, "runs", str(series_folder(study))).count("PENDING") >= 1
+    finished, queued = re.findall(r"^(\d) of 4 runs are finished, (\d) are .*\n$", convneur(cluster, tmp_path, *words))[
+        0
+    ]
+    assert int(finished) + int(queued) == 4
+    assert f"{names(study)[3]} PENDING - " in re.sub(" +", " ", convneur(cluster, tmp_path, "runs", "runs/study"))
+    cluster.run("scontrol", "release", jobs[names(study)[3]])
     assert len(list((tmp_path / series_folder(study) / "submitted").iterdir())) == 1
 
     # The notice came before Python listened: its task is queued again, and goes on.
