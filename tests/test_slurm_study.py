@@ -46,10 +46,11 @@ def names(config: StudyConfig) -> list[str]:
 
 def convneur(cluster: Cluster, folder: Path, *words: str) -> str:
     command = [sys.executable, "-P", "-m", "convneur.launch", *words]
-    return subprocess.run(command, cwd=folder, env=cluster.env, check=True, text=True, stdout=subprocess.PIPE).stdout
+    env = cluster.env | {"COLUMNS": "200"}
+    return subprocess.run(command, cwd=folder, env=env, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 120) -> None:
+def wait_until(holds: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
@@ -67,10 +68,9 @@ def test_array_trains_what_is_missing_and_nothing_twice(cluster: Cluster, study:
     warned, run = jobs[names(study)[1]], tmp_path / series_folder(study) / names(study)[1]
     cluster.wait(warned, "RUNNING")
     cluster.run("scancel", "--batch", "--signal=USR2", warned)
-    finished, queued = re.findall(r"^(\d) of 4 runs are finished, (\d) are .*\n$", convneur(cluster, tmp_path, *words))[
-        0
-    ]
-    assert int(finished) + int(queued) == 4
+    again = re.fullmatch(r"(\d) of 4 runs are finished, (\d) are .*\n", convneur(cluster, tmp_path, *words))
+    assert again
+    assert int(again[1]) + int(again[2]) == 4
     assert f"{names(study)[3]} PENDING - " in re.sub(" +", " ", convneur(cluster, tmp_path, "runs", "runs/study"))
     cluster.run("scontrol", "release", jobs[names(study)[3]])
     assert len(list((tmp_path / series_folder(study) / "submitted").iterdir())) == 1
