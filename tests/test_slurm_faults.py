@@ -168,19 +168,25 @@ def test_one_node_goes_on_with_what_two_have_started(
 def test_lost_node(cluster: Cluster, start: Start, weights: dict[str, Any], folder: Path) -> None:
     number, run = start("lost"), folder / "runs" / "lost"
     wait_for_step(run, 5)
+    process = rank_process(number, 1)
     os.kill(int((cluster.folder / "n2.pid").read_text()), signal.SIGKILL)
-    os.kill(rank_process(number, 1), signal.SIGSTOP)  # a lost node's ranks don't close their connections
+    os.kill(process, signal.SIGSTOP)  # a lost node's ranks don't close their connections
     wait_until(lambda: cluster.job(number)["Restarts"] == "1")
     cluster.wait(number, "PENDING")
-    bring_back_n2(cluster)
+    bring_back_n2(cluster, process)
     cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")
     check(cluster, number, run, weights)
 
 
-def bring_back_n2(cluster: Cluster) -> None:
+def bring_back_n2(cluster: Cluster, process: int) -> None:
+    """Starts the node anew and waits until nothing of the time before is left there.
+
+    A job that is hurried back to the node before that finds it busy for ever. Slurm's own two minutes avoid it.
+    """
     conf = cluster.folder / "slurm.conf"
     subprocess.run(["/usr/sbin/slurmd", "-f", conf, "-N", "n2"], env=cluster.env, check=True, timeout=30)
     wait_until(lambda: "DOWN" not in cluster.run("sinfo", "-h", "-n", "n2", "-o", "%T").upper())
+    wait_until(lambda: not Path(f"/proc/{process}").exists())
 
 
 # Twenty faults of random kinds, at random times, in one run.
@@ -241,7 +247,7 @@ class Soak:
         os.kill(int((self.cluster.folder / "n2.pid").read_text()), signal.SIGKILL)
         os.kill(process, signal.SIGSTOP)
         wait_until(lambda: self.cluster.job(self.number)["Restarts"] != restarts)
-        bring_back_n2(self.cluster)
+        bring_back_n2(self.cluster, process)
 
     def some_rank(self) -> int:
         return rank_process(self.number, self.draw.randrange(2))
