@@ -64,16 +64,17 @@ class Job:
         self.restart = int(env.get("SLURM_RESTART_COUNT", "0"))
         self.nodes = env["SLURM_JOB_NODELIST"]
         array = env.get("SLURM_ARRAY_JOB_ID")
+        # The number of an array's last task is the array's too, and says all of its tasks.
         self.name = f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else self.id
 
     def is_running(self) -> bool:
         """Whether Slurm counts the job as running: not cancelled, not being requeued."""
-        shown = subprocess.run(["scontrol", "show", "job", "-o", self.id], capture_output=True, text=True)
+        shown = subprocess.run(["scontrol", "show", "job", "-o", self.name], capture_output=True, text=True)
         return "JobState=RUNNING " in shown.stdout
 
     def has_step(self) -> bool:
         """Whether Slurm has made a step of the job besides the batch script's, as far as it can be asked."""
-        command = ["squeue", "--noheader", "--steps", f"--jobs={self.id}", "--format=%i"]
+        command = ["squeue", "--noheader", "--steps", f"--jobs={self.name}", "--format=%i"]
         shown = subprocess.run(command, capture_output=True, text=True)
         return shown.returncode != 0 or bool(re.search(r"\.\d+$", shown.stdout, re.MULTILINE))
 
