@@ -281,8 +281,8 @@ def test_cancelled_job_is_not_queued_again(cluster: Cluster, submit: Submit) -> 
 
 def test_cancelled_task_of_an_array_is_not_queued_again(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
     number, _ = submit("import time\ntime.sleep(600)", "--array=1-2", "--nodes=1", "--ntasks=1", "--requeue")
-    wait_for(tmp_path / f"slurm-{number}_1.out", "rank 0 is bound")
-    wait_for(tmp_path / f"slurm-{number}_2.out", "rank 0 is bound")
+    for task in (1, 2):
+        wait_for(tmp_path / f"slurm-{number}_{task}.out", "rank 0 is bound")
     cluster.run("scancel", f"{number}_2")  # its number is the array's, whose other task runs on
     job = cluster.wait(f"{number}_2")
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
