@@ -197,7 +197,9 @@ supervise() {
     ) &
     local pid=$! status
     # `wait` returns early when a signal comes.
-    while status=0 && { wait $pid || status=$?; } && kill -0 $pid 2>/dev/null; do :; done
+    while wait $pid || kill -0 $pid 2>/dev/null; do kill -0 $pid 2>/dev/null || break; done
+    status=0
+    wait $pid || status=$? # its own, also where a signal came at the very end
     return $status
 }
 
