@@ -146,20 +146,11 @@ def _parser() -> _Parser:
     submit.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="YAML file; of several, later ones win"
     )
-    submit.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
-    submit.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
-    submit.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks a node (default: one a GPU, or one)")
-    submit.add_argument("--cpus-per-task", type=int, default=12, metavar="N", help="CPUs a rank (default: 12)")
-    submit.add_argument(
-        "--timeout-min", type=int, default=1440, metavar="M", help="minutes of a time slice (default: 1440)"
-    )
+    _add_resources(submit)
     submit.add_argument("--array", type=int, metavar="N", help="an array of N runs, with seeds 0 to N-1")
-    submit.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="another option of sbatch, without --"
-    )
     submit.add_argument("--dry-run", action="store_true", help="print the text for sbatch; write and submit nothing")
 
-    runs = add("runs", commands.runs, "List runs: state, epoch, accuracy, speed, time left, restarts.")
+    runs = add("runs", commands.runs, "List runs: state, epoch, accuracy, speed, time left, restarts, ETTR.")
     runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     runs.add_argument("--watch", action="store_true", help="refresh until interrupted")
     runs.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between refreshes (default: 10)")
@@ -333,13 +324,19 @@ def _add_study(subparsers: Any) -> None:
         return action
 
     run = add("run", study_commands.run, "Train the runs of a study that aren't finished")
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    run.add_argument("--nproc", type=int, metavar="N", help="processes a run (default: one a GPU, or one)")
+    run.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time (default: 1; with --launch slurm, as many as Slurm starts)",
+    )
+    run.add_argument("--nproc", type=int, metavar="N", help="processes a run here (default: one a GPU, or one)")
     run.add_argument(
         "--launch",
-        choices=["local", "print"],
+        choices=["local", "slurm", "print"],
         default="local",
-        help="local: train on this machine (default); print: only print a line for each run that submits it to Slurm",
+        help="local: train on this machine (default); slurm: submit an array of jobs, one a run, from a snapshot of"
+        " code and configurations; print: only print a line for each run that submits it to Slurm",
     )
     run.add_argument(
         "--script",
@@ -348,10 +345,26 @@ def _add_study(subparsers: Any) -> None:
         metavar="FILE",
         help="with --launch print, the batch script whose resources the jobs get (default: slurm/train_m4.sh)",
     )
+    _add_resources(run.add_argument_group("what a job gets, with --launch slurm"))
+    missing = add("missing", study_commands.missing, "Write the configurations of the unfinished runs, and name them")
+    missing.add_argument("--part", metavar="I/N", help="the Ith of N parts only, as a job of an array")
     add("status", study_commands.status, "Show how far a study is")
     add("fit", study_commands.fit, "Fit scaling laws to the finished runs of a study")
     report = add("report", study_commands.report, "Write the report of a study, as far as it has come")
     report.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: the study's)")
+
+
+def _add_resources(parser: Any) -> None:
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    parser.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks a node (default: one a GPU, or one)")
+    parser.add_argument("--cpus-per-task", type=int, default=12, metavar="N", help="CPUs a rank (default: 12)")
+    parser.add_argument(
+        "--timeout-min", type=int, default=1440, metavar="M", help="minutes of a time slice (default: 1440)"
+    )
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="another option of sbatch, without --"
+    )
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:

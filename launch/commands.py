@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from convneur.ablate import AblationConfig
     from convneur.config import Config
+    from convneur.launch.submit import Resources
     from convneur.summary import Summary
     from convneur.world import World
 
@@ -153,42 +154,48 @@ def submit(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur submit`: a job, or an array of one job a seed, from a snapshot of code and configuration."""
     import sys
     from dataclasses import replace
-    from time import strftime
 
     from submitit.slurm.slurm import _make_sbatch_string
 
     from convneur.config import load_config
-    from convneur.launch.submit import Resources, Training, executor, snapshot
+    from convneur.launch.submit import executor, submission_folder, submit
 
-    for flag in ("nodes", "gpus_per_node", "timeout_min"):
-        if getattr(args, flag) < (0 if flag == "gpus_per_node" else 1):
-            raise InputError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, expected at least 1")
-    tasks = args.tasks_per_node or max(1, args.gpus_per_node)
-    options = dict(option.partition("=")[::2] for option in args.sbatch)
-    resources = Resources(args.nodes, args.gpus_per_node, tasks, args.cpus_per_task, args.timeout_min, options)
+    resources = asked_resources(args)
     config = load_config(args.config, overrides)
     configs = [config]
     if args.array:
         runs = [replace(config.run, name=f"{config.run.name}-seed{seed}", seed=seed) for seed in range(args.array)]
         configs = [replace(config, run=run) for run in runs]
-    check(config, args.nodes * tasks)
-    folder = Path(config.run.root).absolute() / "submitted" / f"{config.run.name}-{strftime('%Y%m%d-%H%M%S')}"
-    made = executor(folder / "jobs", config.run.name, resources, sys.executable)
+    check(config, resources.ranks)
+    folder = submission_folder(Path(config.run.root), config.run.name)
     if args.dry_run:
+        made = executor(folder / "jobs", config.run.name, resources, sys.executable)
         count = len(configs) if args.array else None
         print(_make_sbatch_string(made._submitit_command_str, made.folder, map_count=count, **made.parameters), end="")
         return 0
-    paths = snapshot(configs, folder)
-    jobs = [Training(folder / "slurm" / "submitted.sh", [sys.executable, str(path)]) for path in paths]
-    with made.batch():
-        submitted = [made.submit(job) for job in jobs]
-    for job, config in zip(submitted, configs, strict=True):
-        print(f"job {job.job_id}: {Path(config.run.root) / config.run.name}, log {job.paths.stdout}")
+    for job, one in zip(submit(configs, folder, config.run.name, resources), configs, strict=True):
+        print(f"job {job.job_id}: {Path(one.run.root) / one.run.name}, log {job.paths.stdout}")
     return 0
+
+
+def asked_resources(args: argparse.Namespace, at_once: int | None = None) -> "Resources":
+    """What the flags ask for that `convneur submit` shares with others."""
+    from convneur.launch.submit import Resources
+
+    for flag in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "timeout_min"):
+        value, least = getattr(args, flag), 0 if flag == "gpus_per_node" else 1
+        if value is not None and value < least:
+            raise InputError(f"--{flag.replace('_', '-')} is {value}, expected at least {least}")
+    tasks = args.tasks_per_node or max(1, args.gpus_per_node)
+    options = dict(option.partition("=")[::2] for option in args.sbatch)
+    return Resources(args.nodes, args.gpus_per_node, tasks, args.cpus_per_task, args.timeout_min, options, at_once)
 
 
 def runs(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur runs`: a table of the runs in a folder; again and again with --watch."""
+    from convneur.world import name_accelerator
+
+    name_accelerator()
     import time
 
     from rich.box import SIMPLE_HEAD
@@ -200,7 +207,7 @@ def runs(args: argparse.Namespace, _: Overrides) -> int:
 
     def table() -> Table:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for heading in ("run", "state", "epoch", "top-1", "images/s", "left", "restarts"):
+        for heading in ("run", "state", "epoch", "top-1", "images/s", "left", "restarts", "ETTR"):
             table.add_column(heading, justify="left" if heading in ("run", "state") else "right")
         for run in list_runs(args.folder):
             table.add_row(*run.cells())

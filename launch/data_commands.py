@@ -24,7 +24,7 @@ def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur prepare imagenet`: all of it, or the part of one job of an array."""
     from convneur.data.imagenet import prepare_imagenet
 
-    part = _part(args.part)
+    part = part_of(args.part)
     if args.max_side is not None:
         _at_least_1("--max-side", args.max_side)
     written = prepare_imagenet(
@@ -138,7 +138,8 @@ def _at_least_1(flag: str, value: int) -> int:
     return value
 
 
-def _part(text: str | None) -> "Part | None":
+def part_of(text: str | None) -> "Part | None":
+    """The value of --part; InputError where it is none."""
     from convneur.data.prepare import Part
 
     if text is None:

@@ -4,20 +4,22 @@ They import what they need when they run, as those in `convneur.launch.commands`
 """
 
 import argparse
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convneur.data.errors import InputError
 
 if TYPE_CHECKING:
-    from convneur.study import Point, StudyConfig
+    from convneur.config import Config
+    from convneur.study import Place, Point, StudyConfig
 
 Overrides = Sequence[str]
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
-    """`convneur study run`: trains what is missing, or prints how Slurm would; its jobs check the data then."""
+    """`convneur study run`: trains what is missing, here or by Slurm, or prints how; jobs check the data then."""
     config = _load(args, overrides)
     from convneur.launch.commands import check
     from convneur.launch.folder import run_folder as locked_folder
@@ -27,7 +29,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.study import study_runs
     from convneur.summary import read_summary
 
-    if args.jobs < 1:
+    if args.jobs is not None and args.jobs < 1:
         raise InputError(f"--jobs is {args.jobs}, expected at least 1")
     runs, folder = study_runs(config), series_folder(config)
     check_saved_runs(runs.values(), "study")
@@ -35,12 +37,15 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         missing = {place: one for place, one in runs.items() if not read_summary(run_folder(one))}
         print(*sbatch_lines(missing, save_configs(missing, folder), args.script), sep="\n")
         return 0
+    if args.launch == "slurm":
+        with locked_folder(config.run, resume="auto"):
+            return _submit(args, runs, folder)
     nproc = rank_count(args.nproc)
     for one in {(one.data, one.schedule): one for one in runs.values()}.values():
         check(one, nproc)  # the others differ in model, learning rate and seed alone
     with locked_folder(config.run, resume="auto"):
         try:
-            failed = run_missing(config, runs, folder, args.jobs, nproc)
+            failed = run_missing(config, runs, folder, args.jobs or 1, nproc)
         except StoppedError as stopped:
             print(f"stopped by {stopped}; the same command goes on")
             return 130
@@ -50,6 +55,52 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     return 1 if failed else 0
 
 
+def _submit(args: argparse.Namespace, runs: "Mapping[Place, Config]", folder: Path) -> int:
+    """Submits the runs that are neither finished nor in Slurm's hands already."""
+    from convneur.launch.commands import asked_resources, check
+    from convneur.launch.submit import array_limit, queued, submission_folder, submit
+    from convneur.series import run_folder
+    from convneur.summary import read_summary
+
+    in_queue = queued(folder)
+    unfinished = [one for one in runs.values() if not read_summary(run_folder(one))]
+    waiting = [one for one in unfinished if one.run.name not in in_queue]
+    finished = len(runs) - len(unfinished)
+    print(f"{finished} of {len(runs)} runs are finished, {len(unfinished) - len(waiting)} are in the queue already")
+    if not waiting:
+        return 0
+    resources = asked_resources(args, args.jobs or len(waiting))
+    for one in {(one.data, one.schedule): one for one in waiting}.values():
+        check(one, resources.ranks)
+    now = waiting[: array_limit()]
+    submission = submission_folder(folder, folder.name)
+    for job, one in zip(submit(now, submission, folder.name, resources), now, strict=True):
+        print(f"job {job.job_id}: {one.run.name}, log {job.paths.stdout}")
+    if len(now) < len(waiting):
+        print(f"{len(waiting) - len(now)} more are too many for one array here; the same command submits them later")
+    print(f"next        convneur study status {args.config}")
+    return 0
+
+
+def missing(args: argparse.Namespace, overrides: Overrides) -> int:
+    """`convneur study missing`: what slurm/study.sh trains."""
+    from convneur.launch.data_commands import part_of
+
+    part = part_of(args.part)
+    config = _load(args, overrides)
+    from convneur.launch.study import save_configs
+    from convneur.series import check_saved_runs, run_folder, series_folder
+    from convneur.study import study_runs
+    from convneur.summary import read_summary
+
+    runs = list(study_runs(config).items())
+    mine = dict(runs[part.number - 1 :: part.of] if part else runs)
+    check_saved_runs(mine.values(), "study")
+    unfinished = {place: one for place, one in mine.items() if not read_summary(run_folder(one))}
+    print(*(path.absolute() for path in save_configs(unfinished, series_folder(config)).values()), sep="\n")
+    return 0
+
+
 def status(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur study status`: how far every part of the study is."""
     config = _load(args, overrides)
@@ -57,19 +108,23 @@ def status(args: argparse.Namespace, overrides: Overrides) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from convneur.launch.submit import queued
+    from convneur.series import series_folder
     from convneur.study import progress
 
     states = progress(config)
+    in_queue = queued(series_folder(config)) if shutil.which("squeue") else {}
     table = Table(box=SIMPLE_HEAD, padding=0)
-    for heading in ("size", "placement", "runs", "finished", "begun", "of the operations"):
+    for heading in ("size", "placement", "runs", "finished", "begun", "in Slurm", "of the operations"):
         table.add_column(heading, justify="left" if heading in ("size", "placement") else "right")
     for size in [*config.study.sizes, *config.study.held_out]:
         for placement in config.study.placements:
             mine = [state for place, state in states.items() if (place.size, place.placement) == (size, placement)]
             finished = sum(state.finished for state in mine)
+            held = sum(place.name in in_queue for place in states if (place.size, place.placement) == (size, placement))
             begun = sum(not state.finished and state.done > 0 for state in mine)
             share = sum(state.done * state.weight for state in mine) / sum(state.weight for state in mine)
-            table.add_row(size, placement, str(len(mine)), str(finished), str(begun), f"{share:.0%}")
+            table.add_row(size, placement, str(len(mine)), str(finished), str(begun), str(held), f"{share:.0%}")
     Console().print(table)
     done = sum(state.done * state.weight for state in states.values()) / sum(s.weight for s in states.values())
     finished = sum(state.finished for state in states.values())

@@ -4,34 +4,51 @@ A submitted job is one Python process on its first node, started by submitit in 
 snapshot's `slurm/common.sh`, which starts and looks after the ranks as for the batch scripts. submitit calls
 `checkpoint` inside its handler of the signal that comes ahead of a time limit or a preemption, and then queues the job
 again: by then the ranks must have saved. They are other processes, so the handler can wait for that.
+
+Submissions below a folder of runs lie in its folder `submitted/`, each with its snapshot: `config-N.yaml` is the Nth
+task's, and Slurm tells of every job which of them it came from.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import submitit
+import yaml
+from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
+from convneur.launch.supervise import Job
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CODE = ("convneur", "data", "launch", "slurm", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+SUBMITTED = "submitted"
 NOTICE_SECONDS = 300
 TELL_SECONDS = 2.0
+EARLY_NOTICE = "CONVNEUR_EARLY_NOTICE"
+SETUP = (
+    # A notice that comes before Python listens: to bash, in a file; later, in the signals that are blocked till then.
+    f"export {EARLY_NOTICE}=$(mktemp -u)",
+    f"trap ': >\"${EARLY_NOTICE}\"' USR2 TERM",
+)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks for; `options` go to sbatch as they are."""
+    """What a job asks for; `options` go to sbatch as they are. `at_once`: most tasks of an array at a time, if any."""
 
     nodes: int
     gpus_per_node: int
@@ -39,6 +56,12 @@ class Resources:
     cpus_per_task: int
     timeout_min: int
     options: dict[str, Any]
+    at_once: int | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Of a job."""
+        return self.nodes * self.tasks_per_node
 
 
 class Training:
@@ -50,11 +73,28 @@ class Training:
 
     def __call__(self) -> None:
         """Runs the batch script; an exception where it fails, so that Slurm says FAILED."""
+        self._listen()
         self._process = subprocess.Popen(["bash", str(self.script), *self.words])
         while (status := self._process.poll()) is None:
             time.sleep(0.5)
         if status:
             sys.exit(status)
+
+    def _listen(self) -> None:
+        """Has submitit's handler, which is for USR2, hear of TERM, too, and of a notice that came before."""
+        handler = signal.getsignal(signal.SIGUSR2)
+        assert callable(handler)
+
+        def taken(number: int, frame: FrameType | None) -> None:
+            if Job().is_running():  # else it was cancelled, or Slurm queues it again itself
+                handler(number, frame)
+
+        signal.signal(signal.SIGTERM, taken)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2, signal.SIGTERM])
+        early = Path(os.environ[EARLY_NOTICE])
+        if early.exists():
+            early.unlink()
+            taken(signal.SIGUSR2, None)
 
     def checkpoint(self, *_: Any) -> submitit.helpers.DelayedSubmission:
         """Has the ranks save and stop, and waits for it."""
@@ -64,6 +104,11 @@ class Training:
             os.kill(self._process.pid, signal.SIGUSR2)
             time.sleep(TELL_SECONDS)
         return submitit.helpers.DelayedSubmission(Training(self.script, self.words))
+
+
+def submission_folder(root: Path, name: str) -> Path:
+    """A new folder for a submission, among those below a folder of runs."""
+    return root.absolute() / SUBMITTED / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def snapshot(configs: Sequence[Config], folder: Path) -> list[Path]:
@@ -88,12 +133,17 @@ def snapshot(configs: Sequence[Config], folder: Path) -> list[Path]:
     return paths
 
 
+class _Executor(SlurmExecutor):
+    """submitit's, which says what it would give to sbatch on machines without Slurm, too."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
 def executor(folder: Path, name: str, resources: Resources, python: str) -> SlurmExecutor:
-    """submitit's executor with the resources of a job; InputError where there is no Slurm."""
-    try:
-        made = SlurmExecutor(folder, python=f"exec {python}", max_num_timeout=1000)
-    except RuntimeError as error:
-        raise InputError(f"there is no srun here ({error}): submit on a login node") from error
+    """submitit's executor with the resources of a job."""
+    made = _Executor(folder, python=f"exec env --block-signal=USR2,TERM {python}", max_num_timeout=1000)
     made.update_parameters(
         job_name=name,
         nodes=resources.nodes,
@@ -103,7 +153,52 @@ def executor(folder: Path, name: str, resources: Resources, python: str) -> Slur
         time=resources.timeout_min,
         stderr_to_stdout=True,
         use_srun=False,
-        setup=["trap '' USR2 # a notice that comes before Python listens must not end the job"],
+        setup=list(SETUP),
+        **({"array_parallelism": resources.at_once} if resources.at_once else {}),
         additional_parameters={"signal": f"B:USR2@{NOTICE_SECONDS}", "requeue": True, **resources.options},
     )
     return made
+
+
+def submit(configs: Sequence[Config], folder: Path, name: str, resources: Resources) -> list[submitit.Job[None]]:
+    """Submits runs from a new snapshot in a folder: one as a job, several as an array of a job each.
+
+    Raises InputError where there is no sbatch, or it refuses; nothing is left behind then.
+    """
+    if not shutil.which("sbatch"):
+        raise InputError("there is no sbatch here: submit on a login node")
+    made = executor(folder / "jobs", name, resources, sys.executable)
+    paths = snapshot(configs, folder)
+    try:
+        with redirect_stderr(StringIO()), made.batch():  # submitit repeats there what sbatch says
+            return [made.submit(Training(folder / "slurm" / "submitted.sh", [sys.executable, str(p)])) for p in paths]
+    except FailedJobError as error:
+        shutil.rmtree(folder)
+        raise InputError(str(error).strip().splitlines()[-1]) from error
+
+
+def queued(root: Path) -> dict[str, str]:
+    """The runs below a folder whose submitted jobs Slurm has, waiting or running: their names, and the jobs' states.
+
+    Raises InputError where Slurm can't be asked.
+    """
+    command = ["squeue", "--noheader", "--array", "--format=%K %T %o"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        raise InputError(f"Slurm can't be asked what it has in its queue ({reason}); try on a login node") from error
+    found = {}
+    for line in listed.splitlines():
+        task, state, script = line.split(maxsplit=2)
+        submission = Path(script).parent.parent
+        if submission.parent.name == SUBMITTED and submission.parent.resolve() == (root / SUBMITTED).resolve():
+            config = submission / f"config-{task if task.isdecimal() else 0}.yaml"  # it is "N/A" of a job alone
+            found[str(yaml.safe_load(config.read_text())["run"]["name"])] = state
+    return found
+
+
+def array_limit() -> int:
+    """Most tasks that Slurm takes in an array."""
+    shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)[0])

@@ -9,6 +9,8 @@ What becomes of a job is decided here:
 - The run is finished, or the ranks say that the input is bad (exit status 2): that is the end.
 - A notice (FILE appears: Slurm is about to take the nodes away): the ranks are told, save and stop; the job is queued
   again, unless Slurm has ended or requeued it already.
+- Slurm makes no job step within `START_SECONDS`, as it takes the nodes for busy: the job is queued again, for only
+  another allocation gets it out of that.
 - A rank fails: srun ends the others, and is started again, up to `RESTARTS` times in an allocation of the job; then the
   job is queued again. After `FRUITLESS` failures in a row without a new checkpoint it ends. A node on which a rank
   failed first in two attempts in a row is excluded when the job is queued again.
@@ -32,10 +34,12 @@ from typing import Any, NamedTuple
 
 RESTARTS = 3
 FRUITLESS = 3
+START_SECONDS = 120.0
 BAD_INPUT = 2
 HANG = 75  # convneur.watchdog
 ATTEMPTS_FILE = "attempts.jsonl"
 SUMMARY_FILE = "summary.json"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 POLL_SECONDS = 0.5
 TELL_SECONDS = 2.0
 
@@ -60,12 +64,19 @@ class Job:
         self.restart = int(env.get("SLURM_RESTART_COUNT", "0"))
         self.nodes = env["SLURM_JOB_NODELIST"]
         array = env.get("SLURM_ARRAY_JOB_ID")
+        # The number of an array's last task is the array's too, and says all of its tasks.
         self.name = f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else self.id
 
     def is_running(self) -> bool:
         """Whether Slurm counts the job as running: not cancelled, not being requeued."""
-        shown = subprocess.run(["scontrol", "show", "job", "-o", self.id], capture_output=True, text=True)
+        shown = subprocess.run(["scontrol", "show", "job", "-o", self.name], capture_output=True, text=True)
         return "JobState=RUNNING " in shown.stdout
+
+    def has_step(self) -> bool:
+        """Whether Slurm has made a step of the job besides the batch script's, as far as it can be asked."""
+        command = ["squeue", "--noheader", "--steps", f"--jobs={self.name}", "--format=%i"]
+        shown = subprocess.run(command, capture_output=True, text=True)
+        return shown.returncode != 0 or bool(re.search(r"\.\d+$", shown.stdout, re.MULTILINE))
 
     def requeue(self, exclude: str | None) -> bool:
         """Queues the job again, without a node where one is named; the rest of this process is then borrowed time."""
@@ -103,6 +114,19 @@ def newest_checkpoint(folder: Path) -> int:
     """The step of the newest committed checkpoint; 0 where there is none."""
     found = (folder / "checkpoints").glob("step-*/manifest.json")
     return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+
+
+def read_attempts(folder: Path) -> list[Record]:
+    """The history of a run; a line that a full disk has cut short is left out."""
+    try:
+        lines = (folder / ATTEMPTS_FILE).read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def first_fault(faults: Path) -> Fault | None:
@@ -146,13 +170,13 @@ class Supervisor:
             self.record("start", attempt=attempt, checkpoint=before)
             finished = self.finish_mark()
             faults = self.folder / "faults" / f"{self.job.id}-{self.job.restart}-{attempt}"
-            status = self.run_ranks(attempt, faults)
+            status, stuck = self.run_ranks(attempt, faults)
             if self.finish_mark() != finished or (status == 0 and not self.stopped_early()):
                 self.end(attempt, "finished", status)
                 return 0
             noticed = self.notice.exists()
             if status == 0:
-                if not self.job.is_running() or not self.requeues:
+                if not self.job.is_running() or (noticed and not self.requeues):
                     self.end(attempt, "stopped", status, action="left to Slurm")
                     return 0
                 self.end(attempt, "stopped", status, action="requeue")
@@ -175,30 +199,39 @@ class Supervisor:
             if noticed and not self.requeues:
                 self.end(attempt, "failed", status, fault, action="left to Slurm")
                 return 1
-            if attempt > RESTARTS or noticed or bad:
+            if attempt > RESTARTS or noticed or bad or stuck:
                 self.end(attempt, "failed", status, fault, action="requeue", excluded=bad)
                 self.job.requeue(bad)
                 return 0
             self.end(attempt, "failed", status, fault, action="restart")
         return 1
 
-    def run_ranks(self, attempt: int, faults: Path) -> int:
-        """Starts the ranks and waits for their end; passes a notice on to them. The exit status of srun."""
+    def run_ranks(self, attempt: int, faults: Path) -> tuple[int, bool]:
+        """Starts the ranks and waits for their end; passes a notice on to them.
+
+        Returns:
+            The exit status of srun, and whether it was ended because it got no job step.
+        """
         faults.mkdir(parents=True, exist_ok=True)
         start = 7 * int(self.job.id) + 5 * self.job.restart + attempt
         port = free_port(os.environ["MASTER_ADDR"], start)
         say(f"attempt {attempt}, MASTER_PORT={port}: {' '.join(self.command)}")
         env = os.environ | {"MASTER_PORT": str(port), "CONVNEUR_FAULTS": str(faults.absolute())}
         process = subprocess.Popen(self.command, env=env)
-        told = 0.0
+        told, deadline, stuck = 0.0, time.monotonic() + START_SECONDS, False
         while (status := process.poll()) is None:
             # Again and again, because a rank that is still starting doesn't hear it; by USR2, because srun kills
             # the ranks when it gets TERM.
             if self.notice.exists() and time.monotonic() - told > TELL_SECONDS:
                 process.send_signal(signal.SIGUSR2)
                 told = time.monotonic()
+            if time.monotonic() > deadline:
+                deadline, stuck = float("inf"), not self.job.has_step()
+                if stuck:
+                    say(f"Slurm has made no job step in {START_SECONDS:.0f} s; srun is ended")
+                    process.kill()
             time.sleep(POLL_SECONDS)
-        return status
+        return status, stuck
 
     def finish_mark(self) -> int | None:
         """Changes when the run ends: rank 0 writes the summary last."""
@@ -213,19 +246,7 @@ class Supervisor:
 
     def records(self) -> list[Record]:
         """The lines about this job."""
-        try:
-            lines = (self.folder / ATTEMPTS_FILE).read_text().splitlines()
-        except OSError:
-            return []
-        found = []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # a full disk cut it short
-            if record.get("job") == self.job.id:
-                found.append(record)
-        return found
+        return [record for record in read_attempts(self.folder) if record["job"] == self.job.id]
 
     def fruitless(self) -> int:
         """How many of this job's last attempts have failed in a row without a new checkpoint."""
@@ -256,7 +277,7 @@ class Supervisor:
 
     def record(self, event: str, **values: Any) -> None:
         """Adds a line to the history; a full disk must not stop the run that may outlast it."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        now = time.strftime(TIME_FORMAT, time.gmtime())
         line = {"time": now, "event": event, "job": self.job.id, "start": self.job.restart + 1}
         line |= {"nodes": self.job.nodes} | values
         try:

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the batch scripts share. They source it and call `train VARIANT [--dry-run] [--section.key VALUE]...`, or
-# `evaluate CHECKPOINT_OR_RUN [--dry-run] [FLAG]...`.
+# What the batch scripts share. They source it and call `train VARIANT [--dry-run] [--section.key VALUE]...`,
+# `study FILE [--dry-run] [--section.key VALUE]...`, or `evaluate CHECKPOINT_OR_RUN [--dry-run] [FLAG]...`.
 set -euo pipefail
 notice=$(mktemp -u) # a file that appears when Slurm is about to take the nodes away, however early that is
 trap 'rm -f "$notice"' EXIT
@@ -35,6 +35,48 @@ train() {
     fi
     prepare
     supervise
+}
+
+# Trains a study's unfinished runs, or this array task's share of them, one after the other. A run that fails for good is
+# left behind.
+study() {
+    local files file failed=no status
+    [ $# -gt 0 ] || die "expected the study's file: study.sh STUDY.yaml"
+    deal
+    command=(study missing "$1" "${part[@]}" --run.root "$runs" ${data:+--data.root "$data"})
+    finish_command "${@:2}"
+    if [ $dry_run = yes ]; then
+        echo "runs:$(printf ' %q' "${command[@]}")"
+        command=("${convneur[@]}" train --config FILE --launch env --resume auto)
+        preview
+        return
+    fi
+    prepare
+    files=$("${command[@]}")
+    while read -r -u 3 file; do
+        [ -n "$file" ] || continue
+        command=("${convneur[@]}" train --config "$file" --launch env --resume auto)
+        status=0
+        supervise || status=$?
+        [ ! -e "$notice" ] || return $status
+        if [ $status != 0 ]; then
+            say "$file failed; going on with the next run"
+            failed=yes
+        elif [ ! -e "$folder/summary.json" ]; then
+            return # the job is queued again
+        fi
+    done 3<<<"$files"
+    [ $failed = no ]
+}
+
+# Sets `part` to what tells a command its share in an array's work; to nothing outside of arrays.
+deal() {
+    part=()
+    [ -n "${SLURM_ARRAY_TASK_ID-}" ] || return 0
+    if [ "${SLURM_ARRAY_TASK_MIN-}" != 1 ] || [ "$SLURM_ARRAY_TASK_MAX" != "$SLURM_ARRAY_TASK_COUNT" ]; then
+        die "--array is ${SLURM_ARRAY_TASK_MIN}-${SLURM_ARRAY_TASK_MAX}, expected 1-N"
+    fi
+    part=(--part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")
 }
 
 # Scores a checkpoint, once: what fails is submitted again by hand.
@@ -138,15 +180,16 @@ interface_of() {
 }
 
 # Starts the ranks, and sees to it that they go on: launch/supervise.py. A check first says once what all would say.
+# Sets `folder` to the run's.
 supervise() {
-    local plan folder
-    plan=$("${command[@]}" --check "$ranks" --json)
+    local plan
+    plan=$("${command[@]}" --check "$ranks" --json) || return
+    folder=$("$python" -c 'import json, sys; print(json.loads(sys.argv[1])["folder"])' "$plan") || return
     case $plan in *'"finished": true'*)
         say "the run is finished already; --run.name NAME starts another"
         return
         ;;
     esac
-    folder=$("$python" -c 'import json, sys; print(json.loads(sys.argv[1])["folder"])' "$plan")
     (
         trap '' USR2 TERM # it looks for the notice
         exec "$python" -I "$checkout/launch/supervise.py" --folder "$folder" --notice "$notice" \
@@ -154,7 +197,9 @@ supervise() {
     ) &
     local pid=$! status
     # `wait` returns early when a signal comes.
-    while status=0 && { wait $pid || status=$?; } && kill -0 $pid 2>/dev/null; do :; done
+    while wait $pid || kill -0 $pid 2>/dev/null; do kill -0 $pid 2>/dev/null || break; done
+    status=0
+    wait $pid || status=$? # its own, also where a signal came at the very end
     return $status
 }
 
@@ -163,3 +208,4 @@ notify() {
     : >"$notice"
     say "$1: the job is about to lose its nodes"
 }
+[ -z "${early-}" ] || notify "a signal"

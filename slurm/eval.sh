@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 
 # Slurm runs a copy of this file; what it needs lies beside the original.
-original=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\/eval\.sh\).*/\1/p')}
+original=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\/eval\.sh\).*/\1/p;T;q')}
 # shellcheck source=slurm/common.sh
 . "$(dirname "${original:-$0}")/common.sh"
 evaluate "$@"

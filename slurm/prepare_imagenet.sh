@@ -17,12 +17,6 @@ original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
 . "$(dirname "${original:-$0}")/common.sh"
 [ $# -ge 2 ] || die "expected the folder with ImageNet and the folder to write to: prepare_imagenet.sh SOURCE OUT"
 
-part=()
-if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then
-    if [ "${SLURM_ARRAY_TASK_MIN-}" != 1 ] || [ "$SLURM_ARRAY_TASK_MAX" != "$SLURM_ARRAY_TASK_COUNT" ]; then
-        die "--array is ${SLURM_ARRAY_TASK_MIN}-${SLURM_ARRAY_TASK_MAX}, expected 1-N"
-    fi
-    part=(--part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")
-fi
+deal
 exec "${convneur[@]}" prepare imagenet --source "$1" --out "$2" "${part[@]}" \
     --processes "${SLURM_CPUS_PER_TASK:-$(nproc)}" "${@:3}"

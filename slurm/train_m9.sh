@@ -10,8 +10,9 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
+trap 'early=yes' USR2 TERM # until common.sh listens
 # Slurm runs a copy of this file; what it needs lies beside the original.
-original=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\/train_m9\.sh\).*/\1/p')}
+original=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*\/train_m9\.sh\).*/\1/p;T;q')}
 # shellcheck source=slurm/common.sh
 . "$(dirname "${original:-$0}")/common.sh"
 train m9 "$@"

@@ -279,6 +279,17 @@ def test_cancelled_job_is_not_queued_again(cluster: Cluster, submit: Submit) -> 
     assert "queueing the job again" not in log.read_text()
 
 
+def test_cancelled_task_of_an_array_is_not_queued_again(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+    number, _ = submit("import time\ntime.sleep(600)", "--array=1-2", "--nodes=1", "--ntasks=1", "--requeue")
+    for task in (1, 2):
+        wait_for(tmp_path / f"slurm-{number}_{task}.out", "rank 0 is bound")
+    cluster.run("scancel", f"{number}_2")  # its number is the array's, whose other task runs on
+    job = cluster.wait(f"{number}_2")
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    assert "queueing the job again" not in (tmp_path / f"slurm-{number}_2.out").read_text()
+    cluster.run("scancel", number)
+
+
 @pytest.mark.parametrize("script", sorted(SLURM.glob("train_*.sh")), ids=lambda script: script.stem)
 def test_slurm_takes_every_script(cluster: Cluster, script: Path) -> None:
     cluster.run("sbatch", "--test-only", "--nodes=2", script)

@@ -2,17 +2,19 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from slurm_cluster import SLURM, Cluster
+from slurm_cluster import ENDED, SLURM, Cluster
 
 from convneur.checkpoint import list_checkpoints
 from convneur.metrics import read_metrics
@@ -102,7 +104,7 @@ def rank_process(number: str, rank: int) -> int:
                 parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
                 if b"rank.sh" in Path(f"/proc/{parent}/cmdline").read_bytes():
                     return int(process.name)
-    raise AssertionError(f"job {number} has no rank {rank}")
+    raise LookupError(f"job {number} has no rank {rank}")
 
 
 def test_killed_rank(cluster: Cluster, start: Start, weights: dict[str, Any], folder: Path) -> None:
@@ -166,12 +168,146 @@ def test_one_node_goes_on_with_what_two_have_started(
 def test_lost_node(cluster: Cluster, start: Start, weights: dict[str, Any], folder: Path) -> None:
     number, run = start("lost"), folder / "runs" / "lost"
     wait_for_step(run, 5)
+    process = rank_process(number, 1)
     os.kill(int((cluster.folder / "n2.pid").read_text()), signal.SIGKILL)
-    os.kill(rank_process(number, 1), signal.SIGSTOP)  # a lost node's ranks don't close their connections
+    os.kill(process, signal.SIGSTOP)  # a lost node's ranks don't close their connections
     wait_until(lambda: cluster.job(number)["Restarts"] == "1")
     cluster.wait(number, "PENDING")
+    bring_back_n2(cluster, process)
+    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+    check(cluster, number, run, weights)
+
+
+def bring_back_n2(cluster: Cluster, process: int) -> None:
+    """Starts the node anew and waits until nothing of the time before is left there.
+
+    A job that is hurried back to the node before that finds it busy for ever. Slurm's own two minutes avoid it.
+    """
     conf = cluster.folder / "slurm.conf"
     subprocess.run(["/usr/sbin/slurmd", "-f", conf, "-N", "n2"], env=cluster.env, check=True, timeout=30)
     wait_until(lambda: "DOWN" not in cluster.run("sinfo", "-h", "-n", "n2", "-o", "%T").upper())
-    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")
-    check(cluster, number, run, weights)
+    wait_until(lambda: not Path(f"/proc/{process}").exists())
+
+
+# Twenty faults of random kinds, at random times, in one run.
+
+SOAK = ("--schedule.epochs=10", "--run.eval_every_epochs=10", "--watchdog.seconds=60")
+SOAK_STEPS = 110
+FAULTS = 20
+
+
+@dataclass
+class Soak:
+    """A run that bad luck follows; each method is a fault, which may hit nobody where no ranks run."""
+
+    cluster: Cluster
+    start: Start
+    run: Path
+    draw: random.Random
+    number: str
+
+    def killed(self) -> None:
+        os.kill(self.some_rank(), signal.SIGKILL)
+
+    def killed_in_a_save(self) -> None:
+        process = self.some_rank()
+        wait_until(lambda: list((self.run / "checkpoints").glob("tmp-*")) or not Path(f"/proc/{process}").exists())
+        os.kill(process, signal.SIGKILL)
+
+    def stopped(self) -> None:
+        os.kill(self.some_rank(), signal.SIGSTOP)
+
+    def noticed(self) -> None:
+        self.cluster.run("scancel", "--batch", f"--signal={self.draw.choice(['USR2', 'TERM'])}", self.number)
+
+    def ranks_noticed(self) -> None:
+        self.cluster.run("scancel", f"--signal={self.draw.choice(['USR2', 'TERM'])}", self.number)
+
+    def requeued(self) -> None:
+        self.cluster.run("scontrol", "requeue", self.number)
+
+    def cancelled_and_submitted_again(self) -> None:
+        self.cluster.run("scancel", self.number)
+        self.cluster.wait(self.number)
+        self.number = self.start(self.run.name, *SOAK)
+
+    def damaged(self) -> None:
+        if len(list_checkpoints(self.run / "checkpoints")) < 2:
+            raise LookupError("a run whose only checkpoint is damaged ends, and says so")
+        process = rank_process(self.number, 0)
+        os.kill(process, signal.SIGSTOP)  # or it would save another one meanwhile
+        weights = list_checkpoints(self.run / "checkpoints")[0] / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[self.draw.randrange(len(data))] ^= 1
+        weights.write_bytes(data)
+        os.kill(process, signal.SIGKILL)
+
+    def node_lost(self) -> None:
+        process, restarts = rank_process(self.number, 1), self.cluster.job(self.number)["Restarts"]
+        os.kill(int((self.cluster.folder / "n2.pid").read_text()), signal.SIGKILL)
+        os.kill(process, signal.SIGSTOP)
+        wait_until(lambda: self.cluster.job(self.number)["Restarts"] != restarts)
+        bring_back_n2(self.cluster, process)
+
+    def some_rank(self) -> int:
+        return rank_process(self.number, self.draw.randrange(2))
+
+    def step(self) -> int:
+        return max((record["step"] for record in read_metrics(self.run)), default=0)
+
+    def wait_for_step(self, step: int) -> None:
+        """Waits until the run has come that far; its job need not wait in the queue for two minutes."""
+        deadline = time.monotonic() + 600
+        while self.step() < step:
+            job = self.cluster.job(self.number)
+            assert job["JobState"] not in ENDED, job
+            assert time.monotonic() < deadline, job
+            if job["JobState"] == "PENDING":
+                with suppress(subprocess.CalledProcessError):  # it has started just now
+                    self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+            time.sleep(0.2)
+
+
+KINDS = [
+    Soak.killed,
+    Soak.killed_in_a_save,
+    Soak.stopped,
+    Soak.noticed,
+    Soak.ranks_noticed,
+    Soak.requeued,
+    Soak.cancelled_and_submitted_again,
+    Soak.damaged,
+    Soak.node_lost,
+]
+
+
+def test_twenty_faults(cluster: Cluster, start: Start, folder: Path) -> None:
+    whole = start("soak-whole", *SOAK)
+    assert cluster.wait(whole, timeout=1200)["JobState"] == "COMPLETED", (folder / "soak-whole.log").read_text()
+    seed = int(os.environ.get("SOAK_SEED", "0"))
+    soak = Soak(cluster, start, folder / "runs" / "soak", random.Random(seed), start("soak", *SOAK))
+    kinds = [*KINDS, *soak.draw.choices(KINDS, k=FAULTS - len(KINDS))]
+    soak.draw.shuffle(kinds)
+    for kind in kinds:
+        soak.wait_for_step(min(soak.step() + soak.draw.randint(1, 7), SOAK_STEPS - 3))
+        time.sleep(soak.draw.random())
+        print(f"{time.strftime('%X')} {kind.__name__} after step {soak.step()}", flush=True)
+        with suppress(LookupError, ProcessLookupError):
+            kind(soak)
+    soak.wait_for_step(SOAK_STEPS)
+    assert cluster.wait(soak.number)["JobState"] == "COMPLETED", (folder / "soak.log").read_text()
+    interrupted, uninterrupted = soak.run, folder / "runs" / "soak-whole"
+    for name in ("model", "ema", "optimizer/exp_avg", "optimizer/exp_avg_sq"):
+        first, second = (
+            load_file(list_checkpoints(run / "checkpoints")[0] / f"{name}.safetensors")
+            for run in (interrupted, uninterrupted)
+        )
+        assert first.keys() == second.keys()
+        assert all(first[key].equal(second[key]) for key in first), name
+    # A step's loss tells its samples: no other batch has it to the bit.
+    losses, expected = (
+        [(record["step"], record["train/loss"]) for record in read_metrics(run) if "train/loss" in record]
+        for run in (interrupted, uninterrupted)
+    )
+    assert losses == expected
+    assert [step for step, _ in losses] == list(range(1, SOAK_STEPS + 1))

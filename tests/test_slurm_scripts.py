@@ -4,12 +4,15 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from slurm_cluster import go_untested
 
 from convneur.check import check_config
 from convneur.config import load_config
+from convneur.launch.cli import main
 from convneur.launch.supervise import free_port
 from convneur.model import VARIANTS
 
@@ -34,6 +37,51 @@ command: srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --gpus-per-node=8 --cpus
 CHECKOUT/configs/m4.yaml --launch env --resume auto --run.root runs --optimizer.lr 2e-3 --run.name it\\'s\\ m4
 """
 
+STUDY_PREVIEW = """\
+runs: CHECKOUT/.venv/bin/convneur study missing a\\ study.yaml --run.root runs --study.seeds \\[0\\]
+sbatch options, each of which can be given another value on the command line of sbatch:
+  --job-name=study
+  --nodes=1
+  --ntasks-per-node=8
+  --gpus-per-node=8
+  --cpus-per-task=12
+  --time=24:00:00
+  --signal=B:USR2@300
+  --requeue
+  --open-mode=append
+log: runs/slurm/study-JOBID.out
+command: srun --nodes=1 --ntasks=8 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=12 --cpu-bind=cores \
+--mpi=none --kill-on-bad-exit=1 CHECKOUT/slurm/rank.sh CHECKOUT/.venv/bin/convneur train --config FILE --launch env \
+--resume auto
+"""
+
+SUBMITTED = """\
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0-2%3
+#SBATCH --cpus-per-task=12
+#SBATCH --gpus-per-node=4
+#SBATCH --job-name=digits
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --open-mode=append
+#SBATCH --output=FOLDER/runs/submitted/digits-TIME/jobs/%A_%a_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=B:USR2@300
+#SBATCH --time=90
+#SBATCH --wckey=submitit
+
+# setup
+export CONVNEUR_EARLY_NOTICE=$(mktemp -u)
+trap ': >"$CONVNEUR_EARLY_NOTICE"' USR2 TERM
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+exec env --block-signal=USR2,TERM PYTHON -u -m submitit.core._submit FOLDER/runs/submitted/digits-TIME/jobs
+"""
+
 
 def bash(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     words = ("bash", *map(str, words))
@@ -49,6 +97,27 @@ def test_dry_run_shows_the_whole_job_and_needs_no_slurm() -> None:
     shown = bash(SLURM / "train_m4.sh", *overrides)
     assert shown.stdout.replace(str(CHECKOUT), "CHECKOUT") == PREVIEW
     assert (shown.returncode, shown.stderr) == (0, "")
+
+
+def test_dry_run_of_a_study_shows_how_it_finds_its_runs() -> None:
+    shown = bash(SLURM / "study.sh", "a study.yaml", "--dry-run", "--study.seeds", "[0]")
+    assert shown.stdout.replace(str(CHECKOUT), "CHECKOUT") == STUDY_PREVIEW
+    assert (shown.returncode, shown.stderr) == (0, "")
+
+
+def test_text_that_submit_gives_to_sbatch_needs_no_slurm(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ["submit", "--config", str(CHECKOUT / "configs" / "digits.yaml"), "--data.root", str(digits)]
+    words += ["--nodes", "2", "--gpus-per-node", "4", "--timeout-min", "90", "--array", "3", "--sbatch=partition=gpu"]
+    assert main([*words, "--dry-run"]) == 0
+    shown = capsys.readouterr().out.replace(str(tmp_path), "FOLDER").replace(sys.executable, "PYTHON")
+    assert re.sub(r"digits-\d{8}-\d{6}", "digits-TIME", shown) == SUBMITTED
+    assert main(words) == 2
+    assert "there is no sbatch here: submit on a login node" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_outside_of_slurm_a_script_says_how_it_is_used() -> None:
@@ -93,7 +162,7 @@ def test_a_port_in_use_is_passed_over() -> None:
 
 def test_shellcheck_finds_nothing() -> None:
     if not shutil.which("shellcheck"):
-        pytest.skip("NO SHELLCHECK HERE, SO SHELL SCRIPTS GO UNCHECKED: apt-get install shellcheck")
+        go_untested("NO SHELLCHECK HERE, SO SHELL SCRIPTS GO UNCHECKED: apt-get install shellcheck")
     scripts = [*SLURM.glob("*.sh"), *(CHECKOUT / "scripts").glob("*.sh"), CHECKOUT / ".ci" / "run"]
     checked = subprocess.run(["shellcheck", "-x", *scripts], cwd=CHECKOUT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
