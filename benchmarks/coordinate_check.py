@@ -99,8 +99,8 @@ def watched(model: ConvNeur) -> Iterator[dict[str, list[Tensor]]]:
             hook.remove()
 
 
-def changes(width: int, mup: bool, seed: int, steps: int, lr: float) -> dict[str, list[float]]:
-    """Mean absolute change of a probe batch's activations since the start, by kind: after 1, 2, ... steps."""
+def changes(width: int, mup: bool, seed: int, steps: int, lr: float) -> dict[str, float]:
+    """Mean absolute change of a probe batch's activations after some steps, by kind."""
     images, labels = digits()
     probe, model = images[:BATCH], model_of(width, mup, seed)
     optimizer = build_optimizer(model, OptimizerConfig(lr=lr), "torch", BATCH, offload=False)
@@ -111,16 +111,16 @@ def changes(width: int, mup: bool, seed: int, steps: int, lr: float) -> dict[str
             model(probe)
         return seen
 
-    before, moved = activations(), {}
+    before = activations()
     for step in range(1, steps + 1):
         batch = slice(step * BATCH, (step + 1) * BATCH)
         optimizer.zero_grad()
         F.cross_entropy(model(images[batch]), labels[batch]).backward()
         optimizer.step()
-        for kind, now in activations().items():
-            by_module = [(a - b).abs().mean().item() for a, b in zip(now, before[kind], strict=True)]
-            moved.setdefault(kind, []).append(float(np.mean(by_module)))
-    return moved
+    return {
+        kind: float(np.mean([(a - b).abs().mean().item() for a, b in zip(now, before[kind], strict=True)]))
+        for kind, now in activations().items()
+    }
 
 
 def slope(widths: Sequence[int], values: Sequence[float]) -> float:
@@ -135,7 +135,7 @@ def coordinate_check(steps: int, lr: float, seeds: int) -> Figure:
     for axis, mup in zip(axes, (False, True), strict=True):
         runs = {w: [changes(w, mup, seed, steps, lr) for seed in range(seeds)] for w in WIDTHS}
         for number, kind in enumerate([*KINDS.values(), WRITTEN]):
-            values = [float(np.mean([run[kind][-1] for run in runs[w]])) for w in WIDTHS]
+            values = [float(np.mean([run[kind] for run in runs[w]])) for w in WIDTHS]
             slopes.setdefault(kind, []).append(slope(WIDTHS, values))
             axis.plot(WIDTHS, values, "o-", color=f"C{number}", label=f"{kind}")
             print(f"{'muP' if mup else 'standard':9}{kind:28}{'  '.join(f'{value:.3g}' for value in values)}")
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS, help="folder for the figure")
     args = parser.parse_args()
     if args.transfer:
-        rates = [float(rate) for rate in 2.0 ** np.arange(-10, -2)]
+        rates = [float(rate) for rate in 2.0 ** np.arange(-10, -3)]
         figure, name = transfer(rates, args.seeds, args.epochs), "mup-transfer.png"
     else:
         figure, name = coordinate_check(args.steps, args.lr, args.seeds), "mup-coordinates.png"

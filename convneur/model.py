@@ -170,6 +170,17 @@ class ModelConfig:
         """Width as a multiple of that of mup_base; 1 without."""
         return variant_named(self.variant).base_width / variant_named(self.mup_base or self.variant).base_width
 
+    @property
+    def depth_warning(self) -> str | None:
+        """What has to be said where the depths aren't those of mup_base, over which muP carries no learning rate."""
+        depths, base = (variant_named(name or self.variant).depths for name in (self.variant, self.mup_base))
+        if depths == base:
+            return None
+        return (
+            f"{'-'.join(map(str, depths))} blocks, model.mup_base {self.mup_base} {'-'.join(map(str, base))}: muP"
+            " carries a learning rate over widths, not over depths; try some around it"
+        )
+
     def branch_width(self, stage: int) -> int:
         """Bottleneck width d of a stage's global branch."""
         if self.branch_widths is not None:

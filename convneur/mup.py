@@ -18,16 +18,13 @@ of a tensor by its step changes the loss by order 1, so a gradient is of order 1
 step is learning rate times weight_decay, here as in PyTorch; weight_decay is divided by the scale of the learning rate,
 so that all widths forget weights equally fast (Wang and Aitchison, arXiv 2405.13698).
 
-Depth is not covered: a residual stream of more blocks takes more updates a step. `depth_warning` says so.
+Depth is not covered: a residual stream of more blocks takes more updates a step. `ModelConfig.depth_warning` says so.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from convneur.model import Variant
 
 
 class Rule(NamedTuple):
@@ -99,14 +96,3 @@ def parameter_groups(model: nn.Module, width_factor: float, weight_decay: float,
         }
         for (decays, lr_scale, gradient_scale), parameters in sorted(groups.items(), key=lambda group: group[0][0])
     ]
-
-
-def depth_warning(shape: "Variant", base: "Variant") -> str | None:
-    """What has to be said where a shape has other depths than its base; None where it has the same."""
-    if shape.depths == base.depths:
-        return None
-    depths = ("-".join(map(str, one.depths)) for one in (shape, base))
-    return (
-        f"{next(depths)} blocks, {next(depths)} in model.mup_base: muP carries a learning rate over widths, not over"
-        " depths; try some around it"
-    )

@@ -327,6 +327,8 @@ def _start(
                 f"resuming {_in_words(state.engine)} as {_in_words(settings)}: weights, moments and averages are equal "
                 "to the bit, the steps to come are not: sums run in another order"
             )
+    if warning := config.model.depth_warning:
+        log.say(f"warning: {config.model.variant} has {warning}")
     log.say(
         f"{config.model.variant}: {parameters / 1e6:.2f} M parameters, "
         f"{world.size} x {world.device.type}, ZeRO {zero_stage(engine)}, "
