@@ -97,6 +97,11 @@ def _check_implementations(config: Config) -> None:
             f"optimizer.name is 'lamb' at ZeRO stage {stage}, which cuts parameters into pieces, while LAMB needs the"
             " norms of whole ones: use deepspeed.zero_optimization.stage 0, or optimizer.name adamw"
         )
+    if config.optimizer.name == "lamb" and config.model.mup_base:
+        raise InputError(
+            f"optimizer.name is 'lamb' with model.mup_base {config.model.mup_base!r}, but muP is derived for AdamW, and"
+            " LAMB scales every step by the norm of its weights: use optimizer.name adamw, or leave model.mup_base out"
+        )
     if choose_implementation(config.optimizer, device, offload) == "deepspeed":
         check_no_lock(config.optimizer, device, offload)
     if config.train.norm_implementation == "apex":

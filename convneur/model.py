@@ -23,6 +23,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from convneur import mup
 from convneur.branches import MIXERS, MixerKind
 from convneur.memory import MemoryConfig
 from convneur.memory_steps import ReadOrder
@@ -63,17 +64,18 @@ VARIANTS = {
 FREE_SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)-([1-9]\d*)-([1-9]\d*)-([1-9]\d*)")
 
 
-def variant_named(name: str) -> Variant:
+def variant_named(name: str, key: str = "model.variant") -> Variant:
     """A row of VARIANTS, or what a free name such as "24x2-2-6-2" says: first width, then the blocks of each stage.
 
-    Raises ValueError where it is neither; widths are even, because the memory's bottleneck is half of one.
+    Raises ValueError, which calls the setting `key`, where it is neither; widths are even, because the memory's
+    bottleneck is half of one.
     """
     if name in VARIANTS:
         return VARIANTS[name]
     match = FREE_SHAPE.fullmatch(name)
     if match is None or int(match[1]) % 2:
         raise ValueError(
-            f"model.variant is {name!r}, expected one of {', '.join(map(repr, VARIANTS))}, or an even first width and"
+            f"{key} is {name!r}, expected one of {', '.join(map(repr, VARIANTS))}, or an even first width and"
             " the blocks of the four stages, such as '24x2-2-6-2'"
         )
     base_width, *depths = map(int, match.groups())
@@ -105,6 +107,8 @@ class ModelConfig:
         drop_rate: dropout before the classifier.
         drop_path: stochastic-depth rate of the last block; rises linearly from 0 at the first.
         layer_scale: initial value of the per-channel scale of a block's residual.
+        mup_base: variant or shape at whose width optimizer.lr was chosen; muP (`convneur.mup`) then carries it over to
+            the width of this one. Empty for the standard parametrization.
     """
 
     variant: str = "m4"
@@ -121,6 +125,7 @@ class ModelConfig:
     drop_rate: float = 0.0
     drop_path: float = 0.0
     layer_scale: float = 1e-6
+    mup_base: str = ""
 
     def __post_init__(self) -> None:
         variant_named(self.variant)
@@ -144,6 +149,37 @@ class ModelConfig:
             values = getattr(self, key)
             if values is not None and (len(values) != 4 or min(values) <= 0):
                 raise ValueError(f"model.{key} is {list(values)}, expected four numbers above 0, one a stage")
+        if self.mup_base:
+            self._check_mup()
+
+    def _check_mup(self) -> None:
+        variant_named(self.mup_base, "model.mup_base")
+        if self.placement != "none" and self.branch != "neural_memory":
+            raise ValueError(
+                f"model.mup_base is {self.mup_base!r} with model.branch {self.branch!r}, for which no scaling with the"
+                " width was derived: use neural_memory, model.placement none, or leave model.mup_base out"
+            )
+        if self.branch_widths is not None:
+            raise ValueError(
+                f"model.mup_base is {self.mup_base!r} with model.branch_widths {list(self.branch_widths)}, expected"
+                " null: the widths of the branches have to grow with the others"
+            )
+
+    @property
+    def width_factor(self) -> float:
+        """Width as a multiple of that of mup_base; 1 without."""
+        return variant_named(self.variant).base_width / variant_named(self.mup_base or self.variant).base_width
+
+    @property
+    def depth_warning(self) -> str | None:
+        """What has to be said where the depths aren't those of mup_base, over which muP carries no learning rate."""
+        depths, base = (variant_named(name or self.variant).depths for name in (self.variant, self.mup_base))
+        if depths == base:
+            return None
+        return (
+            f"{'-'.join(map(str, depths))} blocks, model.mup_base {self.mup_base} {'-'.join(map(str, base))}: muP"
+            " carries a learning rate over widths, not over depths; try some around it"
+        )
 
     def branch_width(self, stage: int) -> int:
         """Bottleneck width d of a stage's global branch."""
@@ -153,10 +189,11 @@ class ModelConfig:
 
     def stage_memory(self, stage: int) -> MemoryConfig:
         """Settings of a stage's neural memory."""
+        inner_lr = self.inner_lrs[stage] if self.inner_lrs else self.memory.inner_lr
         return replace(
             self.memory,
             chunk_length=self.chunk_lengths[stage] if self.chunk_lengths else self.memory.chunk_length,
-            inner_lr=self.inner_lrs[stage] if self.inner_lrs else self.memory.inner_lr,
+            inner_lr=inner_lr * self.width_factor**mup.INNER_LR,
         )
 
 
@@ -310,6 +347,8 @@ class ConvNeur(nn.Module):
             self.num_features, config.num_classes, pool_type=config.global_pool, drop_rate=config.drop_rate
         )
         self.apply(_init_weights)
+        if config.mup_base:
+            mup.scale_initial_weights(self, config.width_factor)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_features, H/32, W/32)."""

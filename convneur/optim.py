@@ -9,6 +9,7 @@ import torch
 from timm.optim import Lamb, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 
+from convneur import mup
 from convneur.data.errors import InputError
 from convneur.doctor import examine_apex
 from convneur.model import ConvNeur
@@ -130,9 +131,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over two groups: matrices and filters decay; vectors, and what the model names, do not.
 
+    With model.mup_base there are more (`convneur.mup`); their learning rates hold once `build_schedule` has set them.
     None of them clips gradients, which is DeepSpeed's task. DeepSpeed's own are compiled when first used, for a minute.
     """
-    groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    if model.config.mup_base:
+        groups = mup.parameter_groups(model, model.config.width_factor, config.weight_decay, config.eps)
+    else:
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
     settings: dict[str, Any] = {
         "lr": peak_lr(config, global_batch_size),
         "betas": config.betas,
@@ -160,7 +165,10 @@ def build_optimizer(
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps_per_epoch: int) -> CosineLRScheduler:
-    """A schedule without state: `step_update(t)` sets the learning rate of optimizer step t = 0, 1, ..."""
+    """A schedule without state: `step_update(t)` sets the learning rate of optimizer step t = 0, 1, ...
+
+    A group with an lr_scale gets that multiple of it.
+    """
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     return CosineLRScheduler(
         optimizer,

@@ -78,8 +78,9 @@ class Run:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate that the optimizer is set to."""
-        return float(self.engine.basic_optimizer.param_groups[0]["lr"])
+        """Learning rate that the optimizer is set to; under muP the one before a group's own scale."""
+        group = self.engine.basic_optimizer.param_groups[0]
+        return float(group["lr"] / group.get("lr_scale", 1.0))
 
     @property
     def seconds(self) -> float:

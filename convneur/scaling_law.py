@@ -305,7 +305,7 @@ def isoflops(curves: Mapping[float, Curve], count: int = 5) -> list[IsoFlop]:
         }
         if len(reached) >= 3:
             sizes, losses = np.array(list(reached)), np.array(list(reached.values()))
-            found.append(IsoFlop(float(budget), tuple(sizes), tuple(losses), _lowest(sizes, losses)))
+            found.append(IsoFlop(float(budget), tuple(sizes.tolist()), tuple(losses.tolist()), _lowest(sizes, losses)))
     return found
 
 

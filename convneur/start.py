@@ -132,6 +132,8 @@ def _start(
                 f"resuming {_in_words(state.engine)} as {_in_words(settings)}: weights, moments and averages are equal "
                 "to the bit, the steps to come are not: sums run in another order"
             )
+    if warning := config.model.depth_warning:
+        log.say(f"warning: {config.model.variant} has {warning}")
     parameters = sum(true_shape(parameter).numel() for parameter in engine.module.parameters())
     flops = step_flops(config.model, config.data.image_size)
     log.say(

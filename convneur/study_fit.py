@@ -5,7 +5,7 @@ All of it works on the part of a study that is there. Where that is not enough, 
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,9 @@ class Findings:
 def find(config: StudyConfig, points: Sequence[Point]) -> Findings:
     """Fits and compares what there is, each point at its best learning rate."""
     chosen, notes = best_rates(points)
+    for size in [*config.study.sizes, *config.study.held_out]:
+        if warning := replace(config.model, variant=size).depth_warning:
+            notes.append(f"{size} has {warning}")
     recipes = sorted({(point.place.unique_images, point.place.epochs) for point in chosen})
     fits = []
     for placement in config.study.placements:

@@ -23,7 +23,7 @@ from convneur.world import World
 
 TRAINED = ["zero0-bf16-whole", "zero1-bf16-whole", "zero2-fp32-whole", "zero3-bf16-whole"]
 ACROSS_STAGES = [(0, 1), (1, 0), (1, 2), (2, 1), (1, 3), (3, 1), (2, 3), (3, 2), (0, 3), (3, 0)]
-RUNS = ["zero0-bf16", "zero1-bf16", "zero2-fp32", "zero3-bf16", "zero3-fp32"]
+RUNS = ["zero0-bf16", "zero1-bf16", "zero2-fp32", "zero3-bf16", "zero3-fp32", "zero1-mup"]
 MOMENTS = ["optimizer/exp_avg.safetensors", "optimizer/exp_avg_sq.safetensors"]
 TESTS = Path(__file__).parent
 PATHS = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -80,7 +80,8 @@ def test_stopped_and_resumed_equals_uninterrupted(runs: Path, name: str) -> None
 @pytest.mark.slow
 def test_the_other_stages_and_precisions_resume_to_the_bit(digits: Path, tmp_path: Path) -> None:
     two_ranks("ranks/zero_stages.py", digits, tmp_path, "rest")
-    for name in ("zero0-fp32", "zero1-fp32", "zero2-bf16", "zero1-own", "zero2-own", "zero3-own"):
+    others = "zero0-fp32", "zero1-fp32", "zero2-bf16", "zero1-own", "zero2-own", "zero3-own"
+    for name in (*others, "zero0-mup", "zero2-mup", "zero3-mup"):
         test_stopped_and_resumed_equals_uninterrupted(tmp_path, name)
 
 

@@ -18,9 +18,13 @@ from convneur.world import World
 STOP_AT = 6  # between two checkpoints, so that steps are lost and made again
 
 
-# Stage, precision, accumulation. own: DeepSpeed's bf16 mode instead of autocast.
-USUAL = ((0, "bf16", 2), (1, "bf16", 2), (2, "fp32", 1), (3, "bf16", 2), (3, "fp32", 1))
-REST = ((0, "fp32", 1), (1, "fp32", 2), (2, "bf16", 2), (1, "own", 2), (2, "own", 1), (3, "own", 1))
+# Stage, precision, accumulation. own: DeepSpeed's bf16 mode instead of autocast. mup: autocast, and a width that isn't
+# that of model.mup_base.
+USUAL = ((0, "bf16", 2), (1, "bf16", 2), (2, "fp32", 1), (3, "bf16", 2), (3, "fp32", 1), (1, "mup", 1))
+REST = (
+    *((0, "fp32", 1), (1, "fp32", 2), (2, "bf16", 2), (1, "own", 2), (2, "own", 1), (3, "own", 1)),
+    *((0, "mup", 2), (2, "mup", 2), (3, "mup", 2)),
+)
 
 
 class StoppedError(Exception):
@@ -39,9 +43,11 @@ def main() -> None:
             yield batches
 
     for stage, precision, accumulation in REST if sys.argv[3:] == ["rest"] else USUAL:
-        config = small_config(digits, stage, autocast=precision == "bf16", accumulation=accumulation)
+        config = small_config(digits, stage, autocast=precision in ("bf16", "mup"), accumulation=accumulation)
         if precision == "own":
             config = replace(config, deepspeed={**config.deepspeed, "bf16": {"enabled": True}})
+        if precision == "mup":
+            config = replace(config, model=replace(config.model, mup_base="4x2-2-6-2"))
         name = f"zero{stage}-{precision}"
         TrainLoader.iterate = stopping
         with suppress(StoppedError):
