@@ -54,7 +54,8 @@ def digits() -> tuple[Tensor, Tensor]:
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     images = torch.tensor(data.images[order, None] / 8 - 1, dtype=torch.float32)
-    return F.interpolate(images, scale_factor=4, mode="bilinear").expand(-1, 3, -1, -1), torch.tensor(data.target[order])
+    labels = torch.tensor(data.target[order])
+    return F.interpolate(images, scale_factor=4, mode="bilinear").expand(-1, 3, -1, -1), labels
 
 
 def model_of(width: int, mup: bool, seed: int) -> ConvNeur:

@@ -38,6 +38,9 @@ REFUSED_KEYS = {
 }
 
 
+# Elements of a bucket of gradients. DeepSpeed's 500 million would take 2 GB twice, under autocast, however small the model.
+BUCKET = 2**24
+
 # Layers whose gradients are reduced in autocast's precision.
 LOWER_PRECISION_MODULES = ["torch.nn.Linear", "torch.nn.Conv2d", "convneur.model.ChannelLinear"]
 
@@ -54,6 +57,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     for key, (value, source) in _settled(config, world_size).items():
         if section.setdefault(key, value) != value:
             raise InputError(f"deepspeed.{key} is {section[key]!r}, but {source} makes it {value}: leave it out")
+    section.setdefault("zero_optimization", {}).setdefault("reduce_bucket_size", BUCKET)
     if offloads_optimizer(section):
         section.setdefault("zero_force_ds_cpu_optimizer", False)  # optimizer.implementation decides
     for key in ("bf16", "bfloat16"):

@@ -1,6 +1,5 @@
 """What a run measures of itself beside losses: gradients, arithmetic, memory, waiting for data, and gates."""
 
-import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,32 +9,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from convneur.gpu import gpu_called
 from convneur.info import describe
 from convneur.model import Block, ConvNeur, ModelConfig, Stage
 from convneur.world import World
 
 T = TypeVar("T")
 
-# Dense bfloat16 with float32 sums, FLOP/s: NVIDIA's data sheets, by words in the name that CUDA gives the device.
-PEAK_FLOPS = {
-    "B200": 2.25e15,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-}
-
-
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s that a device can do at most in bfloat16; None where it isn't known, as on CPUs."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
+    gpu = gpu_called(torch.cuda.get_device_name(device))
+    return gpu.half_tflops * 1e12 if gpu else None
 
 
 def step_flops(config: ModelConfig, image_size: int) -> float:

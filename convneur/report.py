@@ -197,11 +197,12 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
         _picture(pictures, "training.png"),
         "<h2>Cost</h2>",
         _table(
-            ("size", "kind", "parameters", "MACs of a run, longest", "finished runs", "hours"),
+            ("size", "kind", "parameters", "MACs of a run, longest", "finished runs", "spent", "predicted for all"),
             _cost_rows(config, findings),
         ),
-        "<p class=note>Hours of every GPU, or of every core that computed: wall time times ranks times threads. They"
-        " include evaluation, checkpoints and waiting for other work on the machine.</p>",
+        "<p class=note>Spent: hours of every GPU, or of every core that computed: wall time times ranks times threads."
+        " They include evaluation, checkpoints and waiting for other work on the machine. Predicted: GPU hours of all"
+        " runs, by `convneur study run --plan`.</p>",
         "<h2>How it was made</h2>",
         "<p>Laws are fitted to the logarithm of the losses by Huber's cost from many starts. Their intervals come from"
         " a bootstrap that gives every run the residual of a run drawn at random; they answer for the noise between"
@@ -266,13 +267,21 @@ def _refusals(findings: Findings) -> Iterator[str]:
 
 
 def _cost_rows(config: StudyConfig, findings: Findings) -> Iterator[tuple[str, ...]]:
+    planned = read_study_plan(series_folder(config))
+    places = [place for place in study_runs(config) if place.name in planned]
+
+    def predicted(of: Iterable[Place]) -> str:
+        spans = [planned[place.name] for place in of]
+        return f"{total(spans).low:.3g} to {total(spans).high:.3g} GPU h" if spans else "not planned"
+
     for size in [*config.study.sizes, *config.study.held_out]:
         for placement in config.study.placements:
             mine = [p for p in findings.points if (p.place.size, p.place.placement) == (size, placement)]
             if mine:
                 macs = f"{max(p.macs for p in mine):.3g}"
-                yield size, _name(placement), f"{mine[0].params:,}", macs, str(len(mine)), _hours(mine)
-    yield "all", "", "", "", str(len(findings.points)), _hours(findings.points)
+                hours = predicted(place for place in places if (place.size, place.placement) == (size, placement))
+                yield size, _name(placement), f"{mine[0].params:,}", macs, str(len(mine)), _hours(mine), hours
+    yield "all", "", "", "", str(len(findings.points)), _hours(findings.points), predicted(places)
 
 
 def _hours(points: Sequence[Point]) -> str:

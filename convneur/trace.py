@@ -138,7 +138,7 @@ class _CudaAutocast(TorchFunctionMode):
     """Autocast by CUDA's lists, for fake tensors on a machine without CUDA, where torch's own can't be entered."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cached: dict[int, Tensor] = {}
 
     def _half(self, x: Any) -> Any:
@@ -160,7 +160,7 @@ class _CudaAutocast(TorchFunctionMode):
 
 
 # Their outputs hold nothing that was computed, or nothing new.
-IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "_unsafe_view"}
+IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
 CONVOLUTIONS = {"convolution": 8, "convolution_backward": 9}  # which argument says in how many groups
 MEMORY = {  # operator -> the function that it is made of
     torch.ops.convneur.neural_memory.default: memory_operator.neural_memory._init_fn,

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from convneur.data.errors import InputError
 from convneur.errors import TrainingError
-from convneur.launch import commands, data_commands, study_commands
+from convneur.launch import commands, data_commands, plan_commands, study_commands
 from convneur.launch.commands import Command
 
 
@@ -213,6 +213,20 @@ def _parser() -> _Parser:
 
     _add_study(subparsers)
 
+    plan = add(
+        "plan",
+        plan_commands.plan,
+        "Predict memory, speed, communication, hours and disk of a run; takes --section.key VALUE.",
+        takes_overrides=True,
+    )
+    plan.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML file; of several, later ones win"
+    )
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    _add_gpu(plan)
+    _add_json(plan)
+
     info = add(
         "info",
         commands.info,
@@ -345,7 +359,9 @@ def _add_study(subparsers: Any) -> None:
         metavar="FILE",
         help="with --launch print, the batch script whose resources the jobs get (default: slurm/train_m4.sh)",
     )
-    _add_resources(run.add_argument_group("what a job gets, with --launch slurm"))
+    run.add_argument("--plan", action="store_true", help="predict what the study costs, and train nothing")
+    _add_gpu(run)
+    _add_resources(run.add_argument_group("what a job gets, with --launch slurm, or is planned for"))
     missing = add("missing", study_commands.missing, "Write the configurations of the unfinished runs, and name them")
     missing.add_argument("--part", metavar="I/N", help="the Ith of N parts only, as a job of an array")
     add("status", study_commands.status, "Show how far a study is")
@@ -391,6 +407,15 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--raw", action="store_true", help="take the weights as trained (default)")
     weights.add_argument("--ema", action="store_true", help="take their moving average")
+
+
+def _add_gpu(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        metavar="NAME|FILE",
+        help="GPU to plan for, such as h200, or a YAML file that describes one (default: h100)",
+    )
 
 
 def _add_launch(parser: argparse.ArgumentParser) -> None:

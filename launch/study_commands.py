@@ -33,6 +33,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         raise InputError(f"--jobs is {args.jobs}, expected at least 1")
     runs, folder = study_runs(config), series_folder(config)
     check_saved_runs(runs.values(), "study")
+    if args.plan:
+        return _plan(args, config, runs, folder)
     if args.launch == "print":
         missing = {place: one for place, one in runs.items() if not read_summary(run_folder(one))}
         print(*sbatch_lines(missing, save_configs(missing, folder), args.script), sep="\n")
@@ -53,6 +55,42 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
     print(f"next        convneur study report {args.config}")
     return 1 if failed else 0
+
+
+def _plan(args: argparse.Namespace, config: "StudyConfig", runs: "Mapping[Place, Config]", folder: Path) -> int:
+    """Prints what the study will cost, and keeps it for the report; trains nothing."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from convneur.data.progress import progress
+    from convneur.launch.plan_commands import cluster, words
+    from convneur.study_plan import plan_study, save_study_plan, total
+
+    machines = cluster(args)
+    with progress("planning", len(runs), "runs") as advance:
+        plans = plan_study(runs, machines, advance)
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    for heading in ("size", "placement", "runs", "GB a GPU", "images/s", "GPU hours"):
+        table.add_column(heading, justify="left" if heading in ("size", "placement") else "right")
+    for size in [*config.study.sizes, *config.study.held_out]:
+        for placement in config.study.placements:
+            mine = [plan for place, plan in plans.items() if (place.size, place.placement) == (size, placement)]
+            held = max(plan.memory[plan.stage].total for plan in mine) / 1e9
+            hours = total([plan.gpu_hours for plan in mine])
+            speed = words(mine[0].images_per_second, "")
+            table.add_row(size, placement, str(len(mine)), f"{held:.1f}", speed, words(hours, ""))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    everything = total([plan.gpu_hours for plan in plans.values()])
+    console.print(f"{len(plans)} runs on {machines.ranks} x {machines.gpu.name}: {words(everything, 'GPU hours')}")
+    for line in dict.fromkeys(line for plan in plans.values() for line in plan.assumed):
+        console.print(f"assumed: {line}")
+    for line in dict.fromkeys(f"{plan.variant}: {line}" for plan in plans.values() for line in plan.warnings):
+        console.print(f"warning: {line}")
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(f"written     {save_study_plan(plans, folder)}")
+    return 0
 
 
 def _submit(args: argparse.Namespace, runs: "Mapping[Place, Config]", folder: Path) -> int:

@@ -1,0 +1,203 @@
+"""The memory of a rank: what DeepSpeed 0.19.8 keeps under each ZeRO stage, around a traced step.
+
+What is held all the time follows from the stage. On top come, at different times, activations, gradients, DeepSpeed's
+buckets and what it copies on the way; the peak is the most of them together. The formulas are what the tensors of real
+runs in two processes were seen to take; benchmarks/planner.py holds them against such runs.
+
+Names: P parameters, N ranks. All sizes are bytes of one rank.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from convneur.deepspeed_config import offloads_optimizer
+from convneur.trace import Moment, Precision, Trace
+
+FLOAT, HALF = 4, 2
+PREFETCH = 50_000_000  # elements that ZeRO 3 gathers at once: DeepSpeed's stage3_prefetch_bucket_size
+PERSISTENT = 100_000  # elements up to which ZeRO 3 keeps a parameter whole: stage3_param_persistence_threshold
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank holds at the moment of a step at which it holds most.
+
+    Attributes:
+        weights: what the forward pass computes with; this rank's share of it under ZeRO 3.
+        optimizer: float32 masters, where they aren't the weights themselves, and moments.
+        averages: the moving average of the weights.
+        gradients: of parameters.
+        buckets: DeepSpeed's buffers for reducing gradients, and copies that it makes on the way.
+        gathered: parameters of other ranks, under ZeRO 3.
+        activations: all else: what the backward pass needs, what passes, and autocast's copies of weights.
+        memory_states: the part of the activations that are states of the neural memory.
+        when: the moment, in words.
+    """
+
+    weights: int
+    optimizer: int
+    averages: int
+    gradients: int
+    buckets: int
+    gathered: int
+    activations: int
+    memory_states: int
+    when: str
+
+    @property
+    def total(self) -> int:
+        """All of it; the states are part of the activations."""
+        parts = self.weights, self.optimizer, self.averages, self.gradients, self.buckets, self.gathered
+        return sum(parts) + self.activations
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides on memory beside the model and its micro-batch.
+
+    Attributes:
+        stage: of ZeRO, 0 to 3.
+        ranks: N.
+        precision: of the step.
+        averages: whether a moving average is kept.
+        bucket: elements of a bucket, DeepSpeed's reduce_bucket_size.
+        offload: whether the optimizer's state is in the host's memory.
+    """
+
+    stage: int
+    ranks: int
+    precision: Precision
+    averages: bool
+    bucket: int
+    offload: bool
+
+
+def layout(section: dict[str, Any], stage: int, ranks: int, precision: Precision, averages: bool) -> Layout:
+    """The layout that a complete deepspeed section asks for, under a ZeRO stage that may be another one."""
+    zero = section.get("zero_optimization", {})
+    offload = offloads_optimizer(section) and stage > 0
+    return Layout(stage, ranks, precision, averages, int(zero["reduce_bucket_size"]), offload)
+
+
+def peak(trace: Trace, how: Layout) -> Memory:
+    """The memory of a rank in a step of one micro-batch after the first, when the optimizer has its moments."""
+    return _peak(trace.shapes, trace.moments, trace.memory_states, how)
+
+
+def host_bytes(params: int, how: Layout) -> int:
+    """What an offloaded optimizer takes of the host's memory for a rank: master, moments and gradient."""
+    return 4 * FLOAT * params // how.ranks if how.offload else 0
+
+
+def largest_micro_batch(small: tuple[int, Trace], large: tuple[int, Trace], how: Layout, capacity: int) -> int:
+    """The most images of a micro-batch that fit into `capacity` bytes; 0 if not even one does.
+
+    Activations grow in proportion to the images, moment by moment, so two traced sizes tell of all others.
+    """
+    (few, a), (many, b) = small, large
+
+    def fits(images: int) -> bool:
+        share = (images - few) / (many - few)
+
+        def between(x: int, y: int) -> int:
+            return round(x + share * (y - x))
+
+        pairs = zip(a.moments, b.moments, strict=True)
+        moments = tuple(Moment(between(x.high, y.high), x.grown, x.name) for x, y in pairs)
+        return _peak(a.shapes, moments, between(a.memory_states, b.memory_states), how).total <= capacity
+
+    least, most = 0, 1
+    while fits(most) and most < 2**20:
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least
+
+
+def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how: Layout) -> Memory:
+    params = sum(shape.numel() for shape in shapes.values())
+    persistent = sum(n for shape in shapes.values() if (n := shape.numel()) <= PERSISTENT)
+    own_half = how.precision in ("bf16", "fp16")  # DeepSpeed's own modes: the weights themselves are half precision
+    size = HALF if own_half else FLOAT
+    full, share = FLOAT * params, FLOAT * params // how.ranks  # a float32 number for every parameter, and this rank's
+
+    weights = size * params
+    optimizer = 0 if how.offload else 2 * share
+    if how.stage == 0:
+        optimizer = 2 * full
+    elif not how.offload:
+        optimizer += share
+    averages = full if how.averages else 0
+    gradients = buckets = persisted = 0
+    bucket = FLOAT * how.bucket
+    if how.stage == 3:
+        weights //= how.ranks
+        averages //= how.ranks
+        gradients = share  # a flat buffer that stays
+        persisted = size * persistent
+        # A bucket for each precision that gradients are reduced in.
+        buckets = {"fp32": bucket, "autocast": bucket + bucket // 2}.get(how.precision, bucket // 2)
+    elif how.stage and own_half and how.stage == 1:
+        gradients = full  # DeepSpeed's BF16_Optimizer adds them up in a flat buffer that stays
+    elif how.stage:  # from the first to the last gradient of the backward pass; autocast has two precisions
+        buckets = {"autocast": 2 * bucket}.get(how.precision, bucket)
+
+    def at(when: str, activations: int, grads: int = 0, copies: int = 0, gathered: int = 0) -> Memory:
+        in_backward = how.stage == 3 or when != "forward pass"
+        return Memory(
+            weights=weights,
+            optimizer=optimizer,
+            averages=averages,
+            gradients=gradients + grads,
+            buckets=(buckets if in_backward else 0) + copies,
+            gathered=persisted + gathered,
+            activations=activations,
+            memory_states=min(states, activations),
+            when=when,
+        )
+
+    forward, *backward = moments
+    held = _gradients(how, size, full, share, bucket)
+    if how.stage == 3:
+        others = weights * how.ranks - persisted
+        part = min(1.0, PREFETCH / params)  # of the parameters, gathered at once, into one tensor and from there
+        gathering = at("forward pass", round((1 - part) * forward.high), gathered=others + round(part * others))
+        moved = min(bucket, full) // (1 if how.precision == "fp32" else 2)
+        found = [gathering, at("forward pass", forward.high, gathered=others)]
+        found.append(at("end of the backward pass", 0, copies=moved, gathered=others))
+    else:
+        others, found = 0, [at("forward pass", forward.high), _reducing(at, how, full, share, bucket)]
+    grown = 0
+    for moment in backward:
+        found.append(at("backward pass", moment.high, grads=held(grown), gathered=others))
+        grown += moment.grown
+    return max(found, key=lambda memory: memory.total)
+
+
+def _gradients(how: Layout, size: int, full: int, share: int, bucket: int) -> Callable[[int], int]:
+    """Bytes of the gradients held while the backward pass runs, when those of so many elements are complete."""
+
+    def held(grown: int) -> int:
+        if how.stage in (0, 1):  # as the weights, until the last is there
+            return size * grown
+        if how.stage == 2:  # in the buckets; what has been reduced is in this rank's share
+            return share if FLOAT * grown > bucket else 0
+        return 0
+
+    return held
+
+
+def _reducing(at: Callable[..., Memory], how: Layout, full: int, share: int, bucket: int) -> Memory:
+    """After the backward pass of ZeRO 0 to 2, when gradients are reduced."""
+    when = "end of the backward pass"
+    if how.stage == 0:  # all in one: a flat copy
+        return at(when, 0, grads=full, copies=full if how.ranks > 1 else 0)
+    if how.stage == 1 and how.precision in ("bf16", "fp16"):
+        return at(when, 0, grads=full // 2)
+    piece = min(bucket, share)
+    copies = piece if bucket > share else 0  # a bucket with gradients of several ranks is taken apart
+    copies += piece // 2 if how.precision == "autocast" else 0
+    left = max(0, full - bucket) if how.stage == 1 else 0
+    return at(when, 0, grads=left + share, copies=copies)
