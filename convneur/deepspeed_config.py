@@ -38,7 +38,7 @@ REFUSED_KEYS = {
 }
 
 
-# Elements of a bucket of gradients. DeepSpeed's 500 million would take 2 GB twice, under autocast, however small the model.
+# Elements of a bucket of gradients. DeepSpeed's 500 million take 2 GB, under autocast twice, however small the model.
 BUCKET = 2**24
 
 # Layers whose gradients are reduced in autocast's precision.

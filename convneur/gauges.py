@@ -16,6 +16,7 @@ from convneur.world import World
 
 T = TypeVar("T")
 
+
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s that a device can do at most in bfloat16; None where it isn't known, as on CPUs."""
     if device.type != "cuda":

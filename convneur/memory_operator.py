@@ -222,3 +222,28 @@ def _(
     count, written = updates(read, tokens, chunk_length), written_tokens(read, tokens, chunk_length)
     macs: int = images * (2 * tokens * d * h + 5 * written * d * h + count * 3 * d * d)
     return 2 * macs
+
+
+@register_flop_formula(torch.ops.convneur.neural_memory_backward)
+def _(
+    dy: Any,
+    qkv: Any,
+    w1: Any,
+    w2: Any,
+    weight: Any,
+    states: Any,
+    surprises: Any,
+    factors: Any,
+    errors: Any,
+    scales: Any,
+    chunk_length: int,
+    inner_lr: float,
+    read: ReadOrder,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """20 d^2 multiply-accumulates a token that was read, 48 a token that was written, what is recomputed included."""
+    (images, tokens, _), (d, h) = qkv, w1
+    count, written = updates(read, tokens, chunk_length), written_tokens(read, tokens, chunk_length)
+    macs: int = images * (5 * tokens * d * h + 12 * written * d * h + count * 6 * d * d)
+    return 2 * macs

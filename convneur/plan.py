@@ -1,8 +1,8 @@
 """Before a job is queued: does it fit, how long will it take, and what binds it?
 
-Memory is `convneur.footprint`'s. Time is a range between two rooflines over the kernels that `convneur.trace` has seen:
-all at the rates of the data sheet, and all at the fractions of them in `SLOW`. The fractions are guesses that nobody has
-held against a GPU yet; the plan says so.
+Memory is `convneur.footprint`'s. Time is a range between two rooflines over the kernels that `convneur.trace` has
+seen: all at the rates of the data sheet, and all at the fractions of them in `SLOW`. The fractions are guesses that
+nobody has held against a GPU yet; the plan says so.
 
 Names: P parameters, N ranks.
 """

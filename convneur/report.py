@@ -20,8 +20,10 @@ from convneur.config import config_text
 from convneur.data.files import atomic_write
 from convneur.metrics import read_metrics
 from convneur.scaling_law import Difference, Interval
-from convneur.study import LOCAL_ONLY, Point, StudyConfig, study_runs
+from convneur.series import series_folder
+from convneur.study import LOCAL_ONLY, Place, Point, StudyConfig, study_runs
 from convneur.study_fit import LEVEL, METRICS, Findings, StudyFit
+from convneur.study_plan import read_study_plan, total
 
 REPORT_FILE, POINTS_FILE = "report.html", "points.csv"
 STYLE = """

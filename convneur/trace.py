@@ -123,7 +123,9 @@ def trace_step(
                 logits = model(x.to(next(model.parameters()).dtype))
             loss = SoftTargetCrossEntropy()(logits.float(), target)
             watch.turn()
-            loss.backward()
+            # What is recomputed needs autocast anew. torch restores its own; this one has to be there.
+            with _autocast(precision, cuda) if cuda else nullcontext():
+                loss.backward()
             watch.turn()
     return Trace(tuple(watch.moments), tuple(watch.kernels), watch.shapes, watch.memory_states)
 
@@ -138,7 +140,7 @@ class _CudaAutocast(TorchFunctionMode):
     """Autocast by CUDA's lists, for fake tensors on a machine without CUDA, where torch's own can't be entered."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.cached: dict[int, Tensor] = {}
 
     def _half(self, x: Any) -> Any:
@@ -176,7 +178,7 @@ class LiveStorages(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.high = 0  # the most that `live` has been since it was last set back
         self._seen = WeakIdKeyDictionary()

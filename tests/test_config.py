@@ -233,6 +233,7 @@ MODEL_VALUES = {
     "inner_lr": st.floats(0, 1e9),
     "inner_lrs": st.none() | st.tuples(*4 * [st.floats(1e-9, 1e9)]),
     "branch_widths": st.none() | st.tuples(*4 * [POSITIVE]),
+    "mup_base": st.just(""),  # which goes with few of the others
 }
 
 

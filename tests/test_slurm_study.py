@@ -86,7 +86,9 @@ def test_array_trains_what_is_missing_and_nothing_twice(cluster: Cluster, study:
         assert read_summary(tmp_path / series_folder(study) / name)
     assert [r["step"] for r in read_metrics(run) if "train/loss" in r] == list(range(1, 9))
     ends = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines() if '"end"' in line]
-    assert [end["outcome"] for end in ends] == ["stopped", "finished"]
+    *before, last = [end["outcome"] for end in ends]
+    assert last == "finished"
+    assert before in ([], ["stopped"])  # a notice may come before there is an attempt to stop
     assert "4 of 4 runs are finished" in convneur(cluster, tmp_path, *words)
 
 

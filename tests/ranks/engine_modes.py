@@ -47,7 +47,19 @@ MODES: dict[str, tuple[dict[str, Any], list[str]]] = {
 class Watch(TorchDispatchMode):
     """Notes operators that compute in another precision than float32; moving and rounding values is none of that."""
 
-    MOVES = ("alias", "copy_", "_to_copy", "empty", "new_empty", "empty_like", "permute", "slice", "split", "select")
+    MOVES = (
+        "alias",
+        "copy_",
+        "to",
+        "_to_copy",
+        "empty",
+        "new_empty",
+        "empty_like",
+        "permute",
+        "slice",
+        "split",
+        "select",
+    )
     MOVES += ("unsqueeze", "unflatten", "view", "_unsafe_view", "transpose", "t", "unbind", "expand", "detach")
 
     def __init__(self, seen: set[str]) -> None:
