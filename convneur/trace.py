@@ -123,9 +123,10 @@ def trace_step(
                 logits = model(x.to(next(model.parameters()).dtype))
             loss = SoftTargetCrossEntropy()(logits.float(), target)
             watch.turn()
-            # What is recomputed needs autocast anew. torch restores its own; this one has to be there.
+            # What is recomputed needs autocast anew. torch restores its own; this one has to be there, and would step
+            # aside for Tensor.backward.
             with _autocast(precision, cuda) if cuda else nullcontext():
-                loss.backward()
+                torch.autograd.backward(loss)
             watch.turn()
     return Trace(tuple(watch.moments), tuple(watch.kernels), watch.shapes, watch.memory_states)
 
