@@ -123,10 +123,13 @@ def trace_step(
                 logits = model(x.to(next(model.parameters()).dtype))
             loss = SoftTargetCrossEntropy()(logits.float(), target)
             watch.turn()
-            # What is recomputed needs autocast anew. torch restores its own; this one has to be there, and would step
-            # aside for Tensor.backward.
+            # What is recomputed needs autocast anew. torch restores its own; this one has to be there, and steps aside
+            # for every public way into the backward pass.
             with _autocast(precision, cuda) if cuda else nullcontext():
-                torch.autograd.backward(loss)
+                ones = torch.ones_like(loss)
+                torch.autograd.Variable._execution_engine.run_backward(
+                    (loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
             watch.turn()
     return Trace(tuple(watch.moments), tuple(watch.kernels), watch.shapes, watch.memory_states)
 
