@@ -49,7 +49,7 @@ def write_report(config: StudyConfig, findings: Findings, folder: Path) -> list[
         if figure is None:
             continue
         buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=130, format="png")
+        figure.savefig(buffer, dpi=100, format="png")
         plt.close(figure)
         pictures[name] = buffer.getvalue()
     page = _page(config, findings, pictures)
