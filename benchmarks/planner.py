@@ -136,10 +136,9 @@ def main() -> None:
             if world.is_main:
                 real = (case.allocated or case.measured) / 1e6
                 print(f"| {variant} | {stage} | {planned / 1e6:.1f} | {real:.1f} | {case.error:+.1%} |", flush=True)
-    if world.is_main:
-        args.out.write_text(json.dumps([{**asdict(case), "error": case.error} for case in cases], indent=2))
-        if args.figure:
-            draw(cases, args.figure)
+                args.out.write_text(json.dumps([{**asdict(case), "error": case.error} for case in cases], indent=2))
+    if world.is_main and args.figure:
+        draw(cases, args.figure)
     world.leave()
 
 

@@ -202,8 +202,8 @@ class ChannelLinear(nn.Linear):
     """A linear layer over the channels of every position.
 
     On a CPU it is computed as the 1x1 convolution that it equals: oneDNN's takes 0.7 to 0.9 times as long as MKL's
-    matrix product on an AMD EPYC, between C and 4 C; a bottleneck's are faster as they are. Exported graphs have the
-    plain layer.
+    matrix product on an AMD EPYC from C to 4 C; a bottleneck's are faster as they are. Exported graphs have the plain
+    layer.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
+import torch
 from scipy.optimize import nnls
 
 from convneur.config import Config, save_config
+from convneur.data.errors import InputError
 from convneur.series import run_folder
 from convneur.study import Place, StudyConfig, progress
 from convneur.summary import read_summary
@@ -65,16 +67,20 @@ def run_missing(config: StudyConfig, runs: Mapping[Place, Config], folder: Path,
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(jobs * nproc)))}
     waiting, failed = list(missing), []
     running: dict[Place, subprocess.Popen[bytes]] = {}
+    free, of_run = device_shares(jobs, nproc), {}
     with _stoppable():
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     place = waiting.pop(0)
-                    running[place] = _start(paths[place], folder / LOGS / f"{place.name}.log", nproc, environment)
+                    of_run[place] = free.pop()
+                    log = folder / LOGS / f"{place.name}.log"
+                    running[place] = _start(paths[place], log, nproc, environment | of_run[place])
                     spent[place] = -time.monotonic()
                 time.sleep(POLL_SECONDS)
                 for place in [place for place, process in running.items() if process.poll() is not None]:
                     del running[place]
+                    free.append(of_run.pop(place))
                     spent[place] += time.monotonic()
                     summary = read_summary(run_folder(runs[place]))
                     if summary is None:
@@ -103,6 +109,21 @@ def _seconds_left(ended: Mapping[Place, float], weights: Mapping[Place, float], 
     work = np.array([[1.0, weights[place] / largest] for place in ended])
     start, slope = nnls(work, np.array(list(ended.values())))[0]
     return float(sum(start + slope * weights[place] / largest for place in ahead))
+
+
+def device_shares(jobs: int, nproc: int) -> list[dict[str, str]]:
+    """For each of the runs at a time, the environment that gives it `nproc` GPUs of its own; nothing without GPUs.
+
+    Raises InputError where there are too few.
+    """
+    count = torch.cuda.device_count()
+    if not count:
+        return [{} for _ in range(jobs)]
+    if jobs * nproc > count:
+        raise InputError(f"--jobs {jobs} x --nproc {nproc} is more than the {count} GPUs here: lower one of them")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[job * nproc : (job + 1) * nproc])} for job in range(jobs)]
 
 
 def _threads(ranks: int) -> int:

@@ -86,8 +86,9 @@ def _plan(args: argparse.Namespace, config: "StudyConfig", runs: "Mapping[Place,
     console.print(f"{len(plans)} runs on {machines.ranks} x {machines.gpu.name}: {words(everything, 'GPU hours')}")
     for line in dict.fromkeys(line for plan in plans.values() for line in plan.assumed):
         console.print(f"assumed: {line}")
-    for line in dict.fromkeys(f"{plan.variant}: {line}" for plan in plans.values() for line in plan.warnings):
-        console.print(f"warning: {line}")
+    worst = {(plan.variant, line.split()[0]): line for plan in plans.values() for line in plan.warnings}
+    for (variant, _), line in worst.items():
+        console.print(f"warning: {variant}: {line}")
     folder.mkdir(parents=True, exist_ok=True)
     console.print(f"written     {save_study_plan(plans, folder)}")
     return 0

@@ -16,6 +16,7 @@ from convneur.config import load_as, save_config
 from convneur.data.errors import InputError
 from convneur.data.store import open_store
 from convneur.launch.cli import main
+from convneur.launch.study import device_shares
 from convneur.model import ModelConfig, variant_named
 from convneur.report import fit_lines, write_report
 from convneur.series import run_folder, series_folder
@@ -228,6 +229,17 @@ def test_sbatch_lines_name_each_missing_run(digits: Path, tmp_path: Path, capsys
         f"--data.root {digits}"
     )
     assert saved.is_file()
+
+
+def test_runs_at_a_time_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_shares(3, 2) == [{}, {}, {}]  # none here
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in device_shares(2, 2)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in device_shares(3, 1)] == ["3", "5", "6"]
+    with pytest.raises(InputError, match="--jobs 3 x --nproc 2 is more than the 4 GPUs here"):
+        device_shares(3, 2)
 
 
 def test_a_small_study_goes_on_where_it_stopped(digits: Path, tmp_path: Path) -> None:
