@@ -36,7 +36,7 @@ def test_batch_sizes_accumulation_and_clipping_are_filled_in() -> None:
         "train_micro_batch_size_per_gpu": 16,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": BUCKET},
         "torch_autocast": {"enabled": True, "lower_precision_safe_modules": LOWER_PRECISION_MODULES},
         "timers": {"throughput": {"enabled": False}},
     }
@@ -60,6 +60,8 @@ def test_the_configuration_stays_as_it_is() -> None:
 def test_agreeing_values_and_own_timers_are_kept() -> None:
     filled = section("--deepspeed.gradient_clipping", "0.5", "--deepspeed.timers", "{throughput: {synchronized: true}}")
     assert filled["timers"] == {"throughput": {"synchronized": True}}
+    own = section("--deepspeed.zero_optimization.reduce_bucket_size", "1000")
+    assert own["zero_optimization"]["reduce_bucket_size"] == 1000
 
 
 class Watched(dict[str, Any]):
