@@ -14,6 +14,7 @@ from convneur.branches import MIXERS, MixerKind, UpdateGenerator
 from convneur.config import load_config
 from convneur.data.errors import InputError
 from convneur.deepspeed_config import (
+    BUCKET,
     KNOWN_KEYS,
     LOWER_PRECISION_MODULES,
     REFUSED_KEYS,
