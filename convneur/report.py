@@ -5,6 +5,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from math import isfinite
 from pathlib import Path
 
 import matplotlib
@@ -19,7 +20,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 from convneur.config import config_text
 from convneur.data.files import atomic_write
 from convneur.metrics import read_metrics
-from convneur.scaling_law import Difference, Interval
+from convneur.model import variant_named
+from convneur.scaling_law import LARGEST_EXPONENT, Difference, Interval
 from convneur.series import series_folder
 from convneur.study import LOCAL_ONLY, Place, Point, StudyConfig, study_runs
 from convneur.study_fit import LEVEL, METRICS, Findings, StudyFit
@@ -27,7 +29,7 @@ from convneur.study_plan import read_study_plan, total
 
 REPORT_FILE, POINTS_FILE = "report.html", "points.csv"
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 77rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } img { max-width: 100%; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: 0.8rem; margin: 1rem 0; display: block; overflow-x: auto }
 th, td { padding: 0.2rem 0.5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
@@ -82,7 +84,17 @@ def interval(value: Interval | None, digits: int = 3) -> str:
     """Such as "0.412 [0.380, 0.447]"."""
     if value is None:
         return "-"
-    return f"{value.value:.{digits}g} [{value.low:.{digits}g}, {value.high:.{digits}g}]"
+    return f"{_number(value.value, digits)} [{_number(value.low, digits)}, {_number(value.high, digits)}]"
+
+
+def exponent(value: Interval) -> str:
+    """The same for an exponent, where the largest that a fit may take is no bound."""
+    text = interval(value)
+    return f"{text.rpartition(',')[0]}, no bound)" if value.high > 0.999 * LARGEST_EXPONENT else text
+
+
+def _number(value: float, digits: int) -> str:
+    return "0" if abs(value) < 1e-6 else f"{value:.{digits}g}"
 
 
 def _name(placement: str) -> str:
@@ -91,7 +103,7 @@ def _name(placement: str) -> str:
 
 def _law(fit: StudyFit) -> str:
     assert fit.fit is not None
-    exponents = (f"exponent {interval(fit.fit.exponent(term))}" for term in range(len(fit.fit.law.exponents)))
+    exponents = (f"exponent {exponent(fit.fit.exponent(term))}" for term in range(len(fit.fit.law.exponents)))
     return ", ".join([f"floor {interval(fit.fit.floor)}", *exponents])
 
 
@@ -121,8 +133,9 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
         f"<h1>Scaling study {escape(config.run.name)}</h1>",
         f"<p>{finished} of {len(study_runs(config))} runs are finished. "
         f"Sizes {', '.join(config.study.sizes)}; held out {', '.join(config.study.held_out) or 'none'}. Images of "
-        f"{config.data.image_size} x {config.data.image_size} pixels from {escape(config.data.root)}. Loss is the "
-        f"cross-entropy on the held-out images, of the averaged weights where a run keeps an average. All intervals "
+        f"{config.data.image_size} x {config.data.image_size} pixels from {escape(config.data.root)}. A size such as "
+        f"{config.study.sizes[0]} {_size_in_words(config.study.sizes[0])}. Loss is the cross-entropy on the held-out "
+        f"images, of the averaged weights where a run keeps an average. All intervals "
         f"are of {LEVEL:.0%}.</p>",
         "<h2>What it says</h2><ul>",
         *(f"<li>{escape(line)}</li>" for line in _summary(config, findings)),
@@ -130,7 +143,8 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
         "<h2>Loss and error by size</h2>",
         _picture(pictures, "loss-by-size.png"),
         "<p class=note>A point is a run. Lines are the fitted laws L = E + A N<sup>-&alpha;</sup>, bands the intervals"
-        " of the laws. Hollow points are of held-out sizes, which no fit has seen.</p>",
+        " of the laws; where there is no line, the section on laws says why. Hollow points are of held-out sizes, which"
+        " no fit has seen.</p>",
         "<h2>Memory against local-only at equal compute</h2>",
         _picture(pictures, "memory-against-local.png"),
         _table(
@@ -160,15 +174,17 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
                     f"{f.runs}, {p.runs} seeds",
                     interval(p.predicted),
                     f"{p.measured:.4g}",
-                    f"{p.error:+.1%}",
+                    "-" if p.error is None else f"{p.error:+.1%}",
                     "yes" if p.predicted.holds(p.measured) else "no",
                 )
                 for f in findings.fits
                 for p in f.predictions
-                if p.measured is not None and p.error is not None
+                if p.measured is not None
             ),
         ),
         "<h2>How the fit depends on its smallest sizes</h2>",
+        "<p class=note>The same fit without the smallest size, without the two smallest, and so on, as long as five"
+        " sizes and a decade of parameters are left; a single line says that no size may go.</p>",
         _table(
             ("law", "kind", "runs", "from", "sizes", "floor E", "exponent"),
             (
@@ -179,13 +195,16 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
                     f"{w.smallest:.3g}",
                     str(w.sizes),
                     interval(w.floor),
-                    interval(w.exponent),
+                    exponent(w.exponent),
                 )
                 for f in findings.fits
                 for w in f.windows
             ),
         ),
         "<h2>Best size at equal compute</h2>",
+        "<p class=note>A curve joins sizes that were trained with equal compute, interpolated between lengths of"
+        " training. Where its lowest point is its end, a still smaller or larger size may be better: the curve is"
+        " dashed, and no best size is given.</p>",
         _picture(pictures, "isoflop.png"),
         _table(
             ("kind", "training MACs", "sizes", "best size"),
@@ -211,7 +230,7 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
         " runs, not for the law being the wrong one. No fit is made below five sizes or a decade of parameters. What"
         " lies beyond the largest size is extrapolated.</p>",
         "<h2>Runs</h2>",
-        _table(POINT_COLUMNS, (_point_cells(point) for point in findings.points)),
+        _table(POINT_COLUMNS[1:], (_point_cells(point)[1:] for point in findings.points)),
         f"<details><summary>The recipe of all runs</summary><pre>{escape(config_text(config))}</pre></details>",
     ]
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(config.run.name)}</title>"
@@ -222,8 +241,9 @@ def _summary(config: StudyConfig, findings: Findings) -> Iterator[str]:
     for comparison in findings.comparisons:
         last = comparison.budgets[-1]
         yield (
-            f"{comparison.runs}: at {last.budget:.3g} MACs, the largest budget that both kinds reach, loss is"
-            f" {last.first:.4f} with memory and {last.second:.4f} local-only; the difference is {_difference(last)}."
+            f"Memory against local-only, {comparison.runs}: at {last.budget:.3g} MACs, the largest budget that both"
+            f" kinds reach, loss is {last.first:.4f} with memory and {last.second:.4f} local-only; the difference is"
+            f" {_difference(last)}."
         )
     for fit in findings.fits:
         if fit.metric == "loss" and fit.axis == "parameters":
@@ -234,6 +254,12 @@ def _summary(config: StudyConfig, findings: Findings) -> Iterator[str]:
             )
             yield f"{what}: {_law(fit)}.{predictions}" if fit.fit else f"{what}: no fit, {fit.refusal}."
     yield from findings.notes
+
+
+def _size_in_words(size: str) -> str:
+    shape = variant_named(size)
+    *depths, last = map(str, shape.depths)
+    return f"has {shape.base_width} channels in its first stage and {', '.join(depths)} and {last} blocks in the four"
 
 
 def _picture(pictures: Mapping[str, bytes], name: str) -> str:
@@ -252,7 +278,7 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _fit_row(fit: StudyFit) -> tuple[str, ...]:
     assert fit.fit is not None
-    exponents = "; ".join(interval(fit.fit.exponent(term)) for term in range(len(fit.fit.law.exponents)))
+    exponents = "; ".join(exponent(fit.fit.exponent(term)) for term in range(len(fit.fit.law.exponents)))
     law = f"{fit.metric} by {fit.axis}"
     return law, _name(fit.placement), fit.runs, str(len(fit.points)), interval(fit.fit.floor), exponents
 
@@ -359,7 +385,8 @@ def _by_size(config: StudyConfig, findings: Findings) -> Figure:
                     if fit.metric == metric and fit.placement == placement and fit.fit and fit.points[0] in mine:
                         _draw_law(axis, fit, [p.params for p in mine], f"C{number}")
             images = f"{recipe[0]:,}" if recipe[0] else "all"
-            axis.set(xscale="log", yscale="log", xlabel="parameters", ylabel=metric)
+            positive = all(value(p) > 0 for p in shown if isfinite(p.loss))  # not where nothing was wrong
+            axis.set(xscale="log", yscale="log" if positive else "linear", xlabel="parameters", ylabel=metric)
             axis.set_title(f"{images} images, {recipe[1]} epochs")
             _tidy(axis)
     return figure
@@ -376,7 +403,7 @@ def _draw_law(axis: Axes, fit: StudyFit, xs: Sequence[float], color: str) -> Non
 def _against(findings: Findings) -> Figure | None:
     if not findings.comparisons:
         return None
-    figure, (losses, gap) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (losses, gap) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for number, comparison in enumerate(findings.comparisons):
         color, budgets = f"C{number}", [one.budget for one in comparison.budgets]
         label = f"{_name(comparison.placement)}, {comparison.runs}"
@@ -397,7 +424,8 @@ def _against(findings: Findings) -> Figure | None:
     losses.set(xscale="log", yscale="log", xlabel="training MACs", ylabel="loss", title="Loss at equal compute")
     gap.set(xscale="log", xlabel="training MACs", ylabel="loss with memory - local-only", title="Below 0 memory wins")
     for axis in (losses, gap):
-        _tidy(axis)
+        _tidy(axis, legend=False)
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
     return figure
 
 
@@ -408,7 +436,14 @@ def _isoflop(findings: Findings) -> Figure | None:
     figure, axes = plt.subplots(1, len(drawn), figsize=(5 * len(drawn), 4), layout="constrained", squeeze=False)
     for axis, (placement, curves) in zip(axes[0], drawn.items(), strict=True):
         for number, curve in enumerate(curves):
-            axis.plot(curve.sizes, curve.losses, "o-", color=f"C{number}", label=f"{curve.budget:.2g} MACs")
+            axis.plot(
+                curve.sizes,
+                curve.losses,
+                marker="o",
+                linestyle="-" if curve.best_size else "--",
+                color=f"C{number}",
+                label=f"{EngFormatter(places=1, sep='')(curve.budget)} MACs",
+            )
             if curve.best_size:
                 axis.axvline(curve.best_size, color=f"C{number}", linestyle=":", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="parameters", ylabel="loss", title=_name(placement))
@@ -440,7 +475,7 @@ def _training(config: StudyConfig, findings: Findings) -> Figure:
     return figure
 
 
-def _tidy(axis: Axes) -> None:
+def _tidy(axis: Axes, legend: bool = True) -> None:
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     for side, text in ((axis.xaxis, EngFormatter(sep="")), (axis.yaxis, FuncFormatter(lambda value, _: f"{value:g}"))):
@@ -448,5 +483,5 @@ def _tidy(axis: Axes) -> None:
             side.set_major_locator(LogLocator(subs=(1, 2, 5)))
             side.set_major_formatter(text)
             side.set_minor_formatter(NullFormatter())
-    if axis.get_legend_handles_labels()[0]:
+    if legend and axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize="small")

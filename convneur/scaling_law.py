@@ -24,6 +24,7 @@ FEWEST_LENGTHS = 3  # different numbers of images that a joint law needs
 SMALLEST_DELTA = 1e-3  # Huber's threshold in arXiv 2203.15556
 EXPONENTS = np.geomspace(0.03, 3.0, 14)
 STARTS = 4
+SMALLEST_FLOOR = 1e-6  # of the smallest loss; a fit can't tell a lower floor from none
 LARGEST_EXPONENT = 10.0  # where noise makes a step of the law, its exponent would grow without end
 
 
@@ -107,9 +108,23 @@ def check_range(sizes: Sequence[float] | np.ndarray, what: str = "parameters") -
         raise RefusedError(f"{len(different)} different numbers of {what}, expected at least {FEWEST_SIZES}")
     ratio = different[-1] / different[0]
     if ratio < SHORTEST_RANGE:
-        raise RefusedError(
-            f"{what} range over a factor of {ratio:.3g}, {math.log10(ratio):.2f} decades, expected at least one decade"
-        )
+        raise RefusedError(f"{what} range over a factor of {ratio:.3g}, expected at least {SHORTEST_RANGE:g}, a decade")
+
+
+def check_falls(x: np.ndarray, loss: np.ndarray, axes: Sequence[str]) -> None:
+    """Raises RefusedError where losses (n,) don't fall along each of the axes (n, k) by more than chance explains.
+
+    One-sided t-tests, at 5 %, of the slopes of a plane through the logarithms.
+    """
+    _check_values(x, loss)
+    columns = np.column_stack([np.ones(len(loss)), np.log(x / np.exp(np.log(x).mean(axis=0)))])
+    inverse = np.linalg.pinv(columns.T @ columns)
+    plane = inverse @ columns.T @ np.log(loss)
+    freedom = len(loss) - len(plane)
+    errors = np.sqrt(np.diag(inverse) * ((np.log(loss) - columns @ plane) ** 2).sum() / freedom)
+    for axis, slope, error in zip(axes, plane[1:], errors[1:], strict=True):
+        if not slope + t.ppf(0.95, freedom) * error < 0:
+            raise RefusedError(f"it doesn't fall with {axis} by more than the noise between runs")
 
 
 def fit_law(x: np.ndarray, loss: np.ndarray, delta: float | None = None) -> Law:
@@ -129,7 +144,7 @@ def fit_law(x: np.ndarray, loss: np.ndarray, delta: float | None = None) -> Law:
     if delta is None:
         first = _best(x / center, loss, 10 * SMALLEST_DELTA, _starts(x / center, loss, STARTS))
         delta = _delta(_residuals(first, np.log(x / center), loss), first.size)
-    return _law(_best(x / center, loss, delta, _starts(x / center, loss, STARTS)), center)
+    return _law(_best(x / center, loss, delta, _starts(x / center, loss, STARTS)), center, loss)
 
 
 def bootstrap(
@@ -165,7 +180,7 @@ def bootstrap(
     for _ in range(replicates):
         again = fitted * np.exp(generator.choice(drawn, runs))
         starts = [start, *_starts(x / center, again, 1)]
-        laws.append(_law(_best(x / center, again, delta, starts), center))
+        laws.append(_law(_best(x / center, again, delta, starts), center, again))
     return Fit(law, tuple(laws), residuals, drawn, level)
 
 
@@ -187,11 +202,14 @@ def _theta(law: Law, center: np.ndarray) -> np.ndarray:
     return np.log(np.maximum([law.floor, *scaled, *exponents], tiny))
 
 
-def _law(theta: np.ndarray, center: np.ndarray) -> Law:
+def _law(theta: np.ndarray, center: np.ndarray, loss: np.ndarray) -> Law:
     terms = len(center)
     exponents = _exponents(theta, terms)
     coefficients = np.exp(theta[1 : 1 + terms]) * center**exponents
-    return Law(float(np.exp(theta[0])), tuple(map(float, coefficients)), tuple(map(float, exponents)))
+    floor = float(np.exp(theta[0]))
+    if floor < SMALLEST_FLOOR * loss.min():
+        floor = 0.0
+    return Law(floor, tuple(map(float, coefficients)), tuple(map(float, exponents)))
 
 
 def _exponents(theta: np.ndarray, terms: int) -> np.ndarray:

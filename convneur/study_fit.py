@@ -4,6 +4,7 @@ All of it works on the part of a study that is there. Where that is not enough, 
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from convneur.scaling_law import (
     IsoFlop,
     RefusedError,
     bootstrap,
+    check_falls,
     check_range,
     differences,
     isoflops,
@@ -59,8 +61,8 @@ class Prediction:
 
     @property
     def error(self) -> float | None:
-        """Predicted over measured, minus 1."""
-        return None if self.measured is None else self.predicted.value / self.measured - 1
+        """Predicted over measured, minus 1; None without runs, or where nothing was wrong in them."""
+        return self.predicted.value / self.measured - 1 if self.measured else None
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,12 @@ class Findings:
 
 
 def find(config: StudyConfig, points: Sequence[Point]) -> Findings:
-    """Fits and compares what there is, each point at its best learning rate."""
-    chosen, notes = best_rates(points)
+    """Fits and compares what there is, each point at its best learning rate; runs that diverged are named instead."""
+    finite = [point for point in points if math.isfinite(point.loss)]
+    chosen, notes = best_rates(finite)
+    notes += [
+        f"{point.place.name} has a loss of {point.loss}: left out" for point in points if not math.isfinite(point.loss)
+    ]
     for size in [*config.study.sizes, *config.study.held_out]:
         if warning := replace(config.model, variant=size).depth_warning:
             notes.append(f"{size} has {warning}")
@@ -207,8 +213,10 @@ def _window(fit: Fit, xs: Sequence[float]) -> Window:
 
 
 def _bootstrap(points: Sequence[Point], metric: str, axes: Sequence[str]) -> Fit:
-    x = np.array([[AXES[axis](point) for axis in axes] for point in points])
-    return bootstrap(x, np.array([METRICS[metric](point) for point in points]), level=LEVEL)
+    x = np.array([[AXES[axis](point) for axis in axes] for point in points], float)
+    values = np.array([METRICS[metric](point) for point in points])
+    check_falls(x, values, axes)
+    return bootstrap(x, values, level=LEVEL)
 
 
 def _fit_lengths(config: StudyConfig, metric: str, placement: str, points: Sequence[Point]) -> list[StudyFit]:

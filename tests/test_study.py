@@ -262,3 +262,28 @@ def test_a_small_study_goes_on_where_it_stopped(digits: Path, tmp_path: Path) ->
     assert first.place.name not in out
     assert finished_points(config)[1].loss == second.loss
     assert "resuming from" in (series_folder(config) / "logs" / f"{second.place.name}.log").read_text()
+
+
+def test_runs_that_diverged_are_named_and_left_out(finished: StudyConfig) -> None:
+    points = finished_points(finished)
+    found = find(finished, [replace(p, loss=float("nan")) if p.place.size == LADDER[0] else p for p in points])
+    diverged = [point.place.name for point in points if point.place.size == LADDER[0]]
+    assert found.notes == tuple(f"{name} has a loss of nan: left out" for name in diverged)
+    assert {fit.refusal for fit in found.fits} <= {
+        "4 different numbers of parameters, expected at least 5",
+        "1 different numbers of images seen, expected at least 5",
+    }
+
+
+def test_no_law_where_nothing_falls_and_no_error_of_nothing(finished: StudyConfig, tmp_path: Path) -> None:
+    points = [replace(point, loss=0.5 * point.params**0.1, top1=1.0) for point in finished_points(finished)]
+    found = find(finished, points)
+    by_size = [fit.refusal for fit in found.fits if fit.axis == "parameters"]
+    assert by_size
+    for refusal in by_size:
+        assert refusal in (
+            "it doesn't fall with parameters by more than the noise between runs",
+            "a value is 0 or not finite and has no logarithm",
+        )
+    page = write_report(finished, found, tmp_path)[0].read_text()
+    assert "doesn&#x27;t fall with parameters" in page
