@@ -1,11 +1,11 @@
 """Coordinate check of muP: how far activations move in a few steps, at several widths, with muP and without.
 
     python benchmarks/coordinate_check.py
-    python benchmarks/coordinate_check.py --transfer
+    python benchmarks/coordinate_check.py --transfer --seeds 1
 
 Under muP the change of every activation is of the same order at every width; in the standard parametrization some of
 them grow. The first draws docs/mup-coordinates.png; the second trains models of each width at a range of learning rates
-and draws docs/mup-transfer.png, in an hour of a core or so. Both print what they draw. Data: scikit-learn's digits.
+and draws docs/mup-transfer.png. Minutes of a core each. Both print what they draw. Data: scikit-learn's digits.
 """
 
 import argparse
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the coordinate check")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--transfer", action="store_true", help="loss against the learning rate instead")
-    parser.add_argument("--epochs", type=int, default=3, help="length of a training for --transfer")
+    parser.add_argument("--epochs", type=int, default=2, help="length of a training for --transfer")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder for the figure")
     args = parser.parse_args()
     if args.transfer:

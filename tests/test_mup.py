@@ -33,10 +33,10 @@ def test_activations_move_alike_at_every_width_under_mup_alone() -> None:
     script = runpy.run_path(str(SCRIPT))
     widths, slopes = (16, 32, 64), {}
     for mup in (False, True):
-        moved = [script["changes"](width, mup, seed=0, steps=3, lr=1e-3) for width in widths]
+        moved = [script["changes"](width, mup, seed=0, steps=5, lr=1e-3) for width in widths]
         slopes[mup] = {kind: script["slope"](widths, [by_kind[kind] for by_kind in moved]) for kind in moved[0]}
     assert len(slopes[True]) == 10
-    assert max(map(abs, slopes[True].values())) < 0.25, slopes[True]
+    assert max(map(abs, slopes[True].values())) < 0.2, slopes[True]
     for kind in ("downsampling", "projection 4C to C", "bottleneck C to C/2", "logits"):
         assert slopes[False][kind] > 0.5, slopes[False]
 
