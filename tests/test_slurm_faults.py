@@ -147,7 +147,7 @@ def test_notice_to_the_ranks_alone(
     cluster.run("scancel", f"--signal={name}", number)
     wait_until(lambda: cluster.job(number)["Restarts"] == "1")
     cluster.wait(number, "PENDING")
-    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+    cluster.hurry(number)
     first = check(cluster, number, run, weights)[0]
     assert (first["outcome"], first["action"]) == ("stopped", "requeue")
 
@@ -174,7 +174,7 @@ def test_lost_node(cluster: Cluster, start: Start, weights: dict[str, Any], fold
     wait_until(lambda: cluster.job(number)["Restarts"] == "1")
     cluster.wait(number, "PENDING")
     bring_back_n2(cluster, process)
-    cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+    cluster.hurry(number)
     check(cluster, number, run, weights)
 
 
@@ -268,8 +268,7 @@ class Soak:
             assert job["JobState"] not in ENDED, job
             assert time.monotonic() < deadline, job
             if job["JobState"] == "PENDING":
-                with suppress(subprocess.CalledProcessError):  # it has started just now
-                    self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+                self.cluster.hurry(self.number)
             time.sleep(0.2)
 
 
