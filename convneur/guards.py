@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -109,6 +109,7 @@ class Guards:
         self.skipped = 0
         if self._stage == 0:
             _stop_by(engine.basic_optimizer, self._not_finite)
+            engine.clip_fp32_gradients = self._clip
 
     @torch.no_grad()
     def check_gradients(self) -> None:
@@ -116,7 +117,18 @@ class Guards:
         if self._stage == 0:
             norms = torch._foreach_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
             self._norm = torch.stack(norms).norm()
+            if scaler := self._engine.torch_autocast_z0_gradscaler:
+                self._norm /= scaler.scale(torch.ones_like(self._norm))
             self._not_finite.copy_(~self._norm.isfinite())
+
+    def _clip(self) -> None:
+        """Scales the gradients down to a norm of `optimizer.clip_grad`.
+
+        DeepSpeed's own would take the norm once more, one parameter at a time, and average it over ranks that all have
+        the same.
+        """
+        limit = self._engine.gradient_clipping()
+        torch.nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), limit, cast(Tensor, self._norm))
 
     def gradient_norm(self) -> Tensor | float | None:
         """The last step's global gradient norm before clipping; None where DeepSpeed doesn't tell."""

@@ -101,6 +101,33 @@ def test_the_flag_stops_an_optimizer(implementation: str) -> None:
     assert all(b.isfinite().all() and not torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gradients_are_clipped_to_the_norm_that_torch_finds(world: World, dtype: str) -> None:
+    """At ZeRO 0 the guards tell the norm and clip by it, also where float16 has the loss scaled."""
+    model = ConvNeur(ModelConfig("n1", num_classes=10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    section = {"train_batch_size": 4, "gradient_clipping": 0.1, "zero_optimization": {"stage": 0}}
+    if dtype == "float16":
+        section["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    engine = build_engine(model, optimizer, section)
+    guards = Guards(GuardConfig(), world, engine, None, str, print)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    engine.backward(engine(images).float().square().mean())
+    scaler = engine.torch_autocast_z0_gradscaler
+    scale = scaler.get_scale() if scaler else 1.0
+    gradients = {name: weight.grad / scale for name, weight in model.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    guards.check_gradients()
+    engine.step()
+
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    assert norm > 0.1
+    torch.testing.assert_close(guards.gradient_norm(), norm)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight, before[name] - gradients[name] * 0.1 / norm)
+
+
 def test_spikes() -> None:
     noise = torch.Generator().manual_seed(0)
     losses = (3 + 0.1 * torch.randn(200, generator=noise)).tolist()
