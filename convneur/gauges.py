@@ -1,10 +1,8 @@
 """What a run measures of itself beside losses: gradients, arithmetic, memory, waiting for data, and gates."""
 
 import resource
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +11,6 @@ from convneur.gpu import gpu_called
 from convneur.info import describe
 from convneur.model import Block, ConvNeur, ModelConfig, Stage
 from convneur.world import World
-
-T = TypeVar("T")
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -35,7 +31,7 @@ def step_flops(config: ModelConfig, image_size: int) -> float:
 
 
 class Gauges:
-    """Reads a rank's gauges whenever a line of metrics is due; in between it does nothing but look at the clock.
+    """Reads a rank's gauges whenever a line of metrics is due; in between it does nothing but add up the waiting.
 
     Args:
         world: this process among the ranks.
@@ -56,16 +52,9 @@ class Gauges:
         self._peak = peak_flops(world.device)
         self._waited = 0.0
 
-    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches; the time until each is there counts as waiting for data."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self._waited += time.perf_counter() - start
-            yield batch
+    def add_wait(self, seconds: float) -> None:
+        """Counts some seconds of waiting for data."""
+        self._waited += seconds
 
     def read(self, seconds: float, images_per_second: float) -> dict[str, float]:
         """This rank's values since the last reading, `seconds` ago; the rate is that of all ranks together."""

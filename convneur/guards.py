@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -46,8 +46,6 @@ NAMED = 5
 
 LAG, LAG_STEPS = 1.5, 10
 """How many times the time that the others take makes a rank a slow one, and over how many steps at least."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -142,9 +140,9 @@ class Guards:
         skipped = self._not_finite.clone() if self._stage == 0 else self._engine.optimizer.overflow
         self._steps.append(_Step(number, torch.cat([batch.indices for batch in batches]), loss, skipped))
 
-    def timed(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches; this rank's waiting for them counts as time of its own."""
-        return self._own_time.waiting(batches)
+    def add_wait(self, seconds: float) -> None:
+        """Counts some seconds of this rank's waiting for its data as time of its own."""
+        self._own_time.seconds += seconds
 
     def review(self) -> int | None:
         """Judges the steps since the last review, and says what is to be said of them. Collective.
@@ -237,7 +235,7 @@ class _OwnTime:
 
     def __init__(self, engine: "DeepSpeedEngine", world: World) -> None:
         self._world = world
-        self._seconds, self._steps = 0.0, 0
+        self.seconds, self._steps = 0.0, 0
         self._events: list[tuple[Any, Any]] = []
         engine.register_forward_pre_hook(lambda *_: self._start())
         engine.register_forward_hook(lambda *_: self._stop())
@@ -255,17 +253,6 @@ class _OwnTime:
     def _stop(self) -> None:
         self._events.append((self._started, self._mark()))
 
-    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches; this rank's waiting for them counts."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self._seconds += time.perf_counter() - start
-            yield batch
-
     def lag(self, steps: int) -> str | None:
         """Names the slowest rank if it is a slow one; `steps` steps were made since the last call. Collective."""
         self._steps += steps
@@ -273,10 +260,10 @@ class _OwnTime:
             return None
         for start, stop in self._events:
             on_gpu = self._world.device.type == "cuda"
-            self._seconds += start.elapsed_time(stop) / 1000 if on_gpu else stop - start
+            self.seconds += start.elapsed_time(stop) / 1000 if on_gpu else stop - start
         told: list[tuple[float, str]] = [(0.0, "")] * self._world.size
-        dist.all_gather_object(told, (self._seconds / self._steps, socket.gethostname()), self._world.control)
-        self._seconds, self._steps, self._events = 0.0, 0, []
+        dist.all_gather_object(told, (self.seconds / self._steps, socket.gethostname()), self._world.control)
+        self.seconds, self._steps, self._events = 0.0, 0, []
         (slowest, host), rank = max((entry, rank) for rank, entry in enumerate(told))
         others = [seconds for other, (seconds, _) in enumerate(told) if other != rank]
         if not others or slowest <= LAG * median(others):

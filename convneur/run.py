@@ -93,8 +93,7 @@ class Run:
         Raises:
             InputError: samples can't be read; on all ranks alike where those are too many.
         """
-        read = self.gauges.waiting(self.guards.timed(self.loader.iterate(self.start_step, self.total_steps)))
-        for step, batches in enumerate(read, self.start_step):
+        for step, batches in enumerate(self._read(), self.start_step):
             yield step, batches
             self.watchdog.step()
             if self.profiler:
@@ -103,6 +102,18 @@ class Run:
                 for line in self.bad_samples.update():
                     self.log.say(f"warning: replaced in training: {line}")
                 self.bad_samples.check()
+
+    def _read(self) -> Iterator[list[Batch]]:
+        """What the loader has for the steps that remain; gauges and guards are told how long each took to come."""
+        loaded = self.loader.iterate(self.start_step, self.total_steps)
+        while True:
+            start = time.perf_counter()
+            if (batches := next(loaded, None)) is None:
+                return
+            waited = time.perf_counter() - start
+            self.gauges.add_wait(waited)
+            self.guards.add_wait(waited)
+            yield batches
 
     @property
     def retention(self) -> Retention:

@@ -56,7 +56,7 @@ def jobs(cluster: Cluster, digits: Path, folder: Path) -> dict[str, Ended]:
     """Jobs of the unmodified slurm/train_m4.sh that share node n1 for a while.
 
     two-nodes: a rank on each of two nodes; one-node: two ranks on n1; warned: told to stop before Python is up.
-    misspelt: an override that doesn't exist.
+    misspelt: an override that doesn't exist; astray: a dataset that doesn't.
     """
     script = SLURM / "train_m4.sh"
     small = [f"--{key}={value}" for key, value in SMALL.items()] + [f"--data.root={digits}"]
@@ -71,6 +71,7 @@ def jobs(cluster: Cluster, digits: Path, folder: Path) -> dict[str, Ended]:
         "two-nodes": submit("two-nodes", "-N2 --ntasks-per-node=1 --gpus-per-node=1", "--schedule.epochs", "1"),
         "one-node": submit("one-node", "-N1 -w n1 --gpus-per-node=2", "--schedule.epochs=1", "--optimizer.lr=2e-3"),
         "misspelt": submit("misspelt", "-N2 --gpus-per-node=1", "--optimiser.lr", "1e-3"),
+        "astray": submit("astray", "-N2 --gpus-per-node=1", "--data.root", "nowhere"),
     }
     wait_for(folder / "warned.log", "slurm: job")
     cluster.run("scancel", "--batch", "--signal=USR2", numbers["warned"])
@@ -130,11 +131,15 @@ def test_notice_before_python_is_up_is_not_lost(cluster: Cluster, jobs: dict[str
     assert steps == list(range(1, 45))
 
 
-def test_bad_configuration_is_said_once_and_starts_no_ranks(jobs: dict[str, Ended], folder: Path) -> None:
-    assert (jobs["misspelt"].job["JobState"], jobs["misspelt"].job["ExitCode"]) == ("FAILED", "2:0")
-    assert jobs["misspelt"].log.count("did you mean --optimizer.lr?") == 1
-    assert "srun" not in jobs["misspelt"].log
-    assert not (folder / "runs" / "misspelt").exists()
+@pytest.mark.parametrize(
+    ("name", "line"), [("misspelt", "did you mean --optimizer.lr?"), ("astray", "error: nowhere does not exist")]
+)
+def test_bad_input_is_said_once_and_starts_no_ranks(jobs: dict[str, Ended], folder: Path, name: str, line: str) -> None:
+    assert (jobs[name].job["JobState"], jobs[name].job["ExitCode"]) == ("FAILED", "2:0")
+    assert jobs[name].job["Restarts"] == "0"
+    assert jobs[name].log.count(line) == 1
+    assert "srun" not in jobs[name].log
+    assert not (folder / "runs" / name).exists()
 
 
 def wait_for(log: Path, text: str, seconds: float = 60) -> None:
