@@ -4,9 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -170,18 +168,6 @@ def test_random_kills_of_two_ranks_change_no_bit(
     assert_same_end(whole, run)
     losses = [[record.get("train/loss") for record in read_metrics(folder)] for folder in (whole, run)]
     assert losses[0] == losses[1]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system that has room for some checkpoints; only root may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"needs root: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_does_not_end_a_run(

@@ -119,6 +119,7 @@ def test_notice_before_python_is_up_is_not_lost(cluster: Cluster, jobs: dict[str
     job, log = jobs["warned"].job, jobs["warned"].log
     assert (job["JobState"], job["Restarts"]) == ("PENDING", "1"), log
     assert log.index("USR2: the job is about to lose its nodes") < log.index("n1: 0.67 M parameters")
+    assert "s; if --time is no longer than the notice of --signal, ask for more of it" in log
     (step,) = re.findall(r"stopped by SIGUSR2 after (\d+) of 44 steps", log)
     assert list_checkpoints(folder / "runs" / "warned" / "checkpoints")[0].name == f"step-{int(step):08}"
 

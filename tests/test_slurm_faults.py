@@ -165,6 +165,19 @@ def test_one_node_goes_on_with_what_two_have_started(
         assert (weight - weights[name]).norm() <= 0.05 * weights[name].norm() + 1e-3, name
 
 
+def test_full_disk(cluster: Cluster, start: Start, weights: dict[str, Any], folder: Path, small_disk: Path) -> None:
+    number, run, log = start("full", f"--run.root={small_disk}"), small_disk / "full", folder / "full.log"
+    wait_for_step(run, 5)
+    with suppress(OSError), (small_disk / "ballast").open("ab", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
+    wait_until(lambda: "writing the checkpoint failed on rank 0: OSError: [Errno 28] No space left" in log.read_text())
+    (small_disk / "ballast").unlink()
+    assert cluster.wait(number, timeout=400)["JobState"] == "COMPLETED", log.read_text()
+    found = final_weights(run)
+    assert all(found[name].equal(weights[name]) for name in weights)
+
+
 def test_lost_node(cluster: Cluster, start: Start, weights: dict[str, Any], folder: Path) -> None:
     number, run = start("lost"), folder / "runs" / "lost"
     wait_for_step(run, 5)
