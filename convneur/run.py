@@ -41,6 +41,12 @@ from convneur.summary import Summary, write_summary
 from convneur.watchdog import Watchdog
 from convneur.world import World
 
+LAST_TRIES, TRY_SECONDS = 10, 20.0
+"""How often, and how far apart, a checkpoint is tried that there will be no other chance for: 3 minutes.
+
+A batch job has 5 between the notice and the loss of its nodes.
+"""
+
 
 @dataclass
 class Run:
@@ -154,7 +160,11 @@ class Run:
     def checkpoint_if_due(self, done: int, at_once: bool = False) -> None:
         """Saves a checkpoint every `checkpoint_every_steps` steps, where one shall be kept, at the end and at once.
 
-        Collective. Where it can't be written the run goes on, unless it is at its end; the log says so.
+        Collective. Where it can't be written the run goes on, and the log says so. What no later one can make up for is
+        tried several times: somebody may make room.
+
+        Raises:
+            SaveError: the one at the run's end can't be written.
         """
         best = self.config.run.keep_best and self.best is not None and self.best.step == done
         due = done % self.config.run.checkpoint_every_steps == 0 or self.retention.for_good(done) or best
@@ -162,15 +172,20 @@ class Run:
             return
         data, engine = self.loader.state(done), engine_settings(self.engine)
         state = TrainState(done, self.seconds, data, engine, self.best, self.went_back)
+        last = done == self.total_steps
         with self.log.paused(), self.watchdog.paused():
-            try:
-                save_checkpoint(
-                    self.folder / CHECKPOINTS, self.config, self.world, self.engine, self.ema, state, self.retention
-                )
-            except SaveError as error:
-                if done == self.total_steps:
-                    raise SaveError(f"at the run's end {error}; mend that, and use --resume auto") from error
-                self.log.say(f"ALARM: after {done} steps {error}; the checkpoints before stay")
+            for left in reversed(range(LAST_TRIES if last or at_once else 1)):
+                try:
+                    save_checkpoint(
+                        self.folder / CHECKPOINTS, self.config, self.world, self.engine, self.ema, state, self.retention
+                    )
+                    return
+                except SaveError as error:
+                    if last and not left:
+                        raise SaveError(f"at the run's end {error}; mend that, and use --resume auto") from error
+                    then = f"; {left} more tries, {TRY_SECONDS:.0f} s apart" if left else ""
+                    self.log.say(f"ALARM: after {done} steps {error}; the checkpoints before stay{then}")
+                time.sleep(TRY_SECONDS if left else 0)
 
     def evaluate_if_due(self, done: int) -> None:
         """Evaluates the weights after every `eval_every_epochs` epochs; those of the last step are `finish`'s."""

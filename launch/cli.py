@@ -1,6 +1,7 @@
 """The command line: words to arguments, and errors to one line."""
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -12,6 +13,9 @@ from convneur.data.errors import InputError
 from convneur.errors import TrainingError
 from convneur.launch import commands, data_commands, plan_commands, study_commands
 from convneur.launch.commands import Command
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""What anything that writes may meet: a disk that is full, a quota that is used up, a disk nobody may write to."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -29,6 +33,12 @@ def main(words: Sequence[str] | None = None) -> int:
         if "RANK" not in os.environ or not _report(error):
             print(f"convneur: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f"{error.filename} can't be written: " if error.filename else ""
+        print(f"convneur: error: {where}{error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

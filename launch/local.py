@@ -53,10 +53,13 @@ def run_ranks(words: list[str], nproc: int) -> int:
 
 
 def report_failure(error: Exception) -> bool:
-    """Leaves an error where the launcher of this rank finds it; False if that isn't torchrun."""
+    """Leaves an error where the launcher of this rank finds it; False if that isn't torchrun, or the disk is full."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return False
-    get_error_handler().record_exception(error)
+    try:
+        get_error_handler().record_exception(error)
+    except OSError:
+        return False
     return True
 
 

@@ -31,8 +31,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds a run's folder against other processes. InputError where a living one holds it."""
     path, mine = folder / LOCK_FILE, _identity()
     temporary = path.with_name(f"{LOCK_FILE}.{mine['token']}.tmp")
-    temporary.write_text(json.dumps(mine))
     try:
+        temporary.write_text(json.dumps(mine))
         while not _create(path, temporary) and not _take_over(path, temporary, mine):
             pass
     finally:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from convneur import checkpoint
+from convneur import checkpoint, run
 from convneur.config import Config
 
 PHASES = (
@@ -50,7 +50,15 @@ def train_and_die(config: Config, folder: Path, phase: str) -> None:
 def train_with_small_files(config: Config, folder: Path, limit: int) -> None:
     """Resumes a run in which no file may grow above a number of bytes, as if the disk were full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run.TRY_SECONDS = 0.0
     train_alone(config, folder)
+
+
+def fill(disk: Path) -> None:
+    """Leaves no room on a disk, until its file `ballast` is removed."""
+    with suppress(OSError), (disk / "ballast").open("ab", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
 
 
 def train_on_a_full_disk(config: Config, folder: Path) -> None:
@@ -58,12 +66,11 @@ def train_on_a_full_disk(config: Config, folder: Path) -> None:
     gather = checkpoint.gather_scalars
 
     def filling(engine: Any) -> Any:
-        with suppress(OSError), (folder.parent / "ballast").open("ab", buffering=0) as ballast:
-            while True:
-                ballast.write(bytes(4096))
+        fill(folder.parent)
         return gather(engine)
 
     checkpoint.gather_scalars = filling
+    run.TRY_SECONDS = 0.0
     train_alone(config, folder)
 
 

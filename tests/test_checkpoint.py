@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -26,6 +27,7 @@ from convneur.evaluate import evaluate_checkpoint
 from convneur.guards import GuardConfig
 from convneur.metrics import read_metrics
 from convneur.model import ConvNeur
+from convneur.run import LAST_TRIES
 from convneur.train import train
 from convneur.world import World
 
@@ -176,23 +178,41 @@ def test_a_save_that_fails_raises_an_alarm_and_the_run_goes_on(
     assert not list(folder.glob("tmp-*"))
 
 
+def test_a_last_checkpoint_is_tried_again_until_there_is_room(
+    world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("convneur.run.TRY_SECONDS", 0.0)
+    fail_at_the_end(monkeypatch, times=3)
+    train(config, world, tmp_path)
+    said = capfd.readouterr().out
+    assert re.findall(r"ALARM: after 11 steps .* stay; (\d+) more tries", said) == ["9", "8", "7"]
+    assert list_checkpoints(tmp_path / "checkpoints")[0].name == "step-00000011"
+    assert (tmp_path / "summary.json").exists()
+
+
 def test_a_last_checkpoint_that_fails_ends_the_run_as_failed(
     world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = checkpoints._publish
-
-    def failing(temporary: Path, final: Path) -> None:
-        if final.name == f"step-{STEPS:08d}":
-            raise OSError(28, "No space left on device")
-        real(temporary, final)
-
-    monkeypatch.setattr(checkpoints, "_publish", failing)
+    monkeypatch.setattr("convneur.run.TRY_SECONDS", 0.0)
+    fail_at_the_end(monkeypatch, times=LAST_TRIES)
     with pytest.raises(SaveError, match=r"^at the run's end .*No space left.*; mend that, and use --resume auto$"):
         train(config, world, tmp_path)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert [p.name for p in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000008", "step-00000004"]
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step-00000008\n"
     assert not (tmp_path / "summary.json").exists()
+
+
+def fail_at_the_end(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Lets the disk be full so many times when the last step's checkpoint is to be published."""
+    real, failures = checkpoints._publish, iter(range(times))
+
+    def failing(temporary: Path, final: Path) -> None:
+        if final.name == f"step-{STEPS:08d}" and next(failures, None) is not None:
+            raise OSError(28, "No space left on device")
+        real(temporary, final)
+
+    monkeypatch.setattr(checkpoints, "_publish", failing)
 
 
 def test_weights_that_are_not_finite_are_not_saved(

@@ -4,8 +4,9 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from kills import (
     PHASES,
+    fill,
     free_port,
     train_alone,
     train_and_die,
@@ -188,13 +190,22 @@ def test_a_full_disk_does_not_end_a_run(
     assert_same_end(whole, run)
 
 
+def test_a_run_that_finds_no_room_to_start_says_so_in_a_line(digits: Path, small_disk: Path) -> None:
+    fill(small_disk)
+    words = ["--data.root", digits, "--model.num_classes", "10", "--run.root", small_disk, "--run.name", "run"]
+    command = [sys.executable, "-m", "convneur.launch", "train", *map(str, words)]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=200)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "convneur: error: No space left on device"
+    assert "Traceback" not in result.stderr
+    assert not (small_disk / "run").exists()
+
+
 def test_metrics_that_find_no_room(small_disk: Path, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither lines nor TensorBoard's events, which a thread writes later on, end a run."""
     settings = {"start_step": 0, "total_steps": 400, "steps_per_epoch": 400, "images_per_step": 1, "every_steps": 1}
     log = TrainingLog(small_disk, world, **settings)
-    with suppress(OSError), (small_disk / "ballast").open("ab", buffering=0) as ballast:
-        while True:
-            ballast.write(bytes(4096))
+    fill(small_disk)
     for step in range(400):
         log.scores(step + 1, Scores(0.5, 0.9, 1.0, 360), None, {})
     log.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kills import fill
 from safetensors.torch import load_file
 from slurm_cluster import ENDED, SLURM, Cluster
 
@@ -168,10 +169,8 @@ def test_one_node_goes_on_with_what_two_have_started(
 def test_full_disk(cluster: Cluster, start: Start, weights: dict[str, Any], folder: Path, small_disk: Path) -> None:
     number, run, log = start("full", f"--run.root={small_disk}"), small_disk / "full", folder / "full.log"
     wait_for_step(run, 5)
-    with suppress(OSError), (small_disk / "ballast").open("ab", buffering=0) as ballast:
-        while True:
-            ballast.write(bytes(4096))
-    wait_until(lambda: "writing the checkpoint failed on rank 0: OSError: [Errno 28] No space left" in log.read_text())
+    fill(small_disk)
+    wait_until(lambda: "ALARM: after 22 steps writing the checkpoint failed on rank 0: " in log.read_text())
     (small_disk / "ballast").unlink()
     assert cluster.wait(number, timeout=400)["JobState"] == "COMPLETED", log.read_text()
     found = final_weights(run)
