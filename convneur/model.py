@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from convneur import mup
 from convneur.branches import MIXERS, MixerKind
+from convneur.depthwise import DepthwiseConv2d
 from convneur.memory import MemoryConfig
 from convneur.memory_steps import ReadOrder
 
@@ -222,7 +223,7 @@ class LocalBranch(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.dwconv = DepthwiseConv2d(dim, taps=7)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.up = ChannelLinear(dim, 4 * dim)
         self.act = nn.GELU()
