@@ -70,7 +70,7 @@ def _through_norm(x: Tensor, scale: Tensor, dx: Tensor, out: Tensor, buffer: Ten
 
 
 class _Factors:
-    """What the update generator's sigmoids (b, 3d) stand for, in one operation each."""
+    """What the update generator's sigmoids (..., 3d) stand for, in one operation each."""
 
     def __init__(self, like: Tensor, d: int, inner_lr: float) -> None:
         self.d = d
@@ -78,11 +78,11 @@ class _Factors:
         self.scale, self.shift, self.slope_scale, self.slope_shift = coefficients.repeat_interleave(d, dim=1)
 
     def values(self, sigmoids: Tensor) -> tuple[Tensor, ...]:
-        """-theta, eta and 1 - alpha, each (b, d, 1)."""
-        return torch.addcmul(self.shift, sigmoids, self.scale).view(-1, 3, self.d, 1).unbind(1)
+        """-theta, eta and 1 - alpha, each (..., d, 1)."""
+        return torch.addcmul(self.shift, sigmoids, self.scale).unflatten(-1, (3, self.d, 1)).unbind(-3)
 
     def slopes(self, sigmoids: Tensor) -> Tensor:
-        """1 - sigmoid for theta and eta, sigmoid - 1 for alpha, (b, 3d)."""
+        """1 - sigmoid for theta and eta, sigmoid - 1 for alpha, (..., 3d)."""
         return torch.addcmul(self.slope_shift, sigmoids, self.slope_scale)
 
 
@@ -206,7 +206,9 @@ def backward(
         raw_q, scale_q, d_raw_q, d_context = _by_step(n_queries, queries, of_queries, d_queries, dy[group])
         raw_k, scale_k, d_raw_k, dv, error = _by_step(n_keys, keys, of_keys, d_keys, d_values, errors[group])
         first = start.unsqueeze(1).expand(2, b, d, h)
-        state = states[:, :, :, group].unbind()
+        state, sigmoids = states[:, :, :, group].unbind(), factors[:, group]
+        rates, etas, retentions = (x.unbind() for x in decode.values(sigmoids))
+        slopes, alphas = decode.slopes(sigmoids).unbind(), sigmoids[..., 2 * d :].unbind()
         nothing, ones = scales.new_zeros(()), scales.new_ones(b, max(lengths), h)
         # Adjoint of the weights that a step leaves, and of its velocities by way of them and of the next.
         adjoint = scales.new_zeros(2, 2, b, d, h)
@@ -219,8 +221,7 @@ def backward(
             w1, w2 = state[min(t, count) - 1][0] if min(t, count) else first
 
             if n_k:
-                sigmoids = factors[t, group]
-                rate, eta, retention = decode.values(sigmoids)
+                eta = etas[t]
                 if t:
                     torch.mul(adjoint, state[t - 1], out=product)
                 else:
@@ -231,11 +232,11 @@ def backward(
                 d_theta, d_eta, d_alpha = d_logit.view(b, 3, d).unbind(1)
                 torch.mul(eta.squeeze(-1), along_old, out=d_eta)
                 torch.sum(torch.mul(dz, state[t][1], out=product[1]), (0, 3), out=d_theta).sub_(d_eta)
-                torch.mul(sigmoids[:, 2 * d :], along_w, out=d_alpha)
-                d_logit.mul_(decode.slopes(sigmoids))
+                torch.mul(alphas[t], along_w, out=d_alpha)
+                d_logit.mul_(slopes[t])
                 d_surprise = (d_logit @ generator_weight).mul_(2.0 / n_k).unsqueeze(1)
-                dz1, dz2 = torch.mul(dz, rate, out=dz_step)
-                dw.mul_(retention)
+                dz1, dz2 = torch.mul(dz, rates[t], out=dz_step)
+                dw.mul_(retentions[t])
 
                 k, e, de, dk, a, u, slope, exponent, curvature, back, dback = scratch.views[n_k]
                 torch.mul(raw_k[t], scale_k[t], out=k)
