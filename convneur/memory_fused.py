@@ -194,7 +194,8 @@ def backward(
 
     d_qkv = torch.empty_like(qkv)
     d_parts = d_qkv.unflatten(-1, (3, d))
-    d_parts[:, errors.shape[1] :, 1:] = 0.0  # keys and values that are never written
+    nothing = scales.new_zeros(())
+    d_parts[:, errors.shape[1] :, 1:].copy_(nothing)  # keys and values that are never written
     d_starts = scales.new_empty(2, images, d, h)
     d_logits = torch.empty_like(factors)
 
@@ -209,7 +210,7 @@ def backward(
         state, sigmoids = states[:, :, :, group].unbind(), factors[:, group]
         rates, etas, retentions = (x.unbind() for x in decode.values(sigmoids))
         slopes, alphas = decode.slopes(sigmoids).unbind(), sigmoids[..., 2 * d :].unbind()
-        nothing, ones = scales.new_zeros(()), scales.new_ones(b, max(lengths), h)
+        ones = scales.new_ones(b, max(lengths), h)
         # Adjoint of the weights that a step leaves, and of its velocities by way of them and of the next.
         adjoint = scales.new_zeros(2, 2, b, d, h)
         dw, dz = adjoint
