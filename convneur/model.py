@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from convneur import mup
 from convneur.branches import MIXERS, MixerKind
+from convneur.depthwise import DepthwiseConv2d
 from convneur.memory import MemoryConfig
 from convneur.memory_steps import ReadOrder
 
@@ -217,15 +218,25 @@ class ChannelLinear(nn.Linear):
             return y.permute(0, 2, 3, 1)
 
 
+class GELU(nn.GELU):
+    """In place where nothing is kept for a backward pass: a new tensor of this size takes longer than the function."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape."""
+        if torch.is_grad_enabled() or torch.jit.is_scripting():
+            return F.gelu(input)
+        return torch.ops.aten.gelu_(input)
+
+
 class LocalBranch(nn.Module):
     """F_loc: large-kernel depthwise convolution, then channel mixing, as in a ConvNeXt block."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.dwconv = DepthwiseConv2d(dim, taps=7)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.up = ChannelLinear(dim, 4 * dim)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.down = ChannelLinear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -282,7 +293,7 @@ class Block(nn.Module):
                 features = features + context
             else:
                 features = self.project(torch.cat([features, context], dim=-1))
-        return x + self.drop_path((self.gamma * features).permute(0, 3, 1, 2))
+        return torch.addcmul(x.permute(0, 2, 3, 1), self.drop_path(features), self.gamma).permute(0, 3, 1, 2)
 
 
 class Stage(nn.Module):

@@ -58,6 +58,7 @@ class Watch(TorchDispatchMode):
         "permute",
         "slice",
         "split",
+        "split_with_sizes",
         "select",
     )
     MOVES += ("unsqueeze", "unflatten", "view", "_unsafe_view", "transpose", "t", "unbind", "expand", "detach")
