@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_origin
 
 import google_crc32c
 import numpy as np
@@ -130,14 +130,15 @@ class Split:
             "denied": tuple(_typed(Denied, denied) for denied in values.get("denied", ())),
             "beton": _typed(Beton, values["beton"]) if values.get("beton") else None,
         }
-        return Split(**{**values, **parts})
+        return _typed(Split, {**values, **parts})
 
 
 def _typed(kind: Callable[..., T], values: dict[str, Any]) -> T:
-    """A dataclass of plain fields, each of the type it is declared with."""
+    """A dataclass whose fields have the types they are declared with, containers without their contents."""
     for field in fields(kind):  # type: ignore[arg-type]  # it is a dataclass
-        if type(values[field.name]) is not field.type:
-            raise TypeError(f"{field.name} is {values[field.name]!r}")
+        value, declared = values[field.name], {tuple: tuple, dict: dict}.get(get_origin(field.type), field.type)
+        if not isinstance(value, declared) or (isinstance(value, bool) and declared is int):
+            raise TypeError(f"{field.name} is {value!r}")
     return kind(**values)
 
 
@@ -191,12 +192,14 @@ class Manifest:
                 raise ValueError("it is not as it was written")
             if unknown := content.keys() - {"format", *(field.name for field in fields(cls))}:
                 raise ValueError(f"unknown key {min(unknown)}")
-            manifest = cls(
-                content["source"],
-                tuple(content["classes"]),
-                {name: Split.from_json(split) for name, split in content["splits"].items()},
-                content.get("has_shards", True),
-            )
+            parts = {
+                "classes": tuple(content["classes"]),
+                "splits": {name: Split.from_json(split) for name, split in content["splits"].items()},
+                "has_shards": content.get("has_shards", True),
+            }
+            if not all(isinstance(name, str) for name in parts["classes"]):
+                raise TypeError("a class's name is no text")
+            manifest = _typed(cls, {"source": content["source"], **parts})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is damaged ({error}): {_RESTORE.format(folder)}") from None
         if not (manifest.is_complete or unfinished):
@@ -259,7 +262,7 @@ def claim_folder(folder: Path, source: str, plan: str = "", *, shared: bool = Fa
     marker = folder / UNFINISHED
     names = [path for path in folder.iterdir() if not path.match(TEMPORARY)]
     if marker in names:
-        found = marker.read_text()
+        found = marker.read_bytes().decode(errors="replace") if marker.is_file() else ""
         if found != mark:
             raise (
                 other
@@ -357,6 +360,8 @@ def scan_shard(path: Path, name: str) -> Scan:
     Raises:
         InputError: it can't be read to its end, or a sample in it lacks its image or its label.
     """
+    if not path.is_file():  # opening a pipe would wait for whoever fills it
+        raise InputError(f"{name} is no file: name WebDataset shards")
     found = _read_rows(path, name)
     rows = np.array(
         [(0, *row) for row in found], dtype=[*INDEX_FIELDS, ("key", f"S{max(len(row[-1]) for row in found)}")]

@@ -17,7 +17,9 @@ def prepare_digits(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur prepare digits`."""
     from convneur.data.digits import prepare_digits
 
-    return _tell(args.out, prepare_digits(args.out, args.format, args.beton_pixels))
+    written = prepare_digits(args.out, args.format, args.beton_pixels)
+    print(f"{args.out}: {'written' if written else 'already there, and intact'}")
+    return 0
 
 
 def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
@@ -114,15 +116,17 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
     Console().print(table)
     print("kB an image, images a class: least/median/most; empty: classes without any")
     try:
-        contact_sheet(config.data, args.sheet, seed=config.run.seed)
+        bad = contact_sheet(config.data, args.sheet, seed=config.run.seed)
     except OSError as error:
         raise InputError(f"--sheet {args.sheet} can't be written ({error}): name another file") from None
+    for reason in bad:
+        print(reason)
     print(f"{args.sheet}: what training shows the model, with its labels")
     return 0
 
 
 def _tell(out: Path, written: bool) -> int:
-    print(f"{out}: {'written' if written else 'already there, and intact'}")
+    print(f"{out}: {'written' if written else f'already there; `convneur data verify {out}` checks every byte'}")
     return 0
 
 
