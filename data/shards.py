@@ -136,7 +136,8 @@ class Split:
 def _typed(kind: Callable[..., T], values: dict[str, Any]) -> T:
     """A dataclass whose fields have the types they are declared with, containers without their contents."""
     for field in fields(kind):  # type: ignore[arg-type]  # it is a dataclass
-        value, declared = values[field.name], {tuple: tuple, dict: dict}.get(get_origin(field.type), field.type)
+        origin, value = get_origin(field.type), values[field.name]
+        declared: Any = origin if origin in (tuple, dict) else field.type
         if not isinstance(value, declared) or (isinstance(value, bool) and declared is int):
             raise TypeError(f"{field.name} is {value!r}")
     return kind(**values)
@@ -192,13 +193,13 @@ class Manifest:
                 raise ValueError("it is not as it was written")
             if unknown := content.keys() - {"format", *(field.name for field in fields(cls))}:
                 raise ValueError(f"unknown key {min(unknown)}")
+            if not (isinstance(content["classes"], list) and all(isinstance(name, str) for name in content["classes"])):
+                raise TypeError("the classes are no list of names")
             parts = {
                 "classes": tuple(content["classes"]),
                 "splits": {name: Split.from_json(split) for name, split in content["splits"].items()},
                 "has_shards": content.get("has_shards", True),
             }
-            if not all(isinstance(name, str) for name in parts["classes"]):
-                raise TypeError("a class's name is no text")
             manifest = _typed(cls, {"source": content["source"], **parts})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is damaged ({error}): {_RESTORE.format(folder)}") from None

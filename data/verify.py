@@ -100,6 +100,8 @@ def _check_shard(
         if is_remote(shard.name):
             path = Path(temporary) / "shard.tar"
             retrying(lambda: _fetch(shard, path), shard.name, OSError)
+            if file_crc32c(path) != shard.crc32c:  # perhaps garbled on its way: no reason yet to deny an image
+                retrying(lambda: _fetch(shard, path), shard.name, OSError)
         size = path.stat().st_size if path.is_file() else None
         if size != shard.size:
             what = "is missing" if size is None else f"has {size} bytes, not {shard.size}"
