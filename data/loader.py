@@ -485,7 +485,8 @@ def _loader(
         batch_size=None,
         sampler=requests,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork" if workers else None,  # `_Slots` are inherited
+        pin_memory=persistent and torch.cuda.is_available(),  # training's batches are when they leave their slots
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         persistent_workers=persistent and workers > 0,
         worker_init_fn=_ignore_stop_signals,
