@@ -335,6 +335,16 @@ def test_the_mark_of_another_dataset_may_be_anything(tmp_path: Path) -> None:
     assert "holds something else" in message
 
 
+@pytest.mark.parametrize("command", ["digits", "synthetic --classes 1 --images 1 --size 8x8", "index {}/train-*.tar"])
+def test_a_folder_that_cannot_be_made_is_one_line(copy: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = copy / "manifest.json" / "data"
+    assert main(["prepare", *command.format(copy).split(), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"convneur: error: [Errno 20] Not a directory: '{out}': "
+        "see to it and run the command again, it goes on where it stopped\n"
+    )
+
+
 def test_a_pipe_is_no_shard(copy: Path, tmp_path: Path) -> None:
     (copy / "train-000002.tar").unlink()
     os.mkfifo(copy / "train-000002.tar")
