@@ -40,6 +40,7 @@ JPG, RAW = 0, 1
 """FFCV's numbers for how an image is stored."""
 SMALLEST_PAGE = 1 << 23
 LARGEST_PAGE = 1 << 31
+BLOCK = 1 << 20
 LARGEST_SIDE = (1 << 16) - 1
 STORED_FIELDS = [("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", "<u8")]
 
@@ -349,6 +350,19 @@ class BetonStore(IndexedStore):
                 decode(content)
             except ValueError as error:
                 return str(error)
+        return ""
+
+    def gaps_fault(self) -> str:
+        """A line if there is something between tables and images, where nothing was written; empty if not."""
+        assert self._entry.beton is not None
+        places = self.images["data_ptr"].astype(np.int64)
+        begins = np.concatenate([[self._entry.beton.head], places + self._sizes.astype(np.int64)])
+        with self.path.open("rb", buffering=0) as file:
+            for begin, end in zip(begins.tolist(), [*places.tolist(), self._entry.beton.table], strict=True):
+                file.seek(begin)
+                for block in range(begin, end, BLOCK):
+                    if any(file.read(min(BLOCK, end - block))):
+                        return f"{self.path.name}: not the bytes that were written, between two images"
         return ""
 
     def prefetch(self, samples: np.ndarray) -> None:

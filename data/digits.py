@@ -12,7 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from convneur.data.beton import Format, Pixels, add_betons
+from convneur.data.beton import BetonStore, Format, Pixels, add_betons
+from convneur.data.prepare import check_files
 from convneur.data.shards import Manifest, Sample, claim_folder, write_split
 from convneur.data.store import TarStore
 
@@ -37,10 +38,15 @@ def prepare_digits(out: Path, format: Format = "tar", pixels: Pixels = "jpg") ->
         InputError: `out` holds something else, or damaged digits.
     """
     if not claim_folder(out, SOURCE):
+        check_files(out, format)
         manifest = Manifest.read(out, unfinished=True)
-        if manifest.has_shards:
-            for split in manifest.splits:
+        for split in manifest.splits:
+            if manifest.has_shards:
                 TarStore(out, split).verify()
+            elif manifest.is_complete:
+                beton = BetonStore(out, split)
+                for sample in range(len(beton)):
+                    beton.read(sample)
         return add_betons(out, format, pixels, processes=1)
     digits = load_digits()
     numbers = np.arange(len(digits.target))

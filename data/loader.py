@@ -8,31 +8,40 @@ names all that a micro-batch depends on.
 """
 
 import atexit
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
+from mmap import mmap
 from multiprocessing import active_children, get_context
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError, SampleError
 from convneur.data.keys import key, libraries_restored, seed_libraries, view_key
 from convneur.data.order import LaneOrder
+from convneur.data.shards import Sample
 from convneur.data.store import Store
-from convneur.data.transforms import Transform, decode, eval_transform, train_transform
+from convneur.data.transforms import TrainTransform, Transform, View, decode, eval_transform, plain_jpeg_size
 
 STATE_FORMAT = 1
 REPLACEMENTS = 16
 """How many unreadable samples in a row a single place of the stream puts up with."""
+
+PREFETCH_BATCHES = 2
+"""How many batches a worker makes ahead of the one that is waited for."""
+
+AHEAD = 16
+"""For how many views at a time a worker reads and draws before it decodes them."""
 
 PREFETCH_STEPS = 64
 """How many optimizer steps ahead remote shards are fetched."""
@@ -77,10 +86,6 @@ class Batch:
     repetitions: torch.Tensor
     bad: tuple[BadSample, ...] = ()
 
-    def pin_memory(self) -> "Batch":
-        """Copy the images and labels to page-locked memory; the DataLoader calls this."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
-
 
 class EvalBatch(NamedTuple):
     """Samples to evaluate, b = eval_batch_size of them on each rank.
@@ -123,7 +128,7 @@ class TrainLoader:
             repeats=config.repeats,
         )
         self._config, self._seed, self._store = config, seed, store
-        self._dataset = _TrainDataset(store, train_transform(config), seed)
+        self._transform = TrainTransform(config)
         share = config.lanes // (world_size * accumulation)
         first = rank * accumulation
         self._micro_lanes = [range(m * share, (m + 1) * share) for m in range(first, first + accumulation)]
@@ -142,12 +147,16 @@ class TrainLoader:
         Raises:
             InputError: the storage fails time and again, or hardly a sample can be read.
         """
-        batches = iter(_loader(self._dataset, self._requests(start_step, stop_step), self._config.workers))
+        workers, size = self._config.workers, self._config.image_size
+        batch_size = self._config.global_batch_size // self._config.lanes * len(self._micro_lanes[0])
+        slots = _Slots(PREFETCH_BATCHES * workers + 1, batch_size, size)
+        dataset = _TrainDataset(self._store, self._transform, self._seed, slots)
+        batches = iter(_loader(dataset, enumerate(self._requests(start_step, stop_step)), workers))
         try:
             with self._prefetching(start_step, stop_step) as reached:
                 for step in range(start_step, stop_step):
                     reached.value = step
-                    micro_batches: list[Batch] = [_unwrap(next(batches)) for _ in self._micro_lanes]
+                    micro_batches: list[Batch] = [_unwrap(next(batches)).batch(slots) for _ in self._micro_lanes]
                     for batch in micro_batches:
                         self.bad_samples.update(batch.bad)
                     yield micro_batches
@@ -271,50 +280,113 @@ def _prefetch(store: Store, requests: Iterable[Request], reached: Reached, paren
             return
 
 
-class _TrainDataset(Dataset[Batch | InputError]):
+class _Slots:
+    """Memory for the images of some micro-batches, shared with the workers that are forked later.
+
+    New memory for each batch would cost a page fault every 4 KiB, in the worker and in the training process.
+    """
+
+    def __init__(self, slots: int, batch_size: int, image_size: int):
+        shape = (slots, batch_size, image_size, image_size, 3)
+        images = torch.frombuffer(mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
+        self._images = images.permute(0, 1, 4, 2, 3)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        """Room for the images of request `number`, (b, 3, H, W) uint8 in channels_last memory format."""
+        return self._images[number % len(self._images)]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a worker says of a micro-batch whose images it has left in the slot of request `number`."""
+
+    number: int
+    request: Request
+    indices: list[int]
+    labels: list[int]
+    bad: tuple[BadSample, ...]
+
+    def batch(self, slots: _Slots) -> Batch:
+        """The micro-batch, its images copied: into page-locked memory where there is a GPU."""
+        images = torch.empty_like(slots[self.number], pin_memory=torch.cuda.is_available())
+        return Batch(
+            images=images.copy_(slots[self.number]),
+            labels=torch.tensor(self.labels),
+            indices=torch.tensor(self.indices),
+            epoch=self.request.epoch,
+            step=self.request.step,
+            lanes=self.request.lanes,
+            repetitions=torch.from_numpy(self.request.repetitions),
+            bad=self.bad,
+        )
+
+
+class _TrainDataset(Dataset[_Made | InputError]):
     """Reads and augments a micro-batch. An `InputError` is returned: raised in a worker, it would lose its one line."""
 
-    def __init__(self, store: Store, transform: Transform, seed: int):
-        self._store, self._transform, self._seed = store, transform, seed
+    def __init__(self, store: Store, transform: TrainTransform, seed: int, slots: _Slots):
+        self._store, self._transform, self._seed, self._slots = store, transform, seed, slots
 
-    def __getitem__(self, request: Request) -> Batch | InputError:
+    def __getitem__(self, numbered: tuple[int, Request]) -> _Made | InputError:
+        number, request = numbered
+        images = self._slots[number]
         bad: list[BadSample] = []
+        indices, labels = [], []
         last = _LastImage(self._store)
         try:
             with libraries_restored():
-                read = [
-                    read_or_replace(
-                        partial(self._read, last, request.epoch, repetition),
+                for offset, drawn in enumerate(self._drawn(request)):
+                    index, (image, label) = read_or_replace(
+                        partial(self._show, last, request.epoch, drawn),
                         len(self._store),
                         seed=self._seed,
                         epoch=request.epoch,
-                        place=place,
-                        index=index,
+                        place=request.first + offset,
+                        index=drawn.number,
                         bad=bad,
                     )
-                    for place, (index, repetition) in enumerate(
-                        zip(request.indices.tolist(), request.repetitions.tolist(), strict=True), request.first
-                    )
-                ]
+                    images[offset] = image
+                    indices.append(index)
+                    labels.append(label)
         except InputError as error:
             return error
-        indices, shown = zip(*read, strict=True)
-        images, labels = zip(*shown, strict=True)
-        return Batch(
-            images=default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2),
-            labels=torch.tensor(labels),
-            indices=torch.tensor(indices),
-            epoch=request.epoch,
-            step=request.step,
-            lanes=request.lanes,
-            repetitions=torch.from_numpy(request.repetitions),
-            bad=tuple(bad),
-        )
+        return _Made(number, request, indices, labels, tuple(bad))
 
-    def _read(self, last: "_LastImage", epoch: int, repetition: int, index: int) -> tuple[torch.Tensor, int]:
+    def _drawn(self, request: Request) -> Iterator["_Drawn"]:
+        """Read and draw for `AHEAD` views at a time: between two images, decoding empties the processor's caches."""
+        views = list(zip(request.indices.tolist(), request.repetitions.tolist(), strict=True))
+        for first in range(0, len(views), AHEAD):
+            yield from [self._draw(request.epoch, *view) for view in views[first : first + AHEAD]]
+
+    def _draw(self, epoch: int, index: int, repetition: int) -> "_Drawn":
+        sample = view = None
+        if self._transform.draws_all:
+            with suppress(SampleError):  # `_show` meets it again
+                sample = self._store.read(index)
+            if sample and (size := plain_jpeg_size(sample.image)):
+                self._seed_view(epoch, index, repetition)
+                view = self._transform.draw(*size)
+        return _Drawn(index, repetition, sample, view)
+
+    def _show(self, last: "_LastImage", epoch: int, drawn: "_Drawn", index: int) -> tuple[torch.Tensor, int]:
+        if index == drawn.number and drawn.view:
+            pixels, label = last.read(index, drawn.sample)
+            return self._transform.show(pixels, drawn.view), label
         pixels, label = last.read(index)
-        seed_libraries(view_key(self._seed, "augment", epoch, index, repetition))
+        self._seed_view(epoch, index, drawn.repetition)
         return self._transform(pixels), label
+
+    def _seed_view(self, epoch: int, index: int, repetition: int) -> None:
+        seed_libraries(view_key(self._seed, "augment", epoch, index, repetition))
+
+
+class _Drawn(NamedTuple):
+    """A view of a sample; the sample, if it could be read, and what is shown of it, if that is drawn already."""
+
+    number: int
+    repetition: int
+    sample: Sample | None
+    view: View | None
 
 
 class _LastImage:
@@ -324,10 +396,10 @@ class _LastImage:
         self._store = store
         self._index = -1
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        """Pixels and label of a sample; raises what `_read` does."""
+    def read(self, index: int, sample: Sample | None = None) -> tuple[np.ndarray, int]:
+        """Pixels and label of a sample, which may have been read already; raises what `_read` does."""
         if index != self._index:
-            self._read = _read(self._store, index)
+            self._read = _read(self._store, index, sample)
             self._index = index
         return self._read
 
@@ -389,14 +461,14 @@ class _EvalDataset(Dataset[EvalBatch | InputError]):
         return EvalBatch(images, labels, mask, tuple(bad))
 
 
-def _read(store: Store, index: int) -> tuple[np.ndarray, int]:
-    """Read and decode a sample to (height, width, 3) uint8 and its label.
+def _read(store: Store, index: int, sample: Sample | None = None) -> tuple[np.ndarray, int]:
+    """Read a sample, unless that is done, and decode it to (height, width, 3) uint8 and its label.
 
     Raises:
         SampleError: its bytes are damaged or not an image.
         InputError: the storage fails.
     """
-    sample = store.read(index)
+    sample = sample or store.read(index)
     try:
         pixels = decode(sample.image)
     except ValueError as error:
@@ -413,7 +485,9 @@ def _loader(
         batch_size=None,
         sampler=requests,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="fork" if workers else None,  # `_Slots` are inherited
+        pin_memory=persistent and torch.cuda.is_available(),  # training's batches are when they leave their slots
+        prefetch_factor=PREFETCH_BATCHES if workers else None,
         persistent_workers=persistent and workers > 0,
         worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from convneur.data.beton import Format, Pixels, add_betons
+from convneur.data.beton import BetonStore, Format, Pixels, add_betons
 from convneur.data.parallel import in_parallel
 from convneur.data.shards import (
     Manifest,
@@ -21,6 +21,7 @@ from convneur.data.shards import (
     write_index,
     write_shard,
 )
+from convneur.data.store import TarStore
 
 EXTENSION = "jpg"
 SHARD_SAMPLES = 1000
@@ -75,9 +76,10 @@ def prepare(
         False if the dataset was there, complete.
 
     Raises:
-        InputError: `out` holds something else, or can't be written to.
+        InputError: `out` holds something else, or can't be written to; or what was there has lost a file.
     """
     if not claim_folder(out, source, plan, shared=part is not None):
+        check_files(out, format)
         return part is None and add_betons(out, format, pixels, processes)
     entries = {}
     for split, samples in splits.items():
@@ -101,6 +103,26 @@ def prepare(
         Manifest(source, classes, entries, has_shards=format != "ffcv").write(out)
         add_betons(out, format, pixels, processes)
     return True
+
+
+def check_files(folder: Path, format: Format) -> None:
+    """Check a dataset that is there already, but for its images: files, their sizes, index and tables.
+
+    Args:
+        folder: the dataset's.
+        format: with "tar", betons aren't looked at.
+
+    Raises:
+        InputError: the first file that is missing or isn't as it was written.
+    """
+    manifest = Manifest.read(folder, unfinished=True)
+    if not manifest.is_complete:
+        return
+    for name, split in manifest.splits.items():
+        if manifest.has_shards:
+            TarStore(folder, name)
+        if split.beton and format != "tar":
+            BetonStore(folder, name)
 
 
 def _write(paths: list[Path], samples: Samples, shard_samples: int, number: int) -> None:

@@ -14,12 +14,12 @@ Offsets are positions in the tar files, so that any sample is one `pread` away.
 
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_origin
 
 import google_crc32c
 import numpy as np
@@ -32,10 +32,15 @@ from convneur.data.files import TEMPORARY, atomic_write, fsync
 MANIFEST = "manifest.json"
 UNFINISHED = "preparing"
 FORMAT = 1
+CHECKSUM = "crc32c"
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_EXTENSION = "cls"
 MAX_CLASSES = 1 << 20
 INDEX_FIELDS = [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32c", "<u4")]
+
+T = TypeVar("T")
+
+_RESTORE = "restore it, or remove {} and prepare it again"
 
 
 class Sample(NamedTuple):
@@ -118,14 +123,24 @@ class Split:
     beton: Beton | None = None
 
     @staticmethod
-    def from_json(fields: dict[str, Any]) -> "Split":
+    def from_json(values: dict[str, Any]) -> "Split":
         """Undo `asdict`."""
         parts = {
-            "shards": tuple(Shard(**shard) for shard in fields["shards"]),
-            "denied": tuple(Denied(**denied) for denied in fields.get("denied", ())),
-            "beton": Beton(**fields["beton"]) if fields.get("beton") else None,
+            "shards": tuple(_typed(Shard, shard) for shard in values["shards"]),
+            "denied": tuple(_typed(Denied, denied) for denied in values.get("denied", ())),
+            "beton": _typed(Beton, values["beton"]) if values.get("beton") else None,
         }
-        return Split(**{**fields, **parts})
+        return _typed(Split, {**values, **parts})
+
+
+def _typed(kind: Callable[..., T], values: dict[str, Any]) -> T:
+    """A dataclass whose fields have the types they are declared with, containers without their contents."""
+    for field in fields(kind):  # type: ignore[arg-type]  # it is a dataclass
+        origin, value = get_origin(field.type), values[field.name]
+        declared: Any = origin if origin in (tuple, dict) else field.type
+        if not isinstance(value, declared) or (isinstance(value, bool) and declared is int):
+            raise TypeError(f"{field.name} is {value!r}")
+    return kind(**values)
 
 
 @dataclass(frozen=True)
@@ -151,8 +166,9 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder`, which makes the dataset complete."""
+        content = {"format": FORMAT, **asdict(self)}
         with atomic_write(folder / MANIFEST) as file:
-            file.write(json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode())
+            file.write(json.dumps({**content, CHECKSUM: _json_crc32c(content)}, indent=1).encode())
         (folder / UNFINISHED).unlink(missing_ok=True)
         fsync(folder)
 
@@ -168,20 +184,54 @@ class Manifest:
             InputError: there is no folder, no manifest in it, or one of another format.
         """
         path = folder / MANIFEST
+        content = _read_manifest(folder)
         try:
-            fields = json.loads(path.read_bytes())
-            if fields["format"] != FORMAT:
-                raise InputError(f"{path} has format {fields['format']}, not {FORMAT}: prepare the dataset again")
-            splits = {name: Split.from_json(split) for name, split in fields["splits"].items()}
-            manifest = cls(fields["source"], tuple(fields["classes"]), splits, fields.get("has_shards", True))
-        except (FileNotFoundError, NotADirectoryError):
-            what = f"holds no complete dataset (no {MANIFEST})" if folder.exists() else "does not exist"
-            raise InputError(f"{folder} {what}: write one with `convneur prepare SOURCE --out {folder}`") from None
+            if content["format"] != FORMAT:
+                raise InputError(f"{path} has format {content['format']}, not {FORMAT}: prepare the dataset again")
+            checksum = content.pop(CHECKSUM, None)  # older ones have none
+            if checksum not in (None, _json_crc32c(content)):
+                raise ValueError("it is not as it was written")
+            if unknown := content.keys() - {"format", *(field.name for field in fields(cls))}:
+                raise ValueError(f"unknown key {min(unknown)}")
+            if not (isinstance(content["classes"], list) and all(isinstance(name, str) for name in content["classes"])):
+                raise TypeError("the classes are no list of names")
+            parts = {
+                "classes": tuple(content["classes"]),
+                "splits": {name: Split.from_json(split) for name, split in content["splits"].items()},
+                "has_shards": content.get("has_shards", True),
+            }
+            manifest = _typed(cls, {"source": content["source"], **parts})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({error!r}): remove {folder} and prepare it again") from None
+            raise InputError(f"{path} is damaged ({error}): {_RESTORE.format(folder)}") from None
         if not (manifest.is_complete or unfinished):
             raise InputError(f"{folder} holds no complete dataset yet: repeat the `convneur prepare` that began it")
         return manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """What `folder`'s manifest holds, whatever that means.
+
+    Raises:
+        InputError: there is no folder, no manifest in it, or it is not an object in JSON.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        what = f"holds no complete dataset (no {MANIFEST})" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {what}: write one with `convneur prepare SOURCE --out {folder}`")
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}): {_RESTORE.format(folder)}") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror}): see to the disk or the access rights") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged (it is no JSON object): {_RESTORE.format(folder)}")
+    return content
+
+
+def _json_crc32c(content: dict[str, Any]) -> int:
+    """CRC-32C of what a manifest says, however it is laid out."""
+    return int(google_crc32c.value(json.dumps(content, sort_keys=True).encode()))
 
 
 def claim_folder(folder: Path, source: str, plan: str = "", *, shared: bool = False) -> bool:
@@ -204,15 +254,16 @@ def claim_folder(folder: Path, source: str, plan: str = "", *, shared: bool = Fa
     if folder.exists() and not folder.is_dir():
         raise other
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MANIFEST).is_file():
-        if Manifest.read(folder, unfinished=True).source != source:
+    if (folder / MANIFEST).exists():
+        if _read_manifest(folder).get("source") != source:
             raise other
+        Manifest.read(folder, unfinished=True)
         return False
     mark = f"{source} {plan}".strip()
     marker = folder / UNFINISHED
     names = [path for path in folder.iterdir() if not path.match(TEMPORARY)]
     if marker in names:
-        found = marker.read_text()
+        found = marker.read_bytes().decode(errors="replace") if marker.is_file() else ""
         if found != mark:
             raise (
                 other
@@ -310,6 +361,8 @@ def scan_shard(path: Path, name: str) -> Scan:
     Raises:
         InputError: it can't be read to its end, or a sample in it lacks its image or its label.
     """
+    if not path.is_file():  # opening a pipe would wait for whoever fills it
+        raise InputError(f"{name} is no file: name WebDataset shards")
     found = _read_rows(path, name)
     rows = np.array(
         [(0, *row) for row in found], dtype=[*INDEX_FIELDS, ("key", f"S{max(len(row[-1]) for row in found)}")]
@@ -346,6 +399,17 @@ def read_index(folder: Path, name: str, split: Split) -> np.ndarray:
     if file_crc32c(path) != split.index_crc32c:
         raise InputError(f"{path} does not match {MANIFEST}: remove {folder} and prepare it again")
     index: np.ndarray = np.load(path, mmap_mode="r")
+    samples = np.bincount(index["shard"], minlength=len(split.shards)).tolist()
+    rows = np.array([denied.row for denied in split.denied], np.int64)
+    fault = ""
+    if samples != [shard.samples for shard in split.shards]:
+        fault = "lists other shards than its index"
+    elif not (np.diff(rows, prepend=-1) > 0).all() or rows.max(initial=0) >= len(index):
+        fault = "denies samples that there are not, or twice"
+    elif index["key"][rows].tolist() != [denied.key.encode() for denied in split.denied]:
+        fault = "denies samples of other names than its index has"
+    if fault:
+        raise InputError(f"{folder / MANIFEST} is damaged (split '{name}' {fault}): {_RESTORE.format(folder)}")
     return index
 
 

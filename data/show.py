@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from convneur.data.config import DataConfig
 from convneur.data.engine import build_train_loader
+from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.data.mixing import DeviceTransform
 from convneur.data.shards import Manifest, read_index
@@ -74,7 +75,7 @@ def _spread(values: np.ndarray) -> tuple[int, int, int]:
     return (int(values.min()), int(np.median(values)), int(values.max())) if len(values) else (0, 0, 0)
 
 
-def contact_sheet(config: DataConfig, path: Path, *, columns: int = 8, rows: int = 6, seed: int = 0) -> None:
+def contact_sheet(config: DataConfig, path: Path, *, columns: int = 8, rows: int = 6, seed: int = 0) -> list[str]:
     """Draw the first images of epoch 0 as training shows them: augmented, erased, mixed, with their labels' names.
 
     Args:
@@ -84,12 +85,17 @@ def contact_sheet(config: DataConfig, path: Path, *, columns: int = 8, rows: int
         rows: images on top of each other.
         seed: the run's seed.
 
+    Returns:
+        A line for each image that can't be read, and that another one stands in for.
+
     Raises:
-        InputError: the dataset can't be read.
+        InputError: the dataset can't be read, or has no two images to train on.
     """
     count = columns * rows
     store = open_store(config, config.train_split)
     count = min(count, len(store) // 2 * 2)
+    if not count:
+        raise InputError(f"{config.root} has {len(store)} samples in split '{config.train_split}': too few to show")
     config = replace(config, global_batch_size=count, lanes=count // 2, workers=0)
     loader = build_train_loader(config, store, seed=seed, rank=0, world_size=1, accumulation=1)
     ((batch,),) = loader.iterate(0, 1)
@@ -107,6 +113,7 @@ def contact_sheet(config: DataConfig, path: Path, *, columns: int = 8, rows: int
         sheet.paste(caption, (x, y + tile))
     with atomic_write(path) as file:
         sheet.save(file, "png")
+    return list(loader.bad_samples.values())
 
 
 def _caption(target: torch.Tensor, classes: Sequence[str]) -> str:

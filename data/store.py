@@ -18,7 +18,7 @@ from convneur.data.errors import InputError, SampleError
 from convneur.data.keys import permutation, raw_bits
 from convneur.data.remote import is_remote
 from convneur.data.retry import retrying
-from convneur.data.shards import Manifest, Sample, file_crc32c, read_index
+from convneur.data.shards import MANIFEST, Manifest, Sample, file_crc32c, read_index
 
 OPEN_SHARDS = 64
 FETCHES = 4
@@ -138,6 +138,10 @@ class IndexedStore:
         self._index = read_index(self._root, split, self._entry)
         self._rows = np.delete(np.arange(len(self._index)), [denied.row for denied in self._entry.denied])
         self.classes = self._manifest.classes
+        if self._index["label"].max(initial=0) >= len(self.classes):
+            raise InputError(
+                f"{self._root / MANIFEST} has {len(self.classes)} classes, but split '{split}' more: {self._remedy}"
+            )
         self.index_hash = self._entry.index_hash
         if subset:
             if subset.samples > len(self):

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -51,57 +52,88 @@ def decode(image: bytes) -> np.ndarray:
         raise ValueError(" ".join(str(error).split()) or repr(error)) from None
 
 
-def _decode_plain_jpeg(image: bytes) -> np.ndarray | None:
-    """(height, width, 3) uint8; None for whatever Pillow is to judge: other formats and colours, damage, huge sizes."""
+def plain_jpeg_size(image: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that simplejpeg decodes as Pillow does, if it is intact; None for anything else."""
     if not image.startswith(b"\xff\xd8"):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(image)
-        if colorspace not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
-            return None
-        pixels: np.ndarray = simplejpeg.decode_jpeg(image)
-        return pixels
     except ValueError:
         return None
+    if colorspace not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+        return None
+    return height, width
 
 
-def train_transform(config: DataConfig) -> Transform:
+def _decode_plain_jpeg(image: bytes) -> np.ndarray | None:
+    """(height, width, 3) uint8; None for whatever Pillow is to judge: other formats and colours, damage, huge sizes."""
+    if plain_jpeg_size(image) is None:
+        return None
+    try:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(image)
+    except ValueError:
+        return None
+    return pixels
+
+
+class View(NamedTuple):
+    """What is shown of an image: a part of it, in pixels, flipped along `axes` of (3, H, W)."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    axes: tuple[int, ...]
+
+
+class TrainTransform:
     """The random changes of `config.augment`, drawn from the global generators that `seed_libraries` seeds.
 
     What is drawn is what timm's `create_transform` draws, whatever the interpolation. Erasing and mixing come later,
     on the device.
-    """
-    augment, size, resize = config.augment, config.image_size, RESIZES[config.interpolation]
-    primary, secondary, to_tensor = create_transform(
-        size,
-        is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # None leaves it out
-        auto_augment=augment.randaugment or None,
-        interpolation="bicubic" if "bicubic" in config.interpolation else "bilinear",  # for RandAugment's rotations
-        mean=config.mean,
-        use_prefetcher=True,
-        separate=True,
-    )
-    flips = primary.transforms[1:]
-    mend_posterize(secondary)
 
-    def transform(image: np.ndarray | Image.Image) -> torch.Tensor:
-        pixels = _writable(image)
-        whole = torch.from_numpy(pixels).permute(2, 0, 1)
-        top, left, height, width = RandomResizedCropAndInterpolation.get_params(whole, augment.scale, augment.ratio)
-        seen = resize(pixels[top : top + height, left : left + width], size, size).permute(2, 0, 1)
-        for flip in flips:
-            seen = flip(seen)
-        if not secondary.transforms:
+    Attributes:
+        draws_all: whether `draw` draws all there is; else `show` goes on drawing, and has to follow at once.
+    """
+
+    def __init__(self, config: DataConfig):
+        self._augment, self._size, self._resize = config.augment, config.image_size, RESIZES[config.interpolation]
+        _, self._secondary, self._to_tensor = create_transform(
+            config.image_size,
+            is_training=True,
+            color_jitter=config.augment.color_jitter or None,  # type: ignore[arg-type]  # None leaves it out
+            auto_augment=config.augment.randaugment or None,
+            interpolation="bicubic" if "bicubic" in config.interpolation else "bilinear",  # for RandAugment's rotations
+            mean=config.mean,
+            use_prefetcher=True,
+            separate=True,
+        )
+        mend_posterize(self._secondary)
+        self.draws_all = not self._secondary.transforms
+
+    def draw(self, height: int, width: int) -> View:
+        """Draw what is shown of an image of `height` x `width` pixels."""
+        augment, image = self._augment, torch.empty(3, height, width, device="meta")
+        top, left, h, w = RandomResizedCropAndInterpolation.get_params(image, augment.scale, augment.ratio)
+        chances = ((-1, augment.hflip), (-2, augment.vflip))
+        return View(top, left, h, w, tuple(axis for axis, chance in chances if chance and torch.rand(1) < chance))
+
+    def show(self, pixels: np.ndarray, view: View) -> torch.Tensor:
+        """Make of an image, (height, width, 3) uint8, what the model sees, (3, H, W) uint8 in channels_last format."""
+        top, left, height, width, axes = view
+        part = _writable(pixels)[top : top + height, left : left + width]
+        seen = self._resize(part, self._size, self._size).permute(2, 0, 1)
+        if axes:
+            seen = seen.flip(axes)
+        if self.draws_all:
             return seen
-        changed: torch.Tensor = to_tensor(secondary(Image.fromarray(seen.permute(1, 2, 0).numpy())))
+        changed: torch.Tensor = self._to_tensor(self._secondary(Image.fromarray(seen.permute(1, 2, 0).numpy())))
         return changed
 
-    return transform
+    def __call__(self, image: np.ndarray | Image.Image) -> torch.Tensor:
+        """Draw, and show."""
+        pixels = _writable(image)
+        return self.show(pixels, self.draw(*pixels.shape[:2]))
 
 
 def eval_transform(config: DataConfig) -> Transform:

@@ -27,7 +27,8 @@ class Findings:
         split: its name.
         samples: how many samples its index has.
         denied: those that can't be read.
-        shards: a line for each shard whose bytes differ from those that were indexed, be it in an image or between.
+        shards: a line for each shard whose bytes differ from those that were indexed, be it in an image or between, and
+            for a beton with bytes between its images.
     """
 
     split: str
@@ -61,8 +62,11 @@ def verify_dataset(folder: Path, processes: int) -> list[Findings]:
         check: list[tuple[str, Callable[[int], tuple[list[Denied], str]]]] = []
         if manifest.has_shards:
             check.append((name, partial(_check_shard, folder, split.shards, index, edges)))
+        between = ""
         if split.beton:
-            check.append((f"{name}.beton", partial(_check_block, BetonStore(folder, name), index, edges)))
+            beton = BetonStore(folder, name)
+            between = beton.gaps_fault()
+            check.append((f"{name}.beton", partial(_check_block, beton, index, edges)))
         checked = [
             found
             for what, work in check
@@ -77,7 +81,7 @@ def verify_dataset(folder: Path, processes: int) -> list[Findings]:
         ]
         by_row = {sample.row: sample for found, _ in reversed(checked) for sample in found}
         denied = tuple(by_row[row] for row in sorted(by_row))
-        damaged = tuple(line for _, line in checked if line)
+        damaged = tuple(line for line in (*(line for _, line in checked), between) if line)
         findings.append(Findings(name, len(index), denied, damaged))
         kept = np.delete(index, [sample.row for sample in denied])
         splits[name] = replace(split, denied=denied, index_hash=content_hash(kept))
@@ -96,6 +100,8 @@ def _check_shard(
         if is_remote(shard.name):
             path = Path(temporary) / "shard.tar"
             retrying(lambda: _fetch(shard, path), shard.name, OSError)
+            if file_crc32c(path) != shard.crc32c:  # perhaps garbled on its way: no reason yet to deny an image
+                retrying(lambda: _fetch(shard, path), shard.name, OSError)
         size = path.stat().st_size if path.is_file() else None
         if size != shard.size:
             what = "is missing" if size is None else f"has {size} bytes, not {shard.size}"
@@ -111,7 +117,7 @@ def _check_shard(
 
 
 def _check_block(store: BetonStore, index: np.ndarray, edges: np.ndarray, number: int) -> tuple[list[Denied], str]:
-    """Samples of a shard that can't be read in FFCV's format. What is between them has no meaning, so no line."""
+    """Samples of a shard that can't be read in FFCV's format; `verify_dataset` looks at what is between them."""
     rows = range(edges[number], edges[number + 1])
     return [Denied(row, index[row]["key"].decode(), reason) for row in rows if (reason := store.fault(row))], ""
 

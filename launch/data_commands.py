@@ -1,7 +1,8 @@
 """The subcommands of `convneur prepare` and `convneur data`, each from parsed arguments to an exit status."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,10 @@ def prepare_digits(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur prepare digits`."""
     from convneur.data.digits import prepare_digits
 
-    return _tell(args.out, prepare_digits(args.out, args.format, args.beton_pixels))
+    with _disk_errors():
+        written = prepare_digits(args.out, args.format, args.beton_pixels)
+    print(f"{args.out}: {'written' if written else 'already there, and intact'}")
+    return 0
 
 
 def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
@@ -27,15 +31,16 @@ def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
     part = part_of(args.part)
     if args.max_side is not None:
         _at_least_1("--max-side", args.max_side)
-    written = prepare_imagenet(
-        args.source,
-        args.out,
-        processes=_processes(args.processes),
-        max_side=args.max_side,
-        part=part,
-        format=args.format,
-        pixels=args.beton_pixels,
-    )
+    with _disk_errors():
+        written = prepare_imagenet(
+            args.source,
+            args.out,
+            processes=_processes(args.processes),
+            max_side=args.max_side,
+            part=part,
+            format=args.format,
+            pixels=args.beton_pixels,
+        )
     if part is None or not written:
         return _tell(args.out, written)
     print(f"{args.out}: part {args.part} written; when all parts are, run the same command without --part")
@@ -49,16 +54,17 @@ def prepare_synthetic(args: argparse.Namespace, _: Overrides) -> int:
     height, width = _size(args.size)
     _at_least_1("--classes", args.classes)
     _at_least_1("--images", args.images)
-    written = prepare_synthetic(
-        args.out,
-        classes=args.classes,
-        images=args.images,
-        height=height,
-        width=width,
-        processes=_processes(args.processes),
-        format=args.format,
-        pixels=args.beton_pixels,
-    )
+    with _disk_errors():
+        written = prepare_synthetic(
+            args.out,
+            classes=args.classes,
+            images=args.images,
+            height=height,
+            width=width,
+            processes=_processes(args.processes),
+            format=args.format,
+            pixels=args.beton_pixels,
+        )
     return _tell(args.out, written)
 
 
@@ -66,7 +72,8 @@ def prepare_index(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur prepare index`: a dataset of shards that somebody else wrote."""
     from convneur.data.foreign import prepare_index
 
-    samples = prepare_index(args.shards, args.out, split=args.split, processes=_processes(args.processes))
+    with _disk_errors():
+        samples = prepare_index(args.shards, args.out, split=args.split, processes=_processes(args.processes))
     print(f"{args.out}: split {args.split} has {samples:,} samples")
     return 0
 
@@ -75,7 +82,8 @@ def verify(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur data verify`: status 1 where something is damaged."""
     from convneur.data.verify import verify_dataset
 
-    findings = verify_dataset(args.folder, _processes(args.processes))
+    with _disk_errors():
+        findings = verify_dataset(args.folder, _processes(args.processes))
     for found in findings:
         for denied in found.denied:
             print(f"{found.split}: {denied.key}: {denied.reason}: denied")
@@ -114,15 +122,26 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
     Console().print(table)
     print("kB an image, images a class: least/median/most; empty: classes without any")
     try:
-        contact_sheet(config.data, args.sheet, seed=config.run.seed)
+        bad = contact_sheet(config.data, args.sheet, seed=config.run.seed)
     except OSError as error:
         raise InputError(f"--sheet {args.sheet} can't be written ({error}): name another file") from None
+    for reason in bad:
+        print(reason)
     print(f"{args.sheet}: what training shows the model, with its labels")
     return 0
 
 
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """A full disk, or a folder that can't be made, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error}: see to it and run the command again, it goes on where it stopped") from None
+
+
 def _tell(out: Path, written: bool) -> int:
-    print(f"{out}: {'written' if written else 'already there, and intact'}")
+    print(f"{out}: {'written' if written else f'already there; `convneur data verify {out}` checks every byte'}")
     return 0
 
 

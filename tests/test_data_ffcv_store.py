@@ -335,6 +335,20 @@ def test_verify_denies_in_both_formats_what_is_bad_in_one(copy: Path) -> None:
     assert list(stream(config(copy), beton)) == list(stream(config(copy), tar))
 
 
+def test_verify_sees_what_lies_between_the_images(copy: Path) -> None:
+    store = BetonStore(copy, "train")
+    for place in (store._entry.beton.head + 5, store._entry.beton.table - 5):
+        damage(store.path, place)
+        train, val = verify_dataset(copy, 2)
+        assert (train.denied, train.shards) == (
+            (),
+            ("train.beton: not the bytes that were written, between two images",),
+        )
+        assert not val.shards
+        damage(store.path, place)  # undoes it
+    assert not verify_dataset(copy, 2)[0].shards
+
+
 def test_damaged_shards_make_no_beton(tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "data", None, images())
     damage(folder / "train-000001.tar", 2000)

@@ -14,11 +14,13 @@ from PIL import Image
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
+from convneur.data.keys import libraries_restored, seed_libraries, view_key
 from convneur.data.loader import EvalBatch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform
 from convneur.data.shards import Manifest, Sample, write_split
 from convneur.data.store import TarStore
-from convneur.data.transforms import eval_transform
+from convneur.data.synthetic import prepare_synthetic
+from convneur.data.transforms import TrainTransform, decode, eval_transform
 
 STEPS_PER_EPOCH = 22  # 1,437 samples in batches of 64
 STOP = 33  # one and a half epochs
@@ -263,3 +265,33 @@ def write_dataset(folder: Path, images: list[bytes]) -> None:
     samples = [Sample(f"s{number}", image, 0) for number, image in enumerate(images)]
     split = write_split(folder, "train", samples, extension="png", shard_samples=4)
     Manifest("test", ("only",), {"train": split}).write(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("augment", [AugmentConfig(randaugment="", vflip=0.5), AugmentConfig()])
+def test_every_view_is_that_of_its_sample_decoded_and_augmented_alone(
+    tmp_path: Path, augment: AugmentConfig, workers: int
+) -> None:
+    """Whatever workers read ahead, and also for batches that the training process keeps."""
+    prepare_synthetic(tmp_path / "data", classes=3, images=200, height=40, width=50, processes=1, shard_samples=50)
+    config = DataConfig(
+        root=str(tmp_path / "data"),
+        image_size=16,
+        global_batch_size=40,
+        lanes=2,
+        repeats=2,
+        workers=workers,
+        augment=replace(augment, mixup=0, cutmix=0),
+    )
+    store, transform = TarStore(config.root, "train"), TrainTransform(config)
+    loader = TrainLoader(config, store, seed=3, rank=0, world_size=1, accumulation=1)
+    kept = [batch for (batch,) in loader.iterate(0, 15)]
+    for batch in kept:
+        views = zip(batch.images, batch.labels, batch.indices.tolist(), batch.repetitions.tolist(), strict=True)
+        for image, label, index, repetition in views:
+            sample = store.read(index)
+            with libraries_restored():
+                seed_libraries(view_key(3, "augment", batch.epoch, index, repetition))
+                expected = transform(decode(sample.image))
+            assert torch.equal(image, expected)
+            assert label == sample.label

@@ -193,6 +193,15 @@ def test_the_stream_is_that_of_local_shards(origin: Path, server: Server, tmp_pa
     assert [finding.denied for finding in verify_dataset(tmp_path / "index", 2)] == [(), ()]
 
 
+def test_verify_fetches_again_what_was_garbled_on_its_way(server: Server, tmp_path: Path) -> None:
+    index(server, tmp_path / "index")
+    for number in range(SHARDS):
+        server.faults[f"train-{number:06d}.tar"] = iter([garbled])
+    (found,) = verify_dataset(tmp_path / "index", 2)
+    assert (found.denied, found.shards) == ((), ())
+    assert set(server.asked.values()) == {2}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_that_recovers_goes_unnoticed(origin: Path, server: Server, tmp_path: Path, fault: Fault) -> None:
     index(server, tmp_path / "index")

@@ -15,7 +15,7 @@ from timm.data.transforms_factory import create_transform
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.keys import key, libraries_restored, seed_libraries
-from convneur.data.transforms import RESIZES, decode, eval_transform, mend_posterize, train_transform
+from convneur.data.transforms import RESIZES, TrainTransform, decode, eval_transform, mend_posterize
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_evaluation_resizes_the_shorter_side(image: Image.Image) -> None:
 
 def test_training_without_randomness_is_a_resize(image: Image.Image) -> None:
     augment = AugmentConfig(scale=(1, 1), ratio=(1.5, 1.5), hflip=0, randaugment="")
-    seen = train_transform(DataConfig(image_size=32, interpolation="bicubic", augment=augment))(image)
+    seen = TrainTransform(DataConfig(image_size=32, interpolation="bicubic", augment=augment))(image)
     expected = image.resize((32, 32), Image.Resampling.BICUBIC)
     assert np.array_equal(seen.permute(1, 2, 0), np.asarray(expected))
 
@@ -63,7 +63,7 @@ def test_training_without_randomness_is_a_resize(image: Image.Image) -> None:
     ],
 )
 def test_every_draw_follows_the_key(image: Image.Image, augment: AugmentConfig) -> None:
-    transform = train_transform(DataConfig(image_size=16, augment=augment))
+    transform = TrainTransform(DataConfig(image_size=16, augment=augment))
 
     def views() -> list[torch.Tensor]:
         seen = []
@@ -80,7 +80,7 @@ def test_every_draw_follows_the_key(image: Image.Image, augment: AugmentConfig) 
 
 @pytest.mark.parametrize("randaugment", ["rand-m10-n4-p1-inc1", "rand-m0-n4-p1", "rand-m10-mstd5-n4-p1"])
 def test_randaugment_works_at_its_extremes(image: Image.Image, randaugment: str) -> None:
-    transform = train_transform(replace(DataConfig(image_size=16), augment=AugmentConfig(randaugment=randaugment)))
+    transform = TrainTransform(replace(DataConfig(image_size=16), augment=AugmentConfig(randaugment=randaugment)))
     with libraries_restored():
         for number in range(300):
             seed_libraries(key(1, number))
@@ -100,7 +100,7 @@ def test_pillows_interpolations_are_timms_transforms_to_the_bit(
     )
     mend_posterize(training)
     evaluation = create_transform(32, crop_pct=config.eval_crop, **options)
-    for ours, theirs in ((train_transform(config), training), (eval_transform(config), evaluation)):
+    for ours, theirs in ((TrainTransform(config), training), (eval_transform(config), evaluation)):
         for number in range(10):
             views = []
             for transform in (ours, theirs):

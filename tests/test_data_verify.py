@@ -6,8 +6,11 @@ import os
 import shutil
 import tarfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from convneur.data.errors import InputError
 from convneur.data.foreign import prepare_index
 from convneur.data.loader import EvalLoader, TrainLoader
 from convneur.data.shards import INDEX_FIELDS, Manifest, Scan, Shard, write_index, write_shard
-from convneur.data.show import summarize
+from convneur.data.show import contact_sheet, summarize
 from convneur.data.store import TarStore
 from convneur.data.synthetic import SyntheticImages, prepare_synthetic
 from convneur.data.transforms import decode
@@ -216,6 +219,137 @@ def test_a_manifest_of_another_version_is_refused(copy: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps(fields | {"format": 2}))
     with pytest.raises(InputError, match="has format 2, not 1"):
         verify_dataset(copy, 1)
+
+
+def refused(read: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        read()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def read_all(folder: Path) -> list[Callable[[], object]]:
+    return [lambda: verify_dataset(folder, 1), lambda: TarStore(folder, "train"), lambda: summarize(folder)]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_flipped_bit_of_a_manifest_changes_what_it_says_in_silence(original: Path, data: st.DataObject) -> None:
+    content = bytearray((original / "manifest.json").read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "manifest.json").write_bytes(content)
+        try:
+            read = Manifest.read(Path(folder))
+        except InputError:
+            assert f"{folder}/manifest.json" in refused(lambda: Manifest.read(Path(folder)))
+        else:
+            assert read == Manifest.read(original)
+
+
+def _change(fields: dict[str, Any], *path: str | int, value: object) -> None:
+    for step in path[:-1]:
+        fields = fields[step]
+    fields[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (["classes"], ["c0000", "c0001", "c0002"], "has 3 classes, but split 'train' more"),
+        (["classes", 1], 7, "the classes are no list of names"),
+        (["classes"], "cats", "the classes are no list of names"),
+        (["source"], None, "source is None"),
+        (["splits", "train", "denied"], [{"row": 40, "key": "x", "reason": ""}], "denies samples that there are not"),
+        (["splits", "train", "denied"], [{"row": -1, "key": "x", "reason": ""}], "denies samples that there are not"),
+        (["splits", "train", "denied"], [{"row": 3, "key": "x", "reason": ""}], "denies samples of other names"),
+        (["splits", "train", "denied"], [{"row": "3", "key": "x", "reason": ""}], "row is '3'"),
+        (["splits", "train", "denied"], [{"row": 3, "key": "train00000003", "reason": ""}] * 2, "or twice"),
+        (["splits", "train", "shards"], [], "lists other shards than its index"),
+        (["splits", "train", "shards", 0, "size"], "9", "size is '9'"),
+        (["splits", "train", "shards", 0, "size"], True, "size is True"),
+        (["splits", "train"], None, "is damaged"),
+        (["splits", "train", "index_crc32c"], 1, "train.index.npy does not match manifest.json"),
+        (["has_shards"], "no", "has_shards is 'no'"),
+        (["crc32d"], 1, "unknown key crc32d"),
+    ],
+)
+def test_an_old_manifest_that_contradicts_itself_is_refused(
+    copy: Path, path: list[str | int], value: object, expected: str
+) -> None:
+    """As those without a checksum are still read."""
+    fields = json.loads((copy / "manifest.json").read_text())
+    del fields["crc32c"]
+    (copy / "manifest.json").write_text(json.dumps(fields))
+    assert len(TarStore(copy, "train")) == 40
+    _change(fields, *path, value=value)
+    (copy / "manifest.json").write_text(json.dumps(fields))
+    message = refused(lambda: TarStore(copy, "train"))
+    assert expected in message
+    assert str(copy) in message
+
+
+def test_what_is_no_file_is_no_manifest(copy: Path) -> None:
+    manifest = copy / "manifest.json"
+    for spoil in (lambda: manifest.mkdir(), lambda: os.mkfifo(manifest), lambda: manifest.write_text("[" * 100_000)):
+        manifest.unlink()
+        spoil()
+        for read in read_all(copy):
+            assert f"{manifest} is damaged" in refused(read)
+        if manifest.is_dir():
+            manifest.rmdir()
+            manifest.touch()
+
+
+def test_showing_names_the_images_that_others_stand_in_for(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "train-000001.tar"
+    flip(path, member(path, "train00000009").offset_data + 200)
+    words = ["data", "show", str(copy), "--sheet", str(copy / "sheet.png"), "--data.image_size", "16"]
+    assert main(words) == 0
+    assert "train-000001.tar, split train, key train00000009: checksum mismatch" in capsys.readouterr().out
+
+
+def test_a_dataset_without_a_readable_image_is_refused_in_one_line(copy: Path) -> None:
+    for path in copy.glob("train-*.tar"):
+        with tarfile.open(path) as tar:
+            places = [info.offset_data for info in tar if info.name.endswith("jpg")]
+        for place in places:
+            flip(path, place)
+    assert len(verify_dataset(copy, 1)[0].denied) == 40
+    config = DataConfig(root=str(copy), image_size=16)
+    assert "0 samples in split 'train': too few to show" in refused(lambda: contact_sheet(config, copy / "sheet.png"))
+
+
+def test_preparing_again_notices_files_that_are_gone(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = {"classes": 4, "images": 40, "height": 30, "width": 40, "processes": 1, "shard_samples": 8}
+    assert not prepare_synthetic(copy, **words)
+    os.truncate(copy / "train-000002.tar", 100)
+    assert "train-000002.tar has 100 bytes" in refused(lambda: prepare_synthetic(copy, **words))
+    (copy / "train-000002.tar").unlink()
+    assert "train-000002.tar is missing" in refused(lambda: prepare_synthetic(copy, **words))
+
+
+def test_the_mark_of_another_dataset_may_be_anything(tmp_path: Path) -> None:
+    (tmp_path / "preparing").write_bytes(b"\xff\xfe")
+    message = refused(lambda: prepare_synthetic(tmp_path, classes=1, images=1, height=8, width=8, processes=1))
+    assert "holds something else" in message
+
+
+@pytest.mark.parametrize("command", ["digits", "synthetic --classes 1 --images 1 --size 8x8", "index {}/train-*.tar"])
+def test_a_folder_that_cannot_be_made_is_one_line(copy: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = copy / "manifest.json" / "data"
+    assert main(["prepare", *command.format(copy).split(), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"convneur: error: [Errno 20] Not a directory: '{out}': "
+        "see to it and run the command again, it goes on where it stopped\n"
+    )
+
+
+def test_a_pipe_is_no_shard(copy: Path, tmp_path: Path) -> None:
+    (copy / "train-000002.tar").unlink()
+    os.mkfifo(copy / "train-000002.tar")
+    pattern, out = str(copy / "train-*.tar"), tmp_path / "index"
+    assert "train-000002.tar is no file" in refused(lambda: prepare_index(pattern, out, split="train", processes=1))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -17,7 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from convneur.config import Config, load_config
 from convneur.data.keys import libraries_restored, seed_libraries
 from convneur.data.mixing import DeviceTransform
-from convneur.data.transforms import eval_transform, train_transform
+from convneur.data.transforms import TrainTransform, eval_transform
 from convneur.model import ConvNeur, ModelConfig
 from convneur.optim import OptimizerConfig, build_optimizer, build_schedule, peak_lr
 
@@ -129,7 +129,7 @@ def test_transforms(name: str) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(300, 400, 3), dtype=np.uint8))
     theirs = create_transform(224, is_training=True, use_prefetcher=True, **source["transform"])
     differing = 0
-    for transform, reference in ((train_transform(data), theirs), (eval_transform(data), eval_like_theirs())):
+    for transform, reference in ((TrainTransform(data), theirs), (eval_transform(data), eval_like_theirs())):
         for seed in range(8):
             views = []
             for part in (transform, reference):
