@@ -192,7 +192,7 @@ class Manifest:
             if checksum not in (None, _json_crc32c(content)):
                 raise ValueError("it is not as it was written")
             if unknown := content.keys() - {"format", *(field.name for field in fields(cls))}:
-                raise ValueError(f"unknown key {min(unknown)}")
+                raise ValueError(f"unknown key {min(unknown)!r}")
             if not (isinstance(content["classes"], list) and all(isinstance(name, str) for name in content["classes"])):
                 raise TypeError("the classes are no list of names")
             parts = {
@@ -202,7 +202,7 @@ class Manifest:
             }
             manifest = _typed(cls, {"source": content["source"], **parts})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({error}): {_RESTORE.format(folder)}") from None
+            raise InputError(f"{path} is damaged ({error!r}): {_RESTORE.format(folder)}") from None
         if not (manifest.is_complete or unfinished):
             raise InputError(f"{folder} holds no complete dataset yet: repeat the `convneur prepare` that began it")
         return manifest
@@ -215,10 +215,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is no folder, no manifest in it, or it is not an object in JSON.
     """
     path = folder / MANIFEST
-    if not path.exists():
-        what = f"holds no complete dataset (no {MANIFEST})" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {what}: write one with `convneur prepare SOURCE --out {folder}`")
     try:
+        if not path.exists():
+            what = f"holds no complete dataset (no {MANIFEST})" if folder.exists() else "does not exist"
+            raise InputError(f"{folder} {what}: write one with `convneur prepare SOURCE --out {folder}`")
         content = json.loads(path.read_bytes()) if path.is_file() else None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): {_RESTORE.format(folder)}") from None
@@ -400,13 +400,13 @@ def read_index(folder: Path, name: str, split: Split) -> np.ndarray:
         raise InputError(f"{path} does not match {MANIFEST}: remove {folder} and prepare it again")
     index: np.ndarray = np.load(path, mmap_mode="r")
     samples = np.bincount(index["shard"], minlength=len(split.shards)).tolist()
-    rows = np.array([denied.row for denied in split.denied], np.int64)
+    rows = [denied.row for denied in split.denied]
     fault = ""
     if samples != [shard.samples for shard in split.shards]:
         fault = "lists other shards than its index"
-    elif not (np.diff(rows, prepend=-1) > 0).all() or rows.max(initial=0) >= len(index):
+    elif rows != sorted(set(rows)) or not all(0 <= row < len(index) for row in rows):
         fault = "denies samples that there are not, or twice"
-    elif index["key"][rows].tolist() != [denied.key.encode() for denied in split.denied]:
+    elif index["key"][np.array(rows, np.int64)].tolist() != [denied.key.encode() for denied in split.denied]:
         fault = "denies samples of other names than its index has"
     if fault:
         raise InputError(f"{folder / MANIFEST} is damaged (split '{name}' {fault}): {_RESTORE.format(folder)}")

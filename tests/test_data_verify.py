@@ -261,6 +261,11 @@ def _change(fields: dict[str, Any], *path: str | int, value: object) -> None:
         (["classes"], "cats", "the classes are no list of names"),
         (["source"], None, "source is None"),
         (["splits", "train", "denied"], [{"row": 40, "key": "x", "reason": ""}], "denies samples that there are not"),
+        (
+            ["splits", "train", "denied"],
+            [{"row": 10**30, "key": "x", "reason": ""}],
+            "denies samples that there are not",
+        ),
         (["splits", "train", "denied"], [{"row": -1, "key": "x", "reason": ""}], "denies samples that there are not"),
         (["splits", "train", "denied"], [{"row": 3, "key": "x", "reason": ""}], "denies samples of other names"),
         (["splits", "train", "denied"], [{"row": "3", "key": "x", "reason": ""}], "row is '3'"),
@@ -271,7 +276,7 @@ def _change(fields: dict[str, Any], *path: str | int, value: object) -> None:
         (["splits", "train"], None, "is damaged"),
         (["splits", "train", "index_crc32c"], 1, "train.index.npy does not match manifest.json"),
         (["has_shards"], "no", "has_shards is 'no'"),
-        (["crc32d"], 1, "unknown key crc32d"),
+        (["crc32d"], 1, "unknown key 'crc32d'"),
     ],
 )
 def test_an_old_manifest_that_contradicts_itself_is_refused(
