@@ -42,7 +42,12 @@ REFUSED_KEYS = {
 BUCKET = 2**24
 
 # Layers whose gradients are reduced in autocast's precision.
-LOWER_PRECISION_MODULES = ["torch.nn.Linear", "torch.nn.Conv2d", "convneur.model.ChannelLinear"]
+LOWER_PRECISION_MODULES = [
+    "torch.nn.Linear",
+    "torch.nn.Conv2d",
+    "convneur.model.ChannelLinear",
+    "convneur.depthwise.DepthwiseConv2d",
+]
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
