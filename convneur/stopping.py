@@ -14,18 +14,26 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 class StopRequest:
     """Remembers the first of `SIGNALS` that this process gets, instead of dying of it.
 
-    The ranks talk about it in a group of their own on the CPU, so that no step waits for the GPU on its account.
+    The ranks talk about it in a group of their own on the CPU, and while they make the next step, so that no step waits
+    for the GPU or for a slower rank on its account.
     """
 
     def __init__(self) -> None:
         self._received = 0
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # every rank is in it
+        self._answer: tuple[torch.Tensor, dist.Work] | None = None
 
     def agreed(self) -> str | None:
-        """The name of a signal that some rank has got, the same on all of them, or None. Collective."""
+        """The name of a signal that some rank had got by the last call, on all of them alike, or None. Collective."""
+        answer = self._answer
         received = torch.tensor(self._received)
-        dist.all_reduce(received, dist.ReduceOp.MAX, self._group)
-        return signal.Signals(int(received)).name if received else None
+        work = dist.all_reduce(received, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._answer = received, work
+        if answer is None:
+            return None
+        number, asked = answer
+        asked.wait()
+        return signal.Signals(int(number)).name if number else None
 
     def __enter__(self) -> Self:
         """Starts to listen for the signals."""

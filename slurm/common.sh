@@ -207,7 +207,7 @@ notify() {
     [ ! -e "$notice" ] || return 0
     : >"$notice"
     say "$1: the job is about to lose its nodes"
-    # A job whose limit is within the notice makes one step, and queues again for the next, for ever.
+    # A job whose limit is within the notice makes a step or two, and queues again for the next, for ever.
     [ $SECONDS -ge 60 ] || say "after $SECONDS s; if --time is no longer than the notice of --signal, ask for more of it"
 }
 [ -z "${early-}" ] || notify "a signal"
