@@ -66,11 +66,14 @@ def report_failure(error: Exception) -> bool:
 def _explain(error: ChildFailedError) -> int:
     """Says in one line why the ranks stopped; the exit status of the one that failed first."""
     rank, failure = error.get_first_failure()
+    status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     if isinstance(failure.message, dict):  # from report_failure: "InputError: what is wrong"
-        reason = failure.message["message"].partition(": ")[2]
+        kind, _, reason = failure.message["message"].partition(": ")
+        # Another rank's end may have had this one killed before it could end by itself.
+        status = 2 if kind == InputError.__name__ else 1
     elif failure.exitcode < 0:
         reason = f"rank {rank} was killed by {Signals(-failure.exitcode).name}"
     else:
         reason = f"rank {rank} failed with exit status {failure.exitcode}; its traceback is above"
     print(f"convneur: error: {reason}", file=sys.stderr)
-    return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return status
