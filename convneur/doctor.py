@@ -75,7 +75,7 @@ _APEX_BUILD = (
 )
 
 _COMPILERS = {
-    "g++": "FFCV and DeepSpeed's CPU extensions can't be built",
+    "g++": "the neural memory is slower on CPUs; FFCV and DeepSpeed's CPU extensions can't be built",
     "nvcc": "apex and DeepSpeed's CUDA extensions can't be built; PyTorch's own kernels are used",
     "ninja": "DeepSpeed can't build its extensions",
 }

@@ -1,4 +1,4 @@
-"""The neural memory's recurrence with its backward pass written by hand: the fast version for CPUs and any device.
+"""The neural memory's recurrence with its backward pass written by hand, in PyTorch: for any device and precision.
 
 `convneur.memory` has the equations; this is the same function, faster, for three reasons:
 - Only the states and the recall errors are kept for the backward pass. It recomputes everything of size (B, L, h),

@@ -1,7 +1,8 @@
 """The neural memory's recurrence as one PyTorch operator, `convneur::neural_memory`, with its own backward pass.
 
 Compilers and exporters take an operator as it is: no graph breaks, no loop unrolled over chunks, any number of tokens.
-What computes it is `convneur.memory_triton` on CUDA, where that fits, and `convneur.memory_fused` elsewhere.
+What computes it is `convneur.memory_triton` on CUDA and `convneur.memory_native` on CPUs, where they fit, and
+`convneur.memory_fused` elsewhere.
 
 Shape legend: B images, N tokens, M written tokens, U updates, L tokens a chunk, d memory width, h hidden width.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from convneur import memory_fused
+from convneur import memory_fused, memory_native
 from convneur.memory_steps import ReadOrder, updates, written_tokens
 from convneur.precision import own_precision
 
@@ -47,11 +48,14 @@ def _state_dtype(qkv: Tensor) -> torch.dtype:
 
 def _implementation(qkv: Tensor, d: int, count: int, kernels: bool) -> ModuleType:
     """The module whose `forward` and `backward` are to be called."""
-    if kernels and count and (qkv.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        from convneur import memory_triton  # takes seconds to import
+    if kernels and count:
+        if qkv.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+            from convneur import memory_triton  # takes seconds to import
 
-        if memory_triton.fits(qkv, d):
-            return memory_triton
+            if memory_triton.fits(qkv, d):
+                return memory_triton
+        elif memory_native.fits(qkv, d):
+            return memory_native
     return memory_fused
 
 
@@ -80,7 +84,7 @@ def neural_memory(
         inner_lr: scale of the inner step size.
         read: a ReadOrder.
         keep: whether to return more than the context.
-        kernels: whether Triton kernels may be used.
+        kernels: whether kernels of our own, in Triton or C++, may be used.
 
     Returns:
         The context (B, N, d), in the precision of qkv; then, in the precision of the state, and empty if not kept,

@@ -24,10 +24,12 @@ from convneur.config import Config, config_text, load_config
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
+from convneur.memory_native import compiler_version
 
 REPRODUCE_FILE = "reproduce.json"
 LONGEST_VALUE = 60  # characters of a value that a line of differences shows
 PACKAGE = Path(__file__).parent
+CODE = (".py", ".cpp")
 BULK = (".tar", ".beton")  # what the index has a checksum of for each sample
 
 Record = dict[str, Any]
@@ -40,6 +42,7 @@ def record(config: Config, world_size: int) -> Record:
         "code": _code(),
         "packages": _packages(),
         "python": platform.python_version(),
+        "compiler": compiler_version(),
         "data": {"index": index_hash(config.data)},
         "hardware": _hardware(world_size),
     }
@@ -110,7 +113,7 @@ def _code() -> Record:
     for package in ("convneur", "convneur.data", "convneur.launch"):
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations if spec else None) or ():
-            for path in sorted(Path(folder).glob("*.py")):
+            for path in sorted(p for p in Path(folder).iterdir() if p.suffix in CODE):
                 digest.update(f"{package} {path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return {"commit": _git("rev-parse", "HEAD"), "diff": _git("diff", "HEAD"), "sha256": digest.hexdigest()}
 

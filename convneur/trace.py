@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from convneur import memory_operator
 from convneur.model import ConvNeur, ModelConfig
 
 Precision = Literal["fp32", "autocast", "bf16", "fp16"]
@@ -116,7 +115,7 @@ def trace_step(
         model.set_grad_checkpointing(recompute)
         if precision in ("bf16", "fp16"):
             model.to(DTYPES[precision])
-        with _Watch(model, cuda) as watch:
+        with _Watch(model) as watch:
             x = torch.empty(images, config.in_chans, image_size, image_size).to(memory_format=torch.channels_last)
             target = torch.empty(images, config.num_classes)
             with _autocast(precision, cuda):
@@ -168,17 +167,13 @@ class _CudaAutocast(TorchFunctionMode):
 # Their outputs hold nothing that was computed, or nothing new.
 IDLE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
 CONVOLUTIONS = {"convolution": 8, "convolution_backward": 9}  # which argument says in how many groups
-MEMORY = {  # operator -> the function that it is made of
-    torch.ops.convneur.neural_memory.default: memory_operator.neural_memory._init_fn,
-    torch.ops.convneur.neural_memory_backward.default: memory_operator.neural_memory_backward._init_fn,
-}
+MEMORY = (torch.ops.convneur.neural_memory.default, torch.ops.convneur.neural_memory_backward.default)
 
 
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of the storages that operators have made, and that are still alive.
 
-    What an operator allocates for itself while it runs, such as the scratch of a convolution, is no tensor's and not
-    counted.
+    What an operator allocates for itself while it runs, such as the scratch of a convolution, is not counted.
     """
 
     def __init__(self) -> None:
@@ -210,9 +205,8 @@ class LiveStorages(TorchDispatchMode):
 class _Watch(LiveStorages):
     """Also sees what every operator does, and when the gradient of a parameter is complete."""
 
-    def __init__(self, model: nn.Module, cuda: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.cuda = cuda
         self.moments: list[Moment] = []
         self.kernels: list[Kernel] = []
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -235,12 +229,8 @@ class _Watch(LiveStorages):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in MEMORY and not self.cuda:  # on a CPU it works in tensors of its own; on CUDA in registers
-            with self:
-                out = MEMORY[func](*args, **kwargs)
-        else:
-            out = func(*args, **kwargs)
-            self._note(func, args, kwargs, out)
+        out = func(*args, **kwargs)
+        self._note(func, args, kwargs, out)
         if func is torch.ops.convneur.neural_memory.default:
             self.memory_states += sum(x.nbytes for x in out[1:])
         self.see(out)

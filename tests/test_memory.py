@@ -12,7 +12,7 @@ from convneur.memory import MemoryConfig, NeuralMemory, gelu_and_derivative
 from convneur.memory_steps import ReadOrder
 
 READS = get_args(ReadOrder)
-IMPLEMENTATIONS = ["plain", "fused"]
+IMPLEMENTATIONS = ["plain", "fused", "auto"]
 CHUNK = 6
 # 1, 2 and 5 chunks; ragged last chunks; a sequence shorter than a chunk; a single token.
 LENGTHS = [CHUNK, 2 * CHUNK, 5 * CHUNK, 2 * CHUNK + 1, 4 * CHUNK + 5, 3, 1]

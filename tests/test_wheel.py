@@ -51,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_top_level_and_type_marker(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"convneur"}
-    assert "convneur/py.typed" in names
+    assert {"convneur/py.typed", "convneur/memory_native.cpp"} <= {*names}
     assert any(name.endswith("/LICENSE") for name in names)
 
 

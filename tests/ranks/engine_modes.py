@@ -5,12 +5,13 @@ Usage: engine_modes.py [MODE...]
 
 import json
 import sys
+from itertools import product
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convneur import memory_fused
+from convneur import memory_fused, memory_native
 from convneur.config import load_config
 from convneur.data.keys import seed_libraries
 from convneur.deepspeed_config import deepspeed_config, offloads_optimizer
@@ -107,15 +108,15 @@ def main() -> None:
     world = World.join()
     calls: list[str] = []
     seen: set[str] = set()
-    for name in ("forward", "backward"):
-        function = getattr(memory_fused, name)
+    for module, name in product((memory_fused, memory_native), ("forward", "backward")):
+        function = getattr(module, name)
 
         def watched(*args: Any, name: str = name, function: Any = function) -> Any:
             calls.append(name)
             with Watch(seen):
                 return function(*args)
 
-        setattr(memory_fused, name, watched)
+        setattr(module, name, watched)
     for mode in sys.argv[1:]:
         calls.clear()
         result = run(*MODES[mode], world, seen)

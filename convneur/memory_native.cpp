@@ -1,0 +1,441 @@
+// The neural memory's recurrence for CPUs, forward and backward, with everything that a few tokens need kept in cache.
+//
+// `convneur.memory` has the equations, `convneur.memory_fused` the same loop with one PyTorch call an operation; both
+// share this file's names. Every tile of TILE tokens passes through all products and through GELU before the next one
+// starts, so that nothing of size (tokens, hidden width) goes to memory. An image is computed by one thread, in one
+// order, whatever the number of threads: results are the same to the bit for any.
+//
+// Shape legend: B images, N tokens, M written tokens, U updates, S steps, d memory width, h hidden width. Rows of d and h
+// numbers are padded with zeros to D and H, multiples of a vector. W1 (d, h) and W2^T (d, h) are held one after the
+// other, as states are; (h, d) transposes of either are made where a product needs them.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace {
+
+// Rows and vectors of the block of a product that stays in registers: 32 of 64 bytes, 16 of 32, or 32 of 16.
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, ROWS = 8, COLUMNS = 3;
+#elif defined(__AVX__)
+constexpr int BYTES = 32, ROWS = 4, COLUMNS = 3;
+#else
+constexpr int BYTES = 16, ROWS = 8, COLUMNS = 3;
+#endif
+constexpr int64_t TILE = 32;
+
+template <typename T> struct Simd;
+template <> struct Simd<float> {
+    typedef float Vector __attribute__((vector_size(BYTES)));
+    typedef float Unaligned __attribute__((vector_size(BYTES), aligned(4), may_alias));
+};
+template <> struct Simd<double> {
+    typedef double Vector __attribute__((vector_size(BYTES)));
+    typedef double Unaligned __attribute__((vector_size(BYTES), aligned(8), may_alias));
+};
+template <typename T> using Vector = typename Simd<T>::Vector;
+template <typename T> constexpr int64_t LANES = BYTES / sizeof(T);
+
+template <typename T> inline Vector<T> load(const T* p) { return *(const typename Simd<T>::Unaligned*)p; }
+template <typename T> inline void store(T* p, Vector<T> x) { *(typename Simd<T>::Unaligned*)p = x; }
+template <typename T> int64_t padded(int64_t n) { return (n + LANES<T> - 1) / LANES<T> * LANES<T>; }
+
+// ---- Products --------------------------------------------------------------------------------------------------
+
+// A matrix operand of which single numbers are read: element (i, p) is at i * row + p * column.
+template <typename T> struct Operand {
+    const T* data;
+    int64_t row, column;
+};
+
+template <typename T, int R, int C>
+void block(Operand<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t inner, bool accumulate) {
+    Vector<T> sums[R][C];
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < C; j++) sums[i][j] = accumulate ? load(c + i * c_row + j * LANES<T>) : Vector<T>{};
+    for (int64_t p = 0; p < inner; p++) {
+        Vector<T> row[C];
+        for (int j = 0; j < C; j++) row[j] = load(b + p * b_row + j * LANES<T>);
+        for (int i = 0; i < R; i++) {
+            const T factor = a.data[i * a.row + p * a.column];
+            for (int j = 0; j < C; j++) sums[i][j] += factor * row[j];
+        }
+    }
+    for (int i = 0; i < R; i++)
+        for (int j = 0; j < C; j++) store(c + i * c_row + j * LANES<T>, sums[i][j]);
+}
+
+template <typename T, int R, int C>
+void blocks(int64_t rows, int64_t columns, Operand<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t inner,
+            bool accumulate) {
+    if constexpr (R > 0 && C > 0) {
+        if (rows < R) return blocks<T, R - 1, C>(rows, columns, a, b, b_row, c, c_row, inner, accumulate);
+        if (columns < C) return blocks<T, R, C - 1>(rows, columns, a, b, b_row, c, c_row, inner, accumulate);
+        block<T, R, C>(a, b, b_row, c, c_row, inner, accumulate);
+    }
+}
+
+enum Mode { SET, ADD };
+
+// C (rows, columns) = or += A (rows, inner) B (inner, columns). Columns are padded, their number a multiple of a vector.
+template <typename T>
+void product(int64_t rows, int64_t columns, int64_t inner, Operand<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
+             Mode mode = SET) {
+    const int64_t vectors = columns / LANES<T>;
+    for (int64_t j = 0; j < vectors; j += COLUMNS)
+        for (int64_t i = 0; i < rows; i += ROWS)
+            blocks<T, ROWS, COLUMNS>(rows - i, vectors - j, {a.data + i * a.row, a.row, a.column}, b + j * LANES<T>,
+                                     b_row, c + i * c_row + j * LANES<T>, c_row, inner, mode == ADD);
+}
+
+// ---- GELU ------------------------------------------------------------------------------------------------------
+
+template <typename T> struct Gelu {
+    Vector<T> value, slope, curvature;  // the function, its first and its second derivative
+};
+
+inline Vector<float> exp_of_negative(Vector<float> x) {
+    typedef int32_t Integers __attribute__((vector_size(BYTES)));
+    const Vector<float> least = Vector<float>{} - 80.0f;  // no denormal numbers come of it
+    x = x < least ? least : x;
+    // x = (n + f) ln 2 with |f| <= 1/2; adding and subtracting 1.5 * 2^23 rounds to an integer
+    const Vector<float> y = x * 1.44269504f, n = (y + 12582912.0f) - 12582912.0f;
+    const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector<float> e = Vector<float>{} + 1.98756915e-4f;  // the polynomial of Cephes' expf
+    e = e * r + 1.39819995e-3f;
+    e = e * r + 8.33345204e-3f;
+    e = e * r + 4.16657958e-2f;
+    e = e * r + 1.66666657e-1f;
+    e = e * r + 5.00000012e-1f;
+    e = e * (r * r) + r + 1.0f;
+    const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+    return e * (Vector<float>)power;
+}
+
+// Upper tail of the normal distribution at s >= 0, and exp(-s^2 / 2), on which it rests.
+inline void tail(Vector<float> s, Vector<float>& probability, Vector<float>& density) {
+    density = exp_of_negative(-0.5f * s * s);
+    // Minimax in t for the scaled complement erfcx(s / sqrt 2) / 2, relative error 2e-7 and 4e-7 in float32
+    const Vector<float> t = 1.0f / (1.0f + 0.31f * s);
+    Vector<float> p = Vector<float>{} + 0.03584148f;
+    p = p * t - 0.14160362f;
+    p = p * t + 0.15506633f;
+    p = p * t - 0.01490212f;
+    p = p * t + 0.11010954f;
+    p = p * t + 0.10777125f;
+    p = p * t + 0.12406032f;
+    p = p * t + 0.12365691f;
+    probability = p * t * density;
+}
+
+inline void tail(Vector<double> s, Vector<double>& probability, Vector<double>& density) {
+    for (int i = 0; i < LANES<double>; i++) {
+        probability[i] = 0.5 * std::erfc(s[i] * M_SQRT1_2);
+        density[i] = std::exp(-0.5 * s[i] * s[i]);
+    }
+}
+
+template <typename T> inline Gelu<T> gelu(Vector<T> x) {
+    Vector<T> probability, density;
+    const Vector<T> zero{};
+    tail(x < zero ? -x : x, probability, density);
+    const Vector<T> below = x < zero ? probability : T(1) - probability;
+    density *= T(0.398942280401432678);  // 1 / sqrt(2 pi)
+    return {x * below, below + x * density, (T(2) - x * x) * density};
+}
+
+// ---- One image's working memory ----------------------------------------------------------------------------------
+
+// Hands out arrays, all zero and each at the start of a cache line.
+template <typename T> class Arena {
+  public:
+    explicit Arena(int64_t numbers) : data_((T*)std::aligned_alloc(64, rounded(numbers) * sizeof(T)), std::free) {
+        if (data_) std::fill_n(data_.get(), rounded(numbers), T(0));
+    }
+    static int64_t rounded(int64_t n) { return (n + 15) / 16 * 16; }
+    bool failed() const { return !data_; }
+    T* take(int64_t numbers) {
+        T* result = data_.get() + used_;
+        used_ += rounded(numbers);
+        return result;
+    }
+
+  private:
+    std::unique_ptr<T, decltype(&std::free)> data_;
+    int64_t used_ = 0;
+};
+
+template <typename T> void copy_rows(int64_t rows, int64_t n, const T* from, int64_t from_row, T* to, int64_t to_row) {
+    for (int64_t i = 0; i < rows; i++) std::copy_n(from + i * from_row, n, to + i * to_row);
+}
+
+template <typename T>
+void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) to[j * to_row + i] = from[i * from_row + j];
+}
+
+template <typename T> T dot(int64_t n, const T* a, const T* b) {
+    Vector<T> sums{};
+    int64_t i = 0;
+    for (; i + LANES<T> <= n; i += LANES<T>) sums += load(a + i) * load(b + i);
+    T total = 0;
+    for (int lane = 0; lane < LANES<T>; lane++) total += sums[lane];
+    for (; i < n; i++) total += a[i] * b[i];
+    return total;
+}
+
+// Gradient of what times scale is x, a vector of length 1, from that of x.
+template <typename T> void through_norm(int64_t n, const T* x, T scale, const T* dx, T* out) {
+    const T along = dot(n, x, dx);
+    for (int64_t j = 0; j < n; j++) out[j] = (dx[j] - along * x[j]) * scale;
+}
+
+template <typename T> struct Problem {
+    int64_t images, tokens, written, steps, updates, d, h;
+    const int64_t *keys, *queries;  // tokens that each step writes and reads
+    T inner_lr;
+    const T *qkv, *scales, *start, *generator_weight, *generator_bias;
+    T *states, *surprises, *factors, *errors;  // written by forward, where there are any, and read by backward
+    T* context;
+    const T* d_context;
+    T *d_qkv, *d_starts, *d_logits;
+
+    int64_t D() const { return padded<T>(d); }
+    int64_t H() const { return padded<T>(h); }
+    T* state(int64_t update, int64_t kind, int64_t matrix, int64_t image) const {
+        return states + (((update * 2 + kind) * 2 + matrix) * images + image) * d * h;
+    }
+};
+
+// ---- Forward -----------------------------------------------------------------------------------------------------
+
+template <typename T> bool forward_image(const Problem<T>& p, int64_t image) {
+    const int64_t d = p.d, h = p.h, D = p.D(), H = p.H(), matrix = d * H, L = LANES<T>;
+    Arena<T> arena(3 * 2 * Arena<T>::rounded(matrix) + Arena<T>::rounded(h * D) + 2 * Arena<T>::rounded(TILE * D) +
+                   2 * Arena<T>::rounded(TILE * H) + Arena<T>::rounded(d) + Arena<T>::rounded(3 * d));
+    if (arena.failed()) return false;
+    T *weights[2], *velocity[2], *gradient[2];
+    for (auto matrices : {weights, velocity, gradient})
+        for (int m = 0; m < 2; m++) matrices[m] = arena.take(matrix);
+    T *w2 = arena.take(h * D), *error = arena.take(TILE * D), *recalled = arena.take(TILE * D);
+    T *u = arena.take(TILE * H), *back = arena.take(TILE * H);
+    T *surprise = arena.take(d), *factor = arena.take(3 * d);
+
+    for (int m = 0; m < 2; m++) copy_rows(d, h, p.start + m * d * h, h, weights[m], H);
+    const T *raw_q = p.qkv + image * p.tokens * 3 * d, *raw_k = raw_q + d, *value = raw_q + 2 * d;
+    const T *scale_q = p.scales + image * p.tokens * 2, *scale_k = scale_q + 1;
+    T *context = p.context + image * p.tokens * d, *kept_error = p.errors ? p.errors + image * p.written * d : nullptr;
+
+    for (int64_t t = 0; t < p.steps; t++) {
+        transpose(d, h, weights[1], H, w2, D);
+        for (int64_t done = 0, n = p.queries[t]; done < n; done += TILE) {
+            const int64_t rows = std::min(TILE, n - done);
+            product(rows, H, d, {raw_q, 3 * d, 1}, weights[0], H, u, H);
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < H; j += L) store(u + i * H + j, gelu<T>(load(u + i * H + j) * scale_q[2 * i]).value);
+            product(rows, D, h, {u, H, 1}, w2, D, recalled, D);
+            copy_rows(rows, d, recalled, D, context, d);
+            raw_q += rows * 3 * d, scale_q += rows * 2, context += rows * d;
+        }
+        const int64_t n = p.keys[t];
+        if (!n) continue;
+
+        std::fill_n(surprise, d, T(0));
+        for (int m = 0; m < 2; m++) std::fill_n(gradient[m], matrix, T(0));
+        for (int64_t done = 0; done < n; done += TILE) {
+            const int64_t rows = std::min(TILE, n - done);
+            T* slope = back;  // overwritten number by number
+            product(rows, H, d, {raw_k, 3 * d, 1}, weights[0], H, u, H);
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = i * H; j < (i + 1) * H; j += L) {
+                    const Gelu<T> g = gelu<T>(load(u + j) * scale_k[2 * i]);
+                    store(u + j, g.value), store(slope + j, g.slope * scale_k[2 * i]);
+                }
+            product(rows, D, h, {u, H, 1}, w2, D, error, D);
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < d; j++) {
+                    const T e = error[i * D + j] -= value[i * 3 * d + j];
+                    surprise[j] += e * e;
+                }
+            if (kept_error) copy_rows(rows, d, error, D, kept_error, d), kept_error += rows * d;
+            product(d, H, rows, {error, 1, D}, u, H, gradient[1], H, ADD);
+            T* du = u;
+            product(rows, H, d, {error, D, 1}, weights[1], H, du, H);
+            for (int64_t j = 0; j < rows * H; j += L) store(back + j, load(du + j) * load(slope + j));
+            product(d, H, rows, {raw_k, 1, 3 * d}, back, H, gradient[0], H, ADD);
+            raw_k += rows * 3 * d, scale_k += rows * 2, value += rows * 3 * d;
+        }
+
+        for (int64_t j = 0; j < d; j++) surprise[j] /= T(n);
+        for (int64_t j = 0; j < 3 * d; j++)
+            factor[j] = 1 / (1 + std::exp(-(p.generator_bias[j] + dot(d, p.generator_weight + j * d, surprise))));
+        for (int64_t m = 0; m < 2; m++)
+            for (int64_t i = 0; i < d; i++) {
+                const T rate = -p.inner_lr * factor[i] * 2 / T(n), eta = factor[d + i], retention = 1 - factor[2 * d + i];
+                T *w = weights[m] + i * H, *z = velocity[m] + i * H, *g = gradient[m] + i * H;
+                for (int64_t j = 0; j < H; j += L) {
+                    const Vector<T> velocity = eta * load(z + j) + rate * load(g + j);
+                    store(z + j, velocity), store(w + j, retention * load(w + j) + velocity);
+                }
+            }
+        if (p.states) {
+            for (int m = 0; m < 2; m++) copy_rows(d, h, weights[m], H, p.state(t, 0, m, image), h);
+            for (int m = 0; m < 2; m++) copy_rows(d, h, velocity[m], H, p.state(t, 1, m, image), h);
+            std::copy_n(surprise, d, p.surprises + (t * p.images + image) * d);
+            std::copy_n(factor, 3 * d, p.factors + (t * p.images + image) * 3 * d);
+        }
+    }
+    return true;
+}
+
+// ---- Backward ----------------------------------------------------------------------------------------------------
+
+template <typename T> bool backward_image(const Problem<T>& p, int64_t image) {
+    const int64_t d = p.d, h = p.h, D = p.D(), H = p.H(), matrix = d * H, L = LANES<T>;
+    Arena<T> arena(5 * 2 * Arena<T>::rounded(matrix) + 4 * Arena<T>::rounded(h * D) + 4 * Arena<T>::rounded(TILE * D) +
+                   6 * Arena<T>::rounded(TILE * H) + Arena<T>::rounded(d));
+    if (arena.failed()) return false;
+    // of the state before the step; adjoints of the weights and of the velocity that the step leaves, of the gradient
+    T *weights[2], *d_weights[2], *d_velocity[2], *d_gradient[2], *transposed_w[2], *transposed_dg[2];
+    for (auto matrices : {weights, d_weights, d_velocity, d_gradient})
+        for (int m = 0; m < 2; m++) matrices[m] = arena.take(matrix);
+    for (auto matrices : {transposed_w, transposed_dg})
+        for (int m = 0; m < 2; m++) matrices[m] = arena.take(h * D);
+    T *x = arena.take(TILE * D), *dx = arena.take(TILE * D), *error = arena.take(TILE * D), *d_error = arena.take(TILE * D);
+    T *u = arena.take(TILE * H), *slope = arena.take(TILE * H), *curvature = arena.take(TILE * H);
+    T *back = arena.take(TILE * H), *d_back = arena.take(TILE * H), *da = arena.take(TILE * H);
+    T* d_surprise = arena.take(d);
+
+    // Both start behind the last token and go backwards with the steps.
+    int64_t key = 0, query = p.tokens;
+    for (int64_t t = 0; t < p.steps; t++) key += p.keys[t];
+    const T *qkv = p.qkv + image * p.tokens * 3 * d, *scales = p.scales + image * p.tokens * 2;
+    T* d_qkv = p.d_qkv + image * p.tokens * 3 * d;
+    for (int64_t i = key; i < p.tokens; i++) std::fill_n(d_qkv + i * 3 * d + d, 2 * d, T(0));  // never written
+
+    for (int64_t t = p.steps; t-- > 0;) {
+        const int64_t before = std::min(t, p.updates) - 1, n = p.keys[t];
+        for (int m = 0; m < 2; m++) {
+            copy_rows(d, h, before < 0 ? p.start + m * d * h : p.state(before, 0, m, image), h, weights[m], H);
+            transpose(d, h, weights[m], H, transposed_w[m], D);
+        }
+        const T* factor = n ? p.factors + (t * p.images + image) * 3 * d : nullptr;
+        if (n) {
+            T* d_logits = p.d_logits + (t * p.images + image) * 3 * d;
+            for (int64_t i = 0; i < d; i++) {
+                const T theta = factor[i], eta = factor[d + i], alpha = factor[2 * d + i], rate = -p.inner_lr * theta;
+                T along_weights = 0, along_old = 0, along_new = 0;
+                for (int m = 0; m < 2; m++) {
+                    T *dw = d_weights[m] + i * H, *dz = d_velocity[m] + i * H, *dg = d_gradient[m] + i * H;
+                    along_weights += dot(h, dw, weights[m] + i * H);
+                    if (t) along_old += dot(h, dz, p.state(t - 1, 1, m, image) + i * h);
+                    along_new += dot(h, dz, p.state(t, 1, m, image) + i * h);
+                    for (int64_t j = 0; j < H; j += L) {
+                        store(dg + j, rate * load(dz + j));
+                        store(dw + j, (1 - alpha) * load(dw + j));
+                    }
+                }
+                // What theta scales is the new velocity less eta times the old one.
+                d_logits[i] = (along_new - eta * along_old) * (1 - theta);
+                d_logits[d + i] = eta * along_old * (1 - eta);
+                d_logits[2 * d + i] = alpha * along_weights * (alpha - 1);
+            }
+            for (int64_t j = 0; j < d; j++) d_surprise[j] = 0;
+            for (int64_t i = 0; i < 3 * d; i++)
+                for (int64_t j = 0; j < d; j++) d_surprise[j] += d_logits[i] * p.generator_weight[i * d + j];
+            for (int m = 0; m < 2; m++) transpose(d, h, d_gradient[m], H, transposed_dg[m], D);
+        }
+
+        key -= n;
+        for (int64_t done = 0; done < n; done += TILE) {
+            const int64_t rows = std::min(TILE, n - done), first = key + done;
+            const T *raw = qkv + first * 3 * d + d, *scale = scales + first * 2 + 1, two_over_n = T(2) / T(n);
+            const T* kept = p.errors + (image * p.written + first) * d;
+            T* out = d_qkv + first * 3 * d + d;
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < d; j++) {
+                    x[i * D + j] = raw[i * 3 * d + j] * scale[2 * i];
+                    error[i * D + j] = kept[i * d + j] * two_over_n;
+                }
+            T* du = da;
+            product(rows, H, d, {x, D, 1}, weights[0], H, u, H);
+            product(rows, H, d, {error, D, 1}, weights[1], H, du, H);
+            product(rows, H, d, {x, D, 1}, d_gradient[0], H, d_back, H);
+            for (int64_t j = 0; j < rows * H; j += L) {
+                const Gelu<T> g = gelu<T>(load(u + j));
+                const Vector<T> from_loss = load(du + j), through = load(d_back + j);
+                store(u + j, g.value), store(slope + j, g.slope), store(curvature + j, g.curvature * from_loss * through);
+                store(back + j, from_loss * g.slope), store(d_back + j, through * g.slope);
+            }
+            product(rows, D, h, {u, H, 1}, transposed_dg[1], D, d_error, D);
+            product(rows, D, h, {d_back, H, 1}, transposed_w[1], D, d_error, D, ADD);
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < d; j++) {
+                    T& e = d_error[i * D + j];
+                    e = two_over_n * e + error[i * D + j] * d_surprise[j];
+                    out[i * 3 * d + d + j] = -e;
+                }
+            product(rows, H, d, {d_error, D, 1}, weights[1], H, da, H);
+            product(rows, H, d, {error, D, 1}, d_gradient[1], H, da, H, ADD);
+            for (int64_t j = 0; j < rows * H; j += L)
+                store(da + j, load(da + j) * load(slope + j) + load(curvature + j));
+            product(rows, D, h, {da, H, 1}, transposed_w[0], D, dx, D);
+            product(rows, D, h, {back, H, 1}, transposed_dg[0], D, dx, D, ADD);
+            for (int64_t i = 0; i < rows; i++) through_norm(d, x + i * D, scale[2 * i], dx + i * D, out + i * 3 * d);
+            product(d, H, rows, {x, 1, D}, da, H, d_weights[0], H, ADD);
+            product(d, H, rows, {d_error, 1, D}, u, H, d_weights[1], H, ADD);
+            product(d, H, rows, {error, 1, D}, d_back, H, d_weights[1], H, ADD);
+        }
+
+        query -= p.queries[t];
+        for (int64_t done = 0, n = p.queries[t]; done < n; done += TILE) {
+            const int64_t rows = std::min(TILE, n - done), first = query + done;
+            const T *raw = qkv + first * 3 * d, *scale = scales + first * 2;
+            const T* d_context = p.d_context + (image * p.tokens + first) * d;
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t j = 0; j < d; j++) x[i * D + j] = raw[i * 3 * d + j] * scale[2 * i];
+            product(rows, H, d, {x, D, 1}, weights[0], H, u, H);
+            product(rows, H, d, {d_context, d, 1}, weights[1], H, da, H);
+            for (int64_t j = 0; j < rows * H; j += L) {
+                const Gelu<T> g = gelu<T>(load(u + j));
+                store(u + j, g.value), store(da + j, load(da + j) * g.slope);
+            }
+            product(rows, D, h, {da, H, 1}, transposed_w[0], D, dx, D);
+            for (int64_t i = 0; i < rows; i++)
+                through_norm(d, x + i * D, scale[2 * i], dx + i * D, d_qkv + (first + i) * 3 * d);
+            product(d, H, rows, {x, 1, D}, da, H, d_weights[0], H, ADD);
+            product(d, H, rows, {d_context, 1, d}, u, H, d_weights[1], H, ADD);
+        }
+
+        // The weights before this step are those before it, decayed, plus the velocity before it.
+        for (int m = 0; m < 2; m++)
+            for (int64_t i = 0; i < d; i++) {
+                const T eta = n ? factor[d + i] : T(0);
+                T *dw = d_weights[m] + i * H, *dz = d_velocity[m] + i * H;
+                for (int64_t j = 0; j < H; j += L) store(dz + j, eta * load(dz + j) + load(dw + j));
+            }
+    }
+    for (int64_t m = 0; m < 2; m++) copy_rows(d, h, d_weights[m], H, p.d_starts + (m * p.images + image) * d * h, h);
+    return true;
+}
+
+template <typename T> int over_images(bool (*one)(const Problem<T>&, int64_t), const Problem<T>* p, int threads) {
+    bool whole = true;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : whole)
+    for (int64_t image = 0; image < p->images; image++) whole = one(*p, image) && whole;
+    return whole ? 0 : 1;
+}
+
+}  // namespace
+
+// Each returns 0, or 1 where memory ran out.
+extern "C" {
+int forward_float(const Problem<float>* p, int threads) { return over_images(forward_image<float>, p, threads); }
+int forward_double(const Problem<double>* p, int threads) { return over_images(forward_image<double>, p, threads); }
+int backward_float(const Problem<float>* p, int threads) { return over_images(backward_image<float>, p, threads); }
+int backward_double(const Problem<double>* p, int threads) { return over_images(backward_image<double>, p, threads); }
+}
