@@ -424,8 +424,9 @@ template <typename T> bool backward_image(const Problem<T>& p, int64_t image) {
 }
 
 template <typename T> int over_images(bool (*one)(const Problem<T>&, int64_t), const Problem<T>* p, int threads) {
+    const int team = int(std::clamp<int64_t>(p->images, 1, threads));
     bool whole = true;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : whole)
+#pragma omp parallel for num_threads(team) schedule(static) reduction(&& : whole)
     for (int64_t image = 0; image < p->images; image++) whole = one(*p, image) && whole;
     return whole ? 0 : 1;
 }
