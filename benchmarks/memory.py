@@ -12,8 +12,8 @@ titans-pytorch is no requirement of ConvNeur: install 0.5.5 into an environment 
 `pip install --target FOLDER titans-pytorch==0.5.5`, and add that to PYTHONPATH; it is left out where it is missing.
 
 contender        what it is
-convneur         the module as it is used: the fused operator, on CUDA with its Triton kernels where they fit
-fused            the operator without Triton
+convneur         the module as it is used: on CPUs with its C++ kernel, on CUDA with its Triton kernels where they fit
+fused            the operator without kernels of its own
 plain            the equations in closed form, differentiated by autograd
 naive            the inner gradient by torch.func.grad and vmap
 titans           titans-pytorch's NeuralMemory with the memory MLP it comes with, which is the same; as in ConvNeur, a

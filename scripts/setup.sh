@@ -56,7 +56,7 @@ fi
 if [ ${#missing[@]} -gt 0 ]; then
     case " ${missing[*]} " in
     *" python3-venv "*) cost="nothing works" ;;
-    *" python3-dev "* | *" g++ "*) cost="no FFCV engine, no torch.compile, no DeepSpeed operators in C++" ;;
+    *" python3-dev "* | *" g++ "*) cost="a slower memory on CPUs, no FFCV engine, no torch.compile, no DeepSpeed operators in C++" ;;
     *) cost="no FFCV engine" ;;
     esac
     say "missing system packages; without them: $cost. As root: apt-get install ${missing[*]}; then: make setup" >&2
