@@ -41,7 +41,11 @@ template <typename T> constexpr int64_t LANES = BYTES / sizeof(T);
 
 template <typename T> inline Vector<T> load(const T* p) { return *(const typename Simd<T>::Unaligned*)p; }
 template <typename T> inline void store(T* p, Vector<T> x) { *(typename Simd<T>::Unaligned*)p = x; }
-template <typename T> int64_t padded(int64_t n) { return (n + LANES<T> - 1) / LANES<T> * LANES<T>; }
+// Length of a row of n numbers: whole vectors, but no multiple of `bad` bytes, at which rows compete for few cache sets.
+template <typename T> int64_t padded(int64_t n, int64_t bad) {
+    const int64_t whole = (n + LANES<T> - 1) / LANES<T> * LANES<T>;
+    return whole * sizeof(T) % bad ? whole : whole + LANES<T>;
+}
 
 // ---- Products --------------------------------------------------------------------------------------------------
 
@@ -204,8 +208,8 @@ template <typename T> struct Problem {
     const T* d_context;
     T *d_qkv, *d_starts, *d_logits;
 
-    int64_t D() const { return padded<T>(d); }
-    int64_t H() const { return padded<T>(h); }
+    int64_t D() const { return padded<T>(d, 512); }
+    int64_t H() const { return padded<T>(h, 1024); }
     T* state(int64_t update, int64_t kind, int64_t matrix, int64_t image) const {
         return states + (((update * 2 + kind) * 2 + matrix) * images + image) * d * h;
     }

@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL | None:
         reason = f"{error}"
         if shutil.which(compiler()) is None:
             reason = f"there is no C++ compiler {compiler()!r}; install g++ (apt-get install g++), or set CXX"
-    warnings.warn(f"the neural memory will take two to three times as long on this CPU: {reason}", stacklevel=2)
+    warnings.warn(f"the neural memory will take up to three times as long on this CPU: {reason}", stacklevel=2)
     return None
 
 

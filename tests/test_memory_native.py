@@ -54,7 +54,7 @@ def errors(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> list[flo
     return [((a - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True)]
 
 
-@pytest.mark.parametrize("dim", [3, 16, 20, 40])
+@pytest.mark.parametrize("dim", [3, 16, 20, 64])
 @pytest.mark.parametrize("std", [0.1, 0.7])
 def test_float32_is_as_exact_as_with_pytorch_alone(dim: int, std: float, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = run("plain", dim, torch.float64, std)
@@ -107,7 +107,7 @@ def one_call(folder: Path, **environment: str) -> subprocess.CompletedProcess[st
 def test_goes_on_without_a_compiler(compiler: str, reason: str, tmp_path: Path) -> None:
     without = one_call(tmp_path, CXX=compiler)
     assert without.returncode == 0, without.stderr
-    assert without.stderr.count("the neural memory will take two to three times as long on this CPU: ") == 1
+    assert without.stderr.count("the neural memory will take up to three times as long on this CPU: ") == 1
     assert reason in without.stderr
     assert not [*tmp_path.glob("convneur/*")]
     usual = one_call(tmp_path)
