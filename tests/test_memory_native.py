@@ -55,7 +55,7 @@ def errors(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> list[flo
 
 
 @pytest.mark.parametrize("dim", [3, 16, 20, 64])
-@pytest.mark.parametrize("std", [0.1, 0.7])
+@pytest.mark.parametrize("std", [0.1, 0.4])
 def test_float32_is_as_exact_as_with_pytorch_alone(dim: int, std: float, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = run("plain", dim, torch.float64, std)
     fused = errors(run("fused", dim, torch.float32, std), exact)
