@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import warnings
@@ -30,19 +31,18 @@ _NAMES = {torch.float32: "float", torch.float64: "double"}
 _C_TYPES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 
-def compiler() -> str:
-    """The C++ compiler, which needn't be there."""
-    return os.environ.get("CXX") or "c++"
+def compiler() -> list[str]:
+    """The C++ compiler, which needn't be there, and its first arguments."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def compiler_version() -> str | None:
     """The first line of what the compiler says of itself; None where there is none."""
     try:
-        return subprocess.run([compiler(), "--version"], capture_output=True, text=True, timeout=60).stdout.split("\n")[
-            0
-        ]
+        answer = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return None
+    return answer.stdout.partition("\n")[0]
 
 
 @cache
@@ -51,11 +51,11 @@ def library() -> ctypes.CDLL | None:
     try:
         return _load_or_compile(_cache_folder() / f"memory_native-{_key()}.so")
     except subprocess.CalledProcessError as error:
-        reason = f"{compiler()} failed: {(error.stderr.strip() or str(error)).splitlines()[-1]}"
+        reason = f"{shlex.join(compiler())} failed: {(error.stderr.strip() or str(error)).splitlines()[-1]}"
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = f"{error}"
-        if shutil.which(compiler()) is None:
-            reason = f"there is no C++ compiler {compiler()!r}; install g++ (apt-get install g++), or set CXX"
+        if shutil.which(compiler()[0]) is None:
+            reason = f"there is no C++ compiler {compiler()[0]!r}; install g++ (apt-get install g++), or set CXX"
     warnings.warn(f"the neural memory will take up to three times as long on this CPU: {reason}", stacklevel=2)
     return None
 
@@ -66,7 +66,7 @@ def _cache_folder() -> Path:
 
 def _key() -> str:
     """Differs where another library would be made: a home folder may be shared by machines of several kinds."""
-    parts = [SOURCE.read_text(), *FLAGS, compiler(), platform.machine(), platform.processor()]
+    parts = [SOURCE.read_text(), *FLAGS, *compiler(), str(compiler_version()), platform.machine(), platform.processor()]
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         wanted = ("model name", "flags", "CPU part", "Features")
@@ -79,7 +79,7 @@ def _load_or_compile(path: Path) -> ctypes.CDLL:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix="convneur-") as folder:
             made = Path(folder) / path.name
-            command = [compiler(), *FLAGS, str(SOURCE), "-o", str(made)]
+            command = [*compiler(), *FLAGS, str(SOURCE), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD)
             with atomic_write(path) as file:  # other processes may be at it, too
                 file.write(made.read_bytes())

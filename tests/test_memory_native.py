@@ -17,7 +17,7 @@ import torch
 from convneur import memory_fused, memory_native
 from convneur.memory import MemoryConfig, NeuralMemory
 
-pytestmark = pytest.mark.skipif(shutil.which(memory_native.compiler()) is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(shutil.which(memory_native.compiler()[0]) is None, reason="there is no C++ compiler")
 CHUNK = 40  # more tokens than a tile has, and no multiple of them
 ONE_CALL = """
 import torch
