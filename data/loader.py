@@ -149,7 +149,8 @@ class TrainLoader:
         """
         workers, size = self._config.workers, self._config.image_size
         batch_size = self._config.global_batch_size // self._config.lanes * len(self._micro_lanes[0])
-        slots = _Slots(PREFETCH_BATCHES * workers + 1, batch_size, size)
+        # One more than are under way would do; as many for each worker, and a slot is always the same worker's.
+        slots = _Slots(max((PREFETCH_BATCHES + 1) * workers, 1), batch_size, size)
         dataset = _TrainDataset(self._store, self._transform, self._seed, slots)
         batches = iter(_loader(dataset, enumerate(self._requests(start_step, stop_step)), workers))
         try:
@@ -283,7 +284,8 @@ def _prefetch(store: Store, requests: Iterable[Request], reached: Reached, paren
 class _Slots:
     """Memory for the images of some micro-batches, shared with the workers that are forked later.
 
-    New memory for each batch would cost a page fault every 4 KiB, in the worker and in the training process.
+    New memory for each batch would cost a page fault every 4 KiB, in the worker and in the training process. So does,
+    once, every slot that a worker writes to.
     """
 
     def __init__(self, slots: int, batch_size: int, image_size: int):
