@@ -338,8 +338,8 @@ class _TrainDataset(Dataset[_Made | InputError]):
         try:
             with libraries_restored():
                 for offset, drawn in enumerate(self._drawn(request)):
-                    index, (image, label) = read_or_replace(
-                        partial(self._show, last, request.epoch, drawn),
+                    index, label = read_or_replace(
+                        partial(self._show, last, request.epoch, drawn, images[offset]),
                         len(self._store),
                         seed=self._seed,
                         epoch=request.epoch,
@@ -347,7 +347,6 @@ class _TrainDataset(Dataset[_Made | InputError]):
                         index=drawn.number,
                         bad=bad,
                     )
-                    images[offset] = image
                     indices.append(index)
                     labels.append(label)
         except InputError as error:
@@ -370,13 +369,17 @@ class _TrainDataset(Dataset[_Made | InputError]):
                 view = self._transform.draw(*size)
         return _Drawn(index, repetition, sample, view)
 
-    def _show(self, last: "_LastImage", epoch: int, drawn: "_Drawn", index: int) -> tuple[torch.Tensor, int]:
+    def _show(self, last: "_LastImage", epoch: int, drawn: "_Drawn", seen: torch.Tensor, index: int) -> int:
+        """Leave in `seen` what is drawn, or the sample that stands in for it; its label."""
         if index == drawn.number and drawn.view:
             pixels, label = last.read(index, drawn.sample)
-            return self._transform.show(pixels, drawn.view), label
-        pixels, label = last.read(index)
-        self._seed_view(epoch, index, drawn.repetition)
-        return self._transform(pixels), label
+            view = drawn.view
+        else:
+            pixels, label = last.read(index)
+            self._seed_view(epoch, index, drawn.repetition)
+            view = self._transform.draw(*pixels.shape[:2])
+        self._transform.show(pixels, view, seen)
+        return label
 
     def _seed_view(self, epoch: int, index: int, repetition: int) -> None:
         seed_libraries(view_key(self._seed, "augment", epoch, index, repetition))
