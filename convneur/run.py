@@ -185,7 +185,7 @@ class Run:
                         raise SaveError(f"at the run's end {error}; mend that, and use --resume auto") from error
                     then = f"; {left} more tries, {TRY_SECONDS:.0f} s apart" if left else ""
                     self.log.say(f"ALARM: after {done} steps {error}; the checkpoints before stay{then}")
-                time.sleep(TRY_SECONDS if left else 0)
+                    time.sleep(TRY_SECONDS if left else 0)
 
     def evaluate_if_due(self, done: int) -> None:
         """Evaluates the weights after every `eval_every_epochs` epochs; those of the last step are `finish`'s."""

@@ -149,7 +149,8 @@ class TrainLoader:
         """
         workers, size = self._config.workers, self._config.image_size
         batch_size = self._config.global_batch_size // self._config.lanes * len(self._micro_lanes[0])
-        slots = _Slots(PREFETCH_BATCHES * workers + 1, batch_size, size)
+        # One more than are under way would do; as many for each worker, and a slot is always the same worker's.
+        slots = _Slots(max((PREFETCH_BATCHES + 1) * workers, 1), batch_size, size)
         dataset = _TrainDataset(self._store, self._transform, self._seed, slots)
         batches = iter(_loader(dataset, enumerate(self._requests(start_step, stop_step)), workers))
         try:
@@ -283,7 +284,8 @@ def _prefetch(store: Store, requests: Iterable[Request], reached: Reached, paren
 class _Slots:
     """Memory for the images of some micro-batches, shared with the workers that are forked later.
 
-    New memory for each batch would cost a page fault every 4 KiB, in the worker and in the training process.
+    New memory for each batch would cost a page fault every 4 KiB, in the worker and in the training process. So does,
+    once, every slot that a worker writes to.
     """
 
     def __init__(self, slots: int, batch_size: int, image_size: int):
@@ -336,8 +338,8 @@ class _TrainDataset(Dataset[_Made | InputError]):
         try:
             with libraries_restored():
                 for offset, drawn in enumerate(self._drawn(request)):
-                    index, (image, label) = read_or_replace(
-                        partial(self._show, last, request.epoch, drawn),
+                    index, label = read_or_replace(
+                        partial(self._show, last, request.epoch, drawn, images[offset]),
                         len(self._store),
                         seed=self._seed,
                         epoch=request.epoch,
@@ -345,7 +347,6 @@ class _TrainDataset(Dataset[_Made | InputError]):
                         index=drawn.number,
                         bad=bad,
                     )
-                    images[offset] = image
                     indices.append(index)
                     labels.append(label)
         except InputError as error:
@@ -368,13 +369,17 @@ class _TrainDataset(Dataset[_Made | InputError]):
                 view = self._transform.draw(*size)
         return _Drawn(index, repetition, sample, view)
 
-    def _show(self, last: "_LastImage", epoch: int, drawn: "_Drawn", index: int) -> tuple[torch.Tensor, int]:
+    def _show(self, last: "_LastImage", epoch: int, drawn: "_Drawn", seen: torch.Tensor, index: int) -> int:
+        """Leave in `seen` what is drawn, or the sample that stands in for it; its label."""
         if index == drawn.number and drawn.view:
             pixels, label = last.read(index, drawn.sample)
-            return self._transform.show(pixels, drawn.view), label
-        pixels, label = last.read(index)
-        self._seed_view(epoch, index, drawn.repetition)
-        return self._transform(pixels), label
+            view = drawn.view
+        else:
+            pixels, label = last.read(index)
+            self._seed_view(epoch, index, drawn.repetition)
+            view = self._transform.draw(*pixels.shape[:2])
+        self._transform.show(pixels, view, seen)
+        return label
 
     def _seed_view(self, epoch: int, index: int, repetition: int) -> None:
         seed_libraries(view_key(self._seed, "augment", epoch, index, repetition))

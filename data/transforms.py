@@ -77,13 +77,17 @@ def _decode_plain_jpeg(image: bytes) -> np.ndarray | None:
 
 
 class View(NamedTuple):
-    """What is shown of an image: a part of it, in pixels, flipped along `axes` of (3, H, W)."""
+    """What is shown of an image: a part of it, in pixels, flipped as `flips` says: left to right, top to bottom."""
 
     top: int
     left: int
     height: int
     width: int
-    axes: tuple[int, ...]
+    flips: tuple[bool, bool]
+
+
+FLIP_CODES = {(True, False): 1, (False, True): 0, (True, True): -1}
+"""OpenCV's names for `View.flips`."""
 
 
 class TrainTransform:
@@ -115,25 +119,33 @@ class TrainTransform:
         """Draw what is shown of an image of `height` x `width` pixels."""
         augment, image = self._augment, torch.empty(3, height, width, device="meta")
         top, left, h, w = RandomResizedCropAndInterpolation.get_params(image, augment.scale, augment.ratio)
-        chances = ((-1, augment.hflip), (-2, augment.vflip))
-        return View(top, left, h, w, tuple(axis for axis, chance in chances if chance and torch.rand(1) < chance))
+        hflip, vflip = (bool(chance and torch.rand(1) < chance) for chance in (augment.hflip, augment.vflip))
+        return View(top, left, h, w, (hflip, vflip))
 
-    def show(self, pixels: np.ndarray, view: View) -> torch.Tensor:
-        """Make of an image, (height, width, 3) uint8, what the model sees, (3, H, W) uint8 in channels_last format."""
-        top, left, height, width, axes = view
+    def show(self, pixels: np.ndarray, view: View, seen: torch.Tensor) -> None:
+        """Make of an image, (height, width, 3) uint8, what the model sees.
+
+        Args:
+            pixels: the image.
+            view: what is shown of it.
+            seen: takes it, (3, H, W) uint8 in channels_last format.
+        """
+        top, left, height, width, flips = view
         part = _writable(pixels)[top : top + height, left : left + width]
-        seen = self._resize(part, self._size, self._size).permute(2, 0, 1)
-        if axes:
-            seen = seen.flip(axes)
-        if self.draws_all:
-            return seen
-        changed: torch.Tensor = self._to_tensor(self._secondary(Image.fromarray(seen.permute(1, 2, 0).numpy())))
-        return changed
+        resized, target = self._resize(part, self._size, self._size), seen.permute(1, 2, 0)
+        if any(flips):
+            cv2.flip(resized.numpy(), FLIP_CODES[flips], dst=target.numpy())  # in a third of the time torch's takes
+        else:
+            target.copy_(resized)
+        if not self.draws_all:
+            seen.copy_(self._to_tensor(self._secondary(Image.fromarray(target.numpy()))))
 
     def __call__(self, image: np.ndarray | Image.Image) -> torch.Tensor:
         """Draw, and show."""
         pixels = _writable(image)
-        return self.show(pixels, self.draw(*pixels.shape[:2]))
+        seen = torch.empty(self._size, self._size, 3, dtype=torch.uint8).permute(2, 0, 1)
+        self.show(pixels, self.draw(*pixels.shape[:2]), seen)
+        return seen
 
 
 def eval_transform(config: DataConfig) -> Transform:
