@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convneur  # noqa: F401  (registers the models)
+from convneur.allocator import keep_freed_memory
 
 COUNTERPARTS = {"m1": "convnext_atto", "m2": "convnext_femto", "m3": "convnext_pico", "m4": "convnext_nano"}
 
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
+    keep_freed_memory()  # for both, as in training
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}")
     results = [

@@ -45,7 +45,7 @@ BUCKET = 2**24
 LOWER_PRECISION_MODULES = [
     "torch.nn.Linear",
     "torch.nn.Conv2d",
-    "convneur.model.ChannelLinear",
+    "convneur.linear.ChannelLinear",
     "convneur.depthwise.DepthwiseConv2d",
 ]
 

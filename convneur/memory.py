@@ -25,6 +25,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from convneur import memory_operator
+from convneur.linear import channel_linear
 from convneur.memory_steps import ReadOrder, steps, updates
 from convneur.precision import own_precision
 
@@ -182,19 +183,20 @@ class NeuralMemory(nn.Module):
         """Queries, keys and values (B, N, 3d) of tokens (B, N, d); queries alone where nothing will be written."""
         count = updates(self.config.read, tokens.shape[1], self.config.chunk_length)
         if torch.compiler.is_exporting() or self.implementation == "scan" or count > 0:  # images may be of any size
-            return F.linear(tokens, self.qkv_weight, self.qkv_bias)
+            return channel_linear(tokens, self.qkv_weight, self.qkv_bias)
         bias = self.qkv_bias[: self.dim]
         if torch.is_grad_enabled():
             # A gradient of zero, instead of none, spares data-parallel wrappers and optimizers parameters that take
             # part at some resolutions only.
             bias = bias + 0.0 * (self.generator_weight.sum() + self.generator_bias.sum())
-        return F.linear(tokens, self.qkv_weight[: self.dim], bias)
+        return channel_linear(tokens, self.qkv_weight[: self.dim], bias)
 
     def recurrence(self, qkv: Tensor) -> Tensor:
         """The loop over chunks, (B, N, 3d) -> (B, N, d), by the fastest implementation for these tokens."""
         config, state = self.config, MemoryState(self.w1, self.w2)
         if qkv.shape[-1] == self.dim:  # nothing is written: an MLP like any other, in whatever precision autocast likes
-            return retrieve(state, F.normalize(qkv, dim=-1)).to(qkv.dtype)
+            hidden = F.gelu(channel_linear(F.normalize(qkv, dim=-1), self.w1.T))
+            return channel_linear(hidden, self.w2.T).to(qkv.dtype)
         implementation = self.implementation
         if implementation == "auto" and torch.onnx.is_in_onnx_export():
             implementation = "scan" if isinstance(qkv.shape[1], torch.SymInt) else "plain"

@@ -101,28 +101,24 @@ template <typename T> struct Gelu {
     Vector<T> value, slope, curvature;  // the function, its first and its second derivative
 };
 
-inline Vector<float> exp_of_negative(Vector<float> x) {
+// s = |x|, the upper tail of the normal distribution at s, and exp(-s^2 / 2), on which it rests.
+inline void tail(Vector<float> x, Vector<float>& s, Vector<float>& probability, Vector<float>& density) {
     typedef int32_t Integers __attribute__((vector_size(BYTES)));
-    const Vector<float> least = Vector<float>{} - 80.0f;  // no denormal numbers come of it
-    x = x < least ? least : x;
-    // x = (n + f) ln 2 with |f| <= 1/2; adding and subtracting 1.5 * 2^23 rounds to an integer
-    const Vector<float> y = x * 1.44269504f, n = (y + 12582912.0f) - 12582912.0f;
-    const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vector<float> e = Vector<float>{} + 1.98756915e-4f;  // the polynomial of Cephes' expf
-    e = e * r + 1.39819995e-3f;
-    e = e * r + 8.33345204e-3f;
-    e = e * r + 4.16657958e-2f;
-    e = e * r + 1.66666657e-1f;
-    e = e * r + 5.00000012e-1f;
-    e = e * (r * r) + r + 1.0f;
-    const Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
-    return e * (Vector<float>)power;
-}
-
-// Upper tail of the normal distribution at s >= 0, and exp(-s^2 / 2), on which it rests.
-inline void tail(Vector<float> s, Vector<float>& probability, Vector<float>& density) {
-    density = exp_of_negative(-0.5f * s * s);
-    // Minimax in t for the scaled complement erfcx(s / sqrt 2) / 2, relative error 2e-7 and 4e-7 in float32
+    const Vector<float> least = Vector<float>{} - 115.0f;  // no denormal numbers come of it
+    s = (Vector<float>)((Integers)x & 0x7fffffff);
+    // The density is 2^y = 2^n 2^f with |f| <= 1/2. Adding 1.5 * 2^23 rounds y to n, and leaves it in the lowest bits.
+    Vector<float> y = s * s * -0.72134752f;
+    y = y < least ? least : y;
+    const Vector<float> shifted = y + 12582912.0f, f = y - (shifted - 12582912.0f);
+    Vector<float> e = Vector<float>{} + 0.000153458221f;
+    e = e * f + 0.00133999357f;
+    e = e * f + 0.00961848896f;
+    e = e * f + 0.0555032877f;
+    e = e * f + 0.240226469f;
+    e = e * f + 0.693147206f;
+    e = e * f + 1.0f;
+    density = (Vector<float>)((Integers)e + ((Integers)shifted << 23));
+    // Minimax in t for the scaled complement erfcx(s / sqrt 2) / 2, of relative error 2e-7
     const Vector<float> t = 1.0f / (1.0f + 0.31f * s);
     Vector<float> p = Vector<float>{} + 0.03584148f;
     p = p * t - 0.14160362f;
@@ -135,7 +131,8 @@ inline void tail(Vector<float> s, Vector<float>& probability, Vector<float>& den
     probability = p * t * density;
 }
 
-inline void tail(Vector<double> s, Vector<double>& probability, Vector<double>& density) {
+inline void tail(Vector<double> x, Vector<double>& s, Vector<double>& probability, Vector<double>& density) {
+    s = x < 0.0 ? -x : x;
     for (int i = 0; i < LANES<double>; i++) {
         probability[i] = 0.5 * std::erfc(s[i] * M_SQRT1_2);
         density[i] = std::exp(-0.5 * s[i] * s[i]);
@@ -143,12 +140,11 @@ inline void tail(Vector<double> s, Vector<double>& probability, Vector<double>& 
 }
 
 template <typename T> inline Gelu<T> gelu(Vector<T> x) {
-    Vector<T> probability, density;
-    const Vector<T> zero{};
-    tail(x < zero ? -x : x, probability, density);
-    const Vector<T> below = x < zero ? probability : T(1) - probability;
+    Vector<T> s, probability, density;
+    tail(x, s, probability, density);
+    const Vector<T> zero{}, below = x < zero ? probability : T(1) - probability;
     density *= T(0.398942280401432678);  // 1 / sqrt(2 pi)
-    return {x * below, below + x * density, (T(2) - x * x) * density};
+    return {(x < zero ? zero : x) - s * probability, below + x * density, (T(2) - x * x) * density};
 }
 
 // ---- One image's working memory ----------------------------------------------------------------------------------

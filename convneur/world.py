@@ -8,6 +8,8 @@ from typing import cast
 import torch
 from torch.distributed import ProcessGroup
 
+from convneur.allocator import keep_freed_memory
+
 # A rank that is gone is noticed when a collective times out, so this bounds how long the others hang.
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 
@@ -39,6 +41,7 @@ class World:
             torch.cuda.set_device(device)
         else:
             device, backend = torch.device("cpu"), "gloo"
+            keep_freed_memory()
         name_accelerator()
         torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         control = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)

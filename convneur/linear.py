@@ -1,0 +1,31 @@
+"""Linear layers over channels that come last, with oneDNN's products on CPUs."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+
+def channel_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, (B, H, W, in) or (B, N, in) -> the same with `out` channels, with a weight (out, in).
+
+    On a CPU it is computed as the 1x1 convolution that it equals, in which oneDNN uses AVX-512 where MKL doesn't: on an
+    AMD EPYC (family 26) that takes half the time. Exported graphs have the plain operation.
+    """
+    if not x.is_cpu or x.dtype == torch.float64 or torch.compiler.is_exporting():
+        return F.linear(x, weight, bias)
+    if x.dim() == 3:
+        return channel_linear(x.unsqueeze(1), weight, bias).squeeze(1)
+    return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+
+
+@register_notrace_module
+class ChannelLinear(nn.Linear):
+    """nn.Linear by way of `channel_linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, in) or (B, N, in) -> the same with `out` channels."""
+        if torch.jit.is_scripting():
+            return F.linear(x, self.weight, self.bias)
+        else:
+            return channel_linear(x, self.weight, self.bias)
