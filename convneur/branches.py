@@ -32,7 +32,7 @@ class MemoryMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, d) -> (B, H, W, d)."""
-        return self.memory(x.flatten(1, 2)).view_as(x)
+        return self.memory(x)
 
 
 class CBAM(nn.Module):

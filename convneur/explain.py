@@ -131,7 +131,7 @@ def look(model: ConvNeur, image: Tensor) -> tuple[Tensor, list[GateView]]:
 
 
 def surprise_of(memory: NeuralMemory, tokens: Tensor) -> Tensor:
-    """Mean squared recall error of each chunk of one image's tokens (1, N, d), (T,).
+    """Mean squared recall error of each chunk of one image's tokens (1, N or H, W, d), (T,).
 
     The states do not depend on what is read from them, so an order of reading that makes every update shows all.
     """
@@ -144,7 +144,7 @@ def surprise_of(memory: NeuralMemory, tokens: Tensor) -> Tensor:
         surprises.append(surprise.mean())
         return factors(surprise)
 
-    qkv = F.linear(tokens, memory.qkv_weight, memory.qkv_bias)
+    qkv = F.linear(tokens.flatten(1, -2), memory.qkv_weight, memory.qkv_bias)
     recurrence(qkv, MemoryState(memory.w1, memory.w2), record, memory.config.chunk_length, "after_update")
     return torch.stack(surprises)
 

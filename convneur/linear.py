@@ -10,7 +10,8 @@ def channel_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     """F.linear, (B, H, W, in) or (B, N, in) -> the same with `out` channels, with a weight (out, in).
 
     On a CPU it is computed as the 1x1 convolution that it equals, in which oneDNN uses AVX-512 where MKL doesn't: on an
-    AMD EPYC (family 26) that takes half the time. Exported graphs have the plain operation.
+    AMD EPYC (family 26) that takes half the time. Exported graphs have the plain operation. Give it rows and columns
+    where there are some: torch.compile takes maps of one row for another memory layout, and copies them.
     """
     if not x.is_cpu or x.dtype == torch.float64 or torch.compiler.is_exporting():
         return F.linear(x, weight, bias)

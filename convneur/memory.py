@@ -14,6 +14,7 @@ This file is the method as the paper states it, in plain differentiable operatio
 Widths and depths are not in the paper: `convneur.model` says how they were derived.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -170,18 +171,18 @@ class NeuralMemory(nn.Module):
         nn.init.normal_(self.w2, std=(HIDDEN_RATIO * dim) ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, d) -> (B, N, d)."""
+        """(B, N, d) or, row by row, (B, H, W, d) -> the same shape."""
         if torch.jit.is_scripting():  # TorchScript knows no dataclasses, and leaves out an `else` but not what follows
-            qkv = F.linear(tokens, self.qkv_weight, self.qkv_bias)
+            qkv = F.linear(tokens, self.qkv_weight, self.qkv_bias).flatten(1, -2)
             weights = self.w1, self.w2, self.generator_weight, self.generator_bias
             keep = torch.is_grad_enabled()
-            return torch.ops.convneur.neural_memory(qkv, *weights, *self.settings, keep)[0]
+            return torch.ops.convneur.neural_memory(qkv, *weights, *self.settings, keep)[0].view_as(tokens)
         else:
-            return self.recurrence(self.project(tokens))
+            return self.recurrence(self.project(tokens)).view_as(tokens)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Queries, keys and values (B, N, 3d) of tokens (B, N, d); queries alone where nothing will be written."""
-        count = updates(self.config.read, tokens.shape[1], self.config.chunk_length)
+        """Queries, keys and values (B, N or H, W, 3d) of tokens; queries alone where nothing will be written."""
+        count = updates(self.config.read, math.prod(tokens.shape[1:-1]), self.config.chunk_length)
         if torch.compiler.is_exporting() or self.implementation == "scan" or count > 0:  # images may be of any size
             return channel_linear(tokens, self.qkv_weight, self.qkv_bias)
         bias = self.qkv_bias[: self.dim]
@@ -192,11 +193,12 @@ class NeuralMemory(nn.Module):
         return channel_linear(tokens, self.qkv_weight[: self.dim], bias)
 
     def recurrence(self, qkv: Tensor) -> Tensor:
-        """The loop over chunks, (B, N, 3d) -> (B, N, d), by the fastest implementation for these tokens."""
+        """The loop over chunks, (B, N or H, W, 3d) -> (B, N, d), by the fastest implementation for these tokens."""
         config, state = self.config, MemoryState(self.w1, self.w2)
         if qkv.shape[-1] == self.dim:  # nothing is written: an MLP like any other, in whatever precision autocast likes
             hidden = F.gelu(channel_linear(F.normalize(qkv, dim=-1), self.w1.T))
-            return channel_linear(hidden, self.w2.T).to(qkv.dtype)
+            return channel_linear(hidden, self.w2.T).flatten(1, -2).to(qkv.dtype)
+        qkv = qkv.flatten(1, -2)
         implementation = self.implementation
         if implementation == "auto" and torch.onnx.is_in_onnx_export():
             implementation = "scan" if isinstance(qkv.shape[1], torch.SymInt) else "plain"
