@@ -78,10 +78,11 @@ def watched(model: ConvNeur) -> Iterator[dict[str, list[Tensor]]]:
     scale = model.config.width_factor**-0.5  # of values, errors and context; see `convneur.mup`
 
     def memory(module: NeuralMemory, inputs: tuple[Tensor], output: Tensor) -> None:
-        queries = F.normalize(module.project(inputs[0])[..., : module.dim], dim=-1)
+        tokens, output = inputs[0].flatten(1, -2), output.flatten(1, -2)
+        queries = F.normalize(module.project(tokens)[..., : module.dim], dim=-1)
         unwritten = retrieve(MemoryState(module.w1, module.w2), queries)
         seen.setdefault(KINDS["memory"], []).append(output * scale)
-        if inputs[0].shape[1] > module.config.chunk_length:
+        if tokens.shape[1] > module.config.chunk_length:
             seen.setdefault(WRITTEN, []).append((output - unwritten) * scale)
 
     hooks = []
