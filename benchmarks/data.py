@@ -284,7 +284,10 @@ def main() -> None:
         "ours-deit-fast": lambda: Ours(root, args.workers, args.epochs, AugmentConfig(), "fast-bicubic"),
         "timm-deit": lambda: timm_deit(folder, args.workers, args.epochs),
     }
-    names = [name for name in [*readers, STREAMING] if not args.only or name in args.only]
+    known = [*readers, STREAMING]
+    if unknown := sorted({*(args.only or ())} - {*known}):
+        parser.error(f"--only names {', '.join(unknown)}, expected some of {', '.join(known)}")
+    names = [name for name in known if not args.only or name in args.only]
     if not args.streaming_python and STREAMING in names:
         names.remove(STREAMING)
     rates: dict[str, list[Rate]] = {name: [] for name in names}
