@@ -21,6 +21,7 @@ from convneur.memory_steps import ReadOrder, steps, updates, written_tokens
 
 CACHE_BYTES_PER_THREAD = 2**20  # one (b, n, h) buffer gets half, the backward pass works in eight of them
 LINE = 16  # numbers in a cache line
+NORM_EPS = 1e-12  # as torch.nn.functional.normalize
 
 _gelu, _gelu_backward = torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input
 
@@ -86,9 +87,15 @@ class _Factors:
         return torch.addcmul(self.slope_shift, sigmoids, self.slope_scale)
 
 
+def reciprocal_norms(qkv: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    """Those of queries and keys, (B, N, 2, 1), of tokens (B, N, 3d)."""
+    query_and_key = qkv.unflatten(-1, (3, d))[:, :, :2]
+    norms = torch.linalg.vector_norm(query_and_key, dim=-1, keepdim=True, dtype=dtype)
+    return norms.clamp_min_(NORM_EPS).reciprocal_()
+
+
 def forward(
     qkv: Tensor,
-    scales: Tensor,
     start: Tensor,
     generator_weight: Tensor,
     generator_bias: Tensor,
@@ -96,12 +103,11 @@ def forward(
     inner_lr: float,
     read: ReadOrder,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Context, states, surprises, factors and errors, as `convneur.memory_operator.neural_memory` returns them.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Context, states, surprises, factors, errors and scales, as `convneur.memory_operator.neural_memory` returns them.
 
     Args:
         qkv: queries, keys and values (B, N, 3d).
-        scales: reciprocal norms of queries and keys, (B, N, 2, 1).
         start: W1 and W2^T of M_0, (2, d, h).
         generator_weight: of the update generator, (3d, d).
         generator_bias: (3d,).
@@ -115,6 +121,7 @@ def forward(
     lengths = {*n_keys, *n_queries} - {0}
     count = updates(read, tokens, chunk_length)
     parts = qkv.unflatten(-1, (3, d))
+    scales = reciprocal_norms(qkv, d, start.dtype)
     decode = _Factors(scales, d, inner_lr)
 
     y = scales.new_empty(images, tokens, d)
@@ -165,7 +172,7 @@ def forward(
             torch.addcmul(new_z, w, retention, out=new_w)
             w, z = new_w, new_z
 
-    return y.to(qkv.dtype), states, surprises, factors, errors
+    return y.to(qkv.dtype), states, surprises, factors, errors, scales
 
 
 def backward(

@@ -19,8 +19,6 @@ from convneur import memory_fused, memory_native
 from convneur.memory_steps import ReadOrder, updates, written_tokens
 from convneur.precision import own_precision
 
-NORM_EPS = 1e-12  # as torch.nn.functional.normalize
-
 
 def recurrence(
     qkv: Tensor,
@@ -92,16 +90,12 @@ def neural_memory(
         surprises (U, B, d);
         factors (U, B, 3d), what the update generator makes of the surprises;
         errors e (B, M, d) of the tokens that are written;
-        scales (B, N, 2, 1), reciprocal norms of queries and keys.
+        scales (B, N, 2, 1), reciprocal norms of queries and of the keys that are written.
     """
     d, count = w1.shape[0], updates(cast(ReadOrder, read), qkv.shape[1], chunk_length)
     dtype = _state_dtype(qkv)
-    query_and_key = qkv.unflatten(-1, (3, d))[:, :, :2]
-    norms = torch.linalg.vector_norm(query_and_key, dim=-1, keepdim=True, dtype=dtype)
-    scales = norms.clamp_min_(NORM_EPS).reciprocal_()
-    y, states, surprises, factors, errors = _implementation(qkv, d, count, kernels).forward(
+    y, *kept = _implementation(qkv, d, count, kernels).forward(
         qkv,
-        scales,
         torch.stack((w1, w2.T)).to(dtype),
         generator_weight.to(dtype),
         generator_bias.to(dtype),
@@ -110,8 +104,7 @@ def neural_memory(
         read,
         keep,
     )
-    if not keep:
-        states, surprises, factors, errors, scales = (scales.new_empty(0) for _ in range(5))
+    states, surprises, factors, errors, scales = kept if keep else (w1.new_empty(0, dtype=dtype) for _ in range(5))
     return y, states, surprises, factors, errors, scales
 
 

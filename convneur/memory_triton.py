@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from convneur.memory_fused import reciprocal_norms
 from convneur.memory_steps import ReadOrder, steps, updates, written_tokens
 
 LARGEST_DIM = 128  # beyond it a tile of the state fills the registers
@@ -354,7 +355,6 @@ def fits(qkv: Tensor, d: int) -> bool:
 
 def forward(
     qkv: Tensor,
-    scales: Tensor,
     start: Tensor,
     generator_weight: Tensor,
     generator_bias: Tensor,
@@ -362,12 +362,11 @@ def forward(
     inner_lr: float,
     read: ReadOrder,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Context, states, surprises, factors and errors as `memory_fused.neural_memory` returns them, on CUDA.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Context, states, surprises, factors, errors and scales as `memory_fused.forward` returns them, on CUDA.
 
     Args:
         qkv: queries, keys and values (B, N, 3d), contiguous.
-        scales: reciprocal norms of queries and keys, (B, N, 2, 1).
         start: W1 and W2^T of M_0, (2, d, h).
         generator_weight: (3d, d).
         generator_bias: (3d,).
@@ -379,6 +378,7 @@ def forward(
     (images, tokens, _), (_, d, h) = qkv.shape, start.shape
     count, written = updates(read, tokens, chunk_length), written_tokens(read, tokens, chunk_length)
     plan = _plan(read, tokens, chunk_length, qkv.device)
+    scales = reciprocal_norms(qkv, d, start.dtype)
     y = qkv.new_empty(images, tokens, d)
     states = scales.new_empty(count if keep else min(count, 2), 2, 2, images, d, h)
     surprises = scales.new_empty(count, images, d)
@@ -388,7 +388,7 @@ def forward(
         qkv, scales, start, generator_weight, generator_bias, plan, y, states, surprises, factors, errors,
         images, tokens, written, len(plan), inner_lr, d=d, h=h, keep_states=keep, **_tiles(d, backward=False),
     )  # fmt: skip
-    return y, states, surprises, factors, errors
+    return y, states, surprises, factors, errors, scales
 
 
 def backward(

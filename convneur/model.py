@@ -17,7 +17,6 @@ from operator import attrgetter
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from convneur import mup
 from convneur.branches import MIXERS, MixerKind
+from convneur.channel_mlp import GELU, channel_mlp
 from convneur.depthwise import DepthwiseConv2d
 from convneur.linear import ChannelLinear
 from convneur.memory import MemoryConfig
@@ -199,16 +199,6 @@ class ModelConfig:
         )
 
 
-class GELU(nn.GELU):
-    """In place where nothing is kept for a backward pass: a new tensor of this size takes longer than the function."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Any shape."""
-        if torch.is_grad_enabled() or torch.jit.is_scripting():
-            return F.gelu(input)
-        return torch.ops.aten.gelu_(input)
-
-
 class LocalBranch(nn.Module):
     """F_loc: large-kernel depthwise convolution, then channel mixing, as in a ConvNeXt block."""
 
@@ -223,7 +213,10 @@ class LocalBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H, W, C)."""
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        return self.down(self.act(self.up(y)))
+        if torch.jit.is_scripting():
+            return self.down(self.act(self.up(y)))
+        else:
+            return channel_mlp(y, self.up, self.act, self.down)
 
 
 class GlobalBranch(nn.Module):

@@ -24,12 +24,12 @@ from convneur.config import Config, config_text, load_config
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
-from convneur.memory_native import compiler_version
+from convneur.native import compiler_version
 
 REPRODUCE_FILE = "reproduce.json"
 LONGEST_VALUE = 60  # characters of a value that a line of differences shows
 PACKAGE = Path(__file__).parent
-CODE = (".py", ".cpp")
+CODE = (".py", ".cpp", ".h")
 BULK = (".tar", ".beton")  # what the index has a checksum of for each sample
 
 Record = dict[str, Any]
@@ -110,7 +110,7 @@ def index_hash(config: DataConfig) -> str:
 def _code() -> Record:
     """The commit that the code is of, what was changed since, and a hash of the code that runs."""
     digest = hashlib.sha256()
-    for package in ("convneur", "convneur.data", "convneur.launch"):
+    for package in ("convneur", "convneur.native", "convneur.data", "convneur.launch"):
         spec = find_spec(package)
         for folder in (spec.submodule_search_locations if spec else None) or ():
             for path in sorted(p for p in Path(folder).iterdir() if p.suffix in CODE):

@@ -51,7 +51,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_top_level_and_type_marker(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"convneur"}
-    assert {"convneur/py.typed", "convneur/memory_native.cpp"} <= {*names}
+    sources = {f"convneur/native/{path.name}" for path in (ROOT / "convneur/native").iterdir() if path.is_file()}
+    assert len(sources) == 4
+    assert {"convneur/py.typed", *sources} <= {*names}
     assert any(name.endswith("/LICENSE") for name in names)
 
 
@@ -87,4 +89,4 @@ def test_rooms_are_those_of_setup_cfg() -> None:
     config.read(ROOT / "setup.cfg")
     mapping = dict(line.split(" = ") for line in config["options"]["package_dir"].split("\n") if line)
     assert {folder: package for package, folder in mapping.items()} == ROOMS
-    assert config["options"]["packages"].split() == list(mapping)
+    assert config["options"]["packages"].split() == [*mapping, "convneur.native"]

@@ -6,186 +6,30 @@
 // order, whatever the number of threads: results are the same to the bit for any.
 //
 // Shape legend: B images, N tokens, M written tokens, U updates, S steps, d memory width, h hidden width. Rows of d and h
-// numbers are padded with zeros to D and H, multiples of a vector. W1 (d, h) and W2^T (d, h) are held one after the
-// other, as states are; (h, d) transposes of either are made where a product needs them.
+// numbers lie D and H numbers apart, of which products compute the dv and hv that make whole vectors. W1 (d, h) and
+// W2^T (d, h) are held one after the other, as states are; (h, d) transposes of either are made where a product needs
+// them.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
+#include "vectors.h"
 
 namespace {
 
-// Rows and vectors of the block of a product that stays in registers: 32 of 64 bytes, 16 of 32, or 32 of 16.
-#if defined(__AVX512F__)
-constexpr int BYTES = 64, ROWS = 8, COLUMNS = 3;
-#elif defined(__AVX__)
-constexpr int BYTES = 32, ROWS = 4, COLUMNS = 3;
-#else
-constexpr int BYTES = 16, ROWS = 8, COLUMNS = 3;
-#endif
-constexpr int64_t TILE = 32;
+using namespace convneur;
 
-template <typename T> struct Simd;
-template <> struct Simd<float> {
-    typedef float Vector __attribute__((vector_size(BYTES)));
-    typedef float Unaligned __attribute__((vector_size(BYTES), aligned(4), may_alias));
-};
-template <> struct Simd<double> {
-    typedef double Vector __attribute__((vector_size(BYTES)));
-    typedef double Unaligned __attribute__((vector_size(BYTES), aligned(8), may_alias));
-};
-template <typename T> using Vector = typename Simd<T>::Vector;
-template <typename T> constexpr int64_t LANES = BYTES / sizeof(T);
+constexpr int64_t TILE = 64;
 
-template <typename T> inline Vector<T> load(const T* p) { return *(const typename Simd<T>::Unaligned*)p; }
-template <typename T> inline void store(T* p, Vector<T> x) { *(typename Simd<T>::Unaligned*)p = x; }
-// Length of a row of n numbers: whole vectors, but no multiple of `bad` bytes, at which rows compete for few cache sets.
-template <typename T> int64_t padded(int64_t n, int64_t bad) {
-    const int64_t whole = (n + LANES<T> - 1) / LANES<T> * LANES<T>;
-    return whole * sizeof(T) % bad ? whole : whole + LANES<T>;
-}
+constexpr double NORM_EPS = 1e-12;  // as in convneur.memory_fused
 
-// ---- Products --------------------------------------------------------------------------------------------------
-
-// A matrix operand of which single numbers are read: element (i, p) is at i * row + p * column.
-template <typename T> struct Operand {
-    const T* data;
-    int64_t row, column;
-};
-
-template <typename T, int R, int C>
-void block(Operand<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t inner, bool accumulate) {
-    Vector<T> sums[R][C];
-    for (int i = 0; i < R; i++)
-        for (int j = 0; j < C; j++) sums[i][j] = accumulate ? load(c + i * c_row + j * LANES<T>) : Vector<T>{};
-    for (int64_t p = 0; p < inner; p++) {
-        Vector<T> row[C];
-        for (int j = 0; j < C; j++) row[j] = load(b + p * b_row + j * LANES<T>);
-        for (int i = 0; i < R; i++) {
-            const T factor = a.data[i * a.row + p * a.column];
-            for (int j = 0; j < C; j++) sums[i][j] += factor * row[j];
-        }
-    }
-    for (int i = 0; i < R; i++)
-        for (int j = 0; j < C; j++) store(c + i * c_row + j * LANES<T>, sums[i][j]);
-}
-
-template <typename T, int R, int C>
-void blocks(int64_t rows, int64_t columns, Operand<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t inner,
-            bool accumulate) {
-    if constexpr (R > 0 && C > 0) {
-        if (rows < R) return blocks<T, R - 1, C>(rows, columns, a, b, b_row, c, c_row, inner, accumulate);
-        if (columns < C) return blocks<T, R, C - 1>(rows, columns, a, b, b_row, c, c_row, inner, accumulate);
-        block<T, R, C>(a, b, b_row, c, c_row, inner, accumulate);
-    }
-}
-
-enum Mode { SET, ADD };
-
-// C (rows, columns) = or += A (rows, inner) B (inner, columns). Columns are padded, their number a multiple of a vector.
+// Brings raw vectors to length 1, into x (rows, D), and writes their reciprocal norms, two numbers apart, if asked to.
 template <typename T>
-void product(int64_t rows, int64_t columns, int64_t inner, Operand<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
-             Mode mode = SET) {
-    const int64_t vectors = columns / LANES<T>;
-    for (int64_t j = 0; j < vectors; j += COLUMNS)
-        for (int64_t i = 0; i < rows; i += ROWS)
-            blocks<T, ROWS, COLUMNS>(rows - i, vectors - j, {a.data + i * a.row, a.row, a.column}, b + j * LANES<T>,
-                                     b_row, c + i * c_row + j * LANES<T>, c_row, inner, mode == ADD);
-}
-
-// ---- GELU ------------------------------------------------------------------------------------------------------
-
-template <typename T> struct Gelu {
-    Vector<T> value, slope, curvature;  // the function, its first and its second derivative
-};
-
-// s = |x|, the upper tail of the normal distribution at s, and exp(-s^2 / 2), on which it rests.
-inline void tail(Vector<float> x, Vector<float>& s, Vector<float>& probability, Vector<float>& density) {
-    typedef int32_t Integers __attribute__((vector_size(BYTES)));
-    const Vector<float> least = Vector<float>{} - 115.0f;  // no denormal numbers come of it
-    s = (Vector<float>)((Integers)x & 0x7fffffff);
-    // The density is 2^y = 2^n 2^f with |f| <= 1/2. Adding 1.5 * 2^23 rounds y to n, and leaves it in the lowest bits.
-    Vector<float> y = s * s * -0.72134752f;
-    y = y < least ? least : y;
-    const Vector<float> shifted = y + 12582912.0f, f = y - (shifted - 12582912.0f);
-    Vector<float> e = Vector<float>{} + 0.000153458221f;
-    e = e * f + 0.00133999357f;
-    e = e * f + 0.00961848896f;
-    e = e * f + 0.0555032877f;
-    e = e * f + 0.240226469f;
-    e = e * f + 0.693147206f;
-    e = e * f + 1.0f;
-    density = (Vector<float>)((Integers)e + ((Integers)shifted << 23));
-    // Minimax in t for the scaled complement erfcx(s / sqrt 2) / 2, of relative error 2e-7
-    const Vector<float> t = 1.0f / (1.0f + 0.31f * s);
-    Vector<float> p = Vector<float>{} + 0.03584148f;
-    p = p * t - 0.14160362f;
-    p = p * t + 0.15506633f;
-    p = p * t - 0.01490212f;
-    p = p * t + 0.11010954f;
-    p = p * t + 0.10777125f;
-    p = p * t + 0.12406032f;
-    p = p * t + 0.12365691f;
-    probability = p * t * density;
-}
-
-inline void tail(Vector<double> x, Vector<double>& s, Vector<double>& probability, Vector<double>& density) {
-    s = x < 0.0 ? -x : x;
-    for (int i = 0; i < LANES<double>; i++) {
-        probability[i] = 0.5 * std::erfc(s[i] * M_SQRT1_2);
-        density[i] = std::exp(-0.5 * s[i] * s[i]);
-    }
-}
-
-template <typename T> inline Gelu<T> gelu(Vector<T> x) {
-    Vector<T> s, probability, density;
-    tail(x, s, probability, density);
-    const Vector<T> zero{}, below = x < zero ? probability : T(1) - probability;
-    density *= T(0.398942280401432678);  // 1 / sqrt(2 pi)
-    return {(x < zero ? zero : x) - s * probability, below + x * density, (T(2) - x * x) * density};
-}
-
-// ---- One image's working memory ----------------------------------------------------------------------------------
-
-// Hands out arrays, all zero and each at the start of a cache line.
-template <typename T> class Arena {
-  public:
-    explicit Arena(int64_t numbers) : data_((T*)std::aligned_alloc(64, rounded(numbers) * sizeof(T)), std::free) {
-        if (data_) std::fill_n(data_.get(), rounded(numbers), T(0));
-    }
-    static int64_t rounded(int64_t n) { return (n + 15) / 16 * 16; }
-    bool failed() const { return !data_; }
-    T* take(int64_t numbers) {
-        T* result = data_.get() + used_;
-        used_ += rounded(numbers);
-        return result;
-    }
-
-  private:
-    std::unique_ptr<T, decltype(&std::free)> data_;
-    int64_t used_ = 0;
-};
-
-template <typename T> void copy_rows(int64_t rows, int64_t n, const T* from, int64_t from_row, T* to, int64_t to_row) {
-    for (int64_t i = 0; i < rows; i++) std::copy_n(from + i * from_row, n, to + i * to_row);
-}
-
-template <typename T>
-void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {
+void normalise(int64_t rows, int64_t d, const T* raw, int64_t raw_row, T* x, int64_t D, T* scales) {
+    T scale[TILE];
+    for (int64_t i = 0; i < rows; i++) scale[i] = dot(d, raw + i * raw_row, raw + i * raw_row);
+    for (int64_t i = 0; i < rows; i++) scale[i] = 1 / std::max(std::sqrt(scale[i]), T(NORM_EPS));
     for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) to[j * to_row + i] = from[i * from_row + j];
-}
-
-template <typename T> T dot(int64_t n, const T* a, const T* b) {
-    Vector<T> sums{};
-    int64_t i = 0;
-    for (; i + LANES<T> <= n; i += LANES<T>) sums += load(a + i) * load(b + i);
-    T total = 0;
-    for (int lane = 0; lane < LANES<T>; lane++) total += sums[lane];
-    for (; i < n; i++) total += a[i] * b[i];
-    return total;
+        for (int64_t j = 0; j < d; j++) x[i * D + j] = raw[i * raw_row + j] * scale[i];
+    if (scales)
+        for (int64_t i = 0; i < rows; i++) scales[2 * i] = scale[i];
 }
 
 // Gradient of what times scale is x, a vector of length 1, from that of x.
@@ -198,8 +42,8 @@ template <typename T> struct Problem {
     int64_t images, tokens, written, steps, updates, d, h;
     const int64_t *keys, *queries;  // tokens that each step writes and reads
     T inner_lr;
-    const T *qkv, *scales, *start, *generator_weight, *generator_bias;
-    T *states, *surprises, *factors, *errors;  // written by forward, where there are any, and read by backward
+    const T *qkv, *start, *generator_weight, *generator_bias;
+    T *states, *surprises, *factors, *errors, *scales;  // written by forward, where there are any, and read by backward
     T* context;
     const T* d_context;
     T *d_qkv, *d_starts, *d_logits;
@@ -215,59 +59,64 @@ template <typename T> struct Problem {
 
 template <typename T> bool forward_image(const Problem<T>& p, int64_t image) {
     const int64_t d = p.d, h = p.h, D = p.D(), H = p.H(), matrix = d * H, L = LANES<T>;
-    Arena<T> arena(3 * 2 * Arena<T>::rounded(matrix) + Arena<T>::rounded(h * D) + 2 * Arena<T>::rounded(TILE * D) +
-                   2 * Arena<T>::rounded(TILE * H) + Arena<T>::rounded(d) + Arena<T>::rounded(3 * d));
+    const int64_t dv = whole_vectors<T>(d), hv = whole_vectors<T>(h);
+    Arena<T> arena(3 * 2 * Arena<T>::rounded(matrix) + Arena<T>::rounded(h * D) + 3 * Arena<T>::rounded(TILE * D) +
+                   2 * Arena<T>::rounded(TILE * H) + Arena<T>::rounded(D) + Arena<T>::rounded(3 * d));
     if (arena.failed()) return false;
     T *weights[2], *velocity[2], *gradient[2];
     for (auto matrices : {weights, velocity, gradient})
         for (int m = 0; m < 2; m++) matrices[m] = arena.take(matrix);
-    T *w2 = arena.take(h * D), *error = arena.take(TILE * D), *recalled = arena.take(TILE * D);
+    T *w2 = arena.take(h * D), *x = arena.take(TILE * D), *error = arena.take(TILE * D), *recalled = arena.take(TILE * D);
     T *u = arena.take(TILE * H), *back = arena.take(TILE * H);
-    T *surprise = arena.take(d), *factor = arena.take(3 * d);
+    T *surprise = arena.take(D), *factor = arena.take(3 * d);
 
     for (int m = 0; m < 2; m++) copy_rows(d, h, p.start + m * d * h, h, weights[m], H);
     const T *raw_q = p.qkv + image * p.tokens * 3 * d, *raw_k = raw_q + d, *value = raw_q + 2 * d;
-    const T *scale_q = p.scales + image * p.tokens * 2, *scale_k = scale_q + 1;
+    T* scales = p.scales ? p.scales + image * p.tokens * 2 : nullptr;
+    if (scales) std::fill_n(scales, p.tokens * 2, T(0));  // those of keys that aren't written are never computed
+    int64_t key = 0, query = 0;
     T *context = p.context + image * p.tokens * d, *kept_error = p.errors ? p.errors + image * p.written * d : nullptr;
 
     for (int64_t t = 0; t < p.steps; t++) {
         transpose(d, h, weights[1], H, w2, D);
         for (int64_t done = 0, n = p.queries[t]; done < n; done += TILE) {
             const int64_t rows = std::min(TILE, n - done);
-            product(rows, H, d, {raw_q, 3 * d, 1}, weights[0], H, u, H);
-            for (int64_t i = 0; i < rows; i++)
-                for (int64_t j = 0; j < H; j += L) store(u + i * H + j, gelu<T>(load(u + i * H + j) * scale_q[2 * i]).value);
-            product(rows, D, h, {u, H, 1}, w2, D, recalled, D);
-            copy_rows(rows, d, recalled, D, context, d);
-            raw_q += rows * 3 * d, scale_q += rows * 2, context += rows * d;
+            normalise(rows, d, raw_q + query * 3 * d, 3 * d, x, D, scales ? scales + query * 2 : nullptr);
+            product(rows, hv, d, {x, D, 1}, weights[0], H, u, H);
+            for (int64_t j = 0; j < rows * H; j += L) store(u + j, gelu<T>(load(u + j)).value);
+            product(rows, dv, h, {u, H, 1}, w2, D, recalled, D);
+            copy_rows(rows, d, recalled, D, context + query * d, d);
+            query += rows;
         }
         const int64_t n = p.keys[t];
         if (!n) continue;
 
-        std::fill_n(surprise, d, T(0));
+        std::fill_n(surprise, D, T(0));
         for (int m = 0; m < 2; m++) std::fill_n(gradient[m], matrix, T(0));
         for (int64_t done = 0; done < n; done += TILE) {
             const int64_t rows = std::min(TILE, n - done);
             T* slope = back;  // overwritten number by number
-            product(rows, H, d, {raw_k, 3 * d, 1}, weights[0], H, u, H);
+            normalise(rows, d, raw_k + key * 3 * d, 3 * d, x, D, scales ? scales + key * 2 + 1 : nullptr);
+            product(rows, hv, d, {x, D, 1}, weights[0], H, u, H);
+            for (int64_t j = 0; j < rows * H; j += L) {
+                const Gelu<T> g = gelu<T>(load(u + j));
+                store(u + j, g.value), store(slope + j, g.slope);
+            }
             for (int64_t i = 0; i < rows; i++)
-                for (int64_t j = i * H; j < (i + 1) * H; j += L) {
-                    const Gelu<T> g = gelu<T>(load(u + j) * scale_k[2 * i]);
-                    store(u + j, g.value), store(slope + j, g.slope * scale_k[2 * i]);
-                }
-            product(rows, D, h, {u, H, 1}, w2, D, error, D);
+                for (int64_t j = 0; j < d; j++) error[i * D + j] = -value[(key + i) * 3 * d + j];
+            product(rows, dv, h, {u, H, 1}, w2, D, error, D, ADD);
             for (int64_t i = 0; i < rows; i++)
-                for (int64_t j = 0; j < d; j++) {
-                    const T e = error[i * D + j] -= value[i * 3 * d + j];
-                    surprise[j] += e * e;
+                for (int64_t j = 0; j < dv; j += L) {
+                    const Vector<T> e = load(error + i * D + j);
+                    store(surprise + j, load(surprise + j) + e * e);
                 }
-            if (kept_error) copy_rows(rows, d, error, D, kept_error, d), kept_error += rows * d;
-            product(d, H, rows, {error, 1, D}, u, H, gradient[1], H, ADD);
+            if (kept_error) copy_rows(rows, d, error, D, kept_error + key * d, d);
+            product(d, hv, rows, {error, 1, D}, u, H, gradient[1], H, ADD);
             T* du = u;
-            product(rows, H, d, {error, D, 1}, weights[1], H, du, H);
+            product(rows, hv, d, {error, D, 1}, weights[1], H, du, H);
             for (int64_t j = 0; j < rows * H; j += L) store(back + j, load(du + j) * load(slope + j));
-            product(d, H, rows, {raw_k, 1, 3 * d}, back, H, gradient[0], H, ADD);
-            raw_k += rows * 3 * d, scale_k += rows * 2, value += rows * 3 * d;
+            product(d, hv, rows, {x, 1, D}, back, H, gradient[0], H, ADD);
+            key += rows;
         }
 
         for (int64_t j = 0; j < d; j++) surprise[j] /= T(n);
@@ -296,6 +145,7 @@ template <typename T> bool forward_image(const Problem<T>& p, int64_t image) {
 
 template <typename T> bool backward_image(const Problem<T>& p, int64_t image) {
     const int64_t d = p.d, h = p.h, D = p.D(), H = p.H(), matrix = d * H, L = LANES<T>;
+    const int64_t dv = whole_vectors<T>(d), hv = whole_vectors<T>(h);
     Arena<T> arena(5 * 2 * Arena<T>::rounded(matrix) + 4 * Arena<T>::rounded(h * D) + 4 * Arena<T>::rounded(TILE * D) +
                    6 * Arena<T>::rounded(TILE * H) + Arena<T>::rounded(d));
     if (arena.failed()) return false;
@@ -362,33 +212,33 @@ template <typename T> bool backward_image(const Problem<T>& p, int64_t image) {
                     error[i * D + j] = kept[i * d + j] * two_over_n;
                 }
             T* du = da;
-            product(rows, H, d, {x, D, 1}, weights[0], H, u, H);
-            product(rows, H, d, {error, D, 1}, weights[1], H, du, H);
-            product(rows, H, d, {x, D, 1}, d_gradient[0], H, d_back, H);
+            product(rows, hv, d, {x, D, 1}, weights[0], H, u, H);
+            product(rows, hv, d, {error, D, 1}, weights[1], H, du, H);
+            product(rows, hv, d, {x, D, 1}, d_gradient[0], H, d_back, H);
             for (int64_t j = 0; j < rows * H; j += L) {
                 const Gelu<T> g = gelu<T>(load(u + j));
                 const Vector<T> from_loss = load(du + j), through = load(d_back + j);
                 store(u + j, g.value), store(slope + j, g.slope), store(curvature + j, g.curvature * from_loss * through);
                 store(back + j, from_loss * g.slope), store(d_back + j, through * g.slope);
             }
-            product(rows, D, h, {u, H, 1}, transposed_dg[1], D, d_error, D);
-            product(rows, D, h, {d_back, H, 1}, transposed_w[1], D, d_error, D, ADD);
+            product(rows, dv, h, {u, H, 1}, transposed_dg[1], D, d_error, D);
+            product(rows, dv, h, {d_back, H, 1}, transposed_w[1], D, d_error, D, ADD);
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t j = 0; j < d; j++) {
                     T& e = d_error[i * D + j];
                     e = two_over_n * e + error[i * D + j] * d_surprise[j];
                     out[i * 3 * d + d + j] = -e;
                 }
-            product(rows, H, d, {d_error, D, 1}, weights[1], H, da, H);
-            product(rows, H, d, {error, D, 1}, d_gradient[1], H, da, H, ADD);
+            product(rows, hv, d, {d_error, D, 1}, weights[1], H, da, H);
+            product(rows, hv, d, {error, D, 1}, d_gradient[1], H, da, H, ADD);
             for (int64_t j = 0; j < rows * H; j += L)
                 store(da + j, load(da + j) * load(slope + j) + load(curvature + j));
-            product(rows, D, h, {da, H, 1}, transposed_w[0], D, dx, D);
-            product(rows, D, h, {back, H, 1}, transposed_dg[0], D, dx, D, ADD);
+            product(rows, dv, h, {da, H, 1}, transposed_w[0], D, dx, D);
+            product(rows, dv, h, {back, H, 1}, transposed_dg[0], D, dx, D, ADD);
             for (int64_t i = 0; i < rows; i++) through_norm(d, x + i * D, scale[2 * i], dx + i * D, out + i * 3 * d);
-            product(d, H, rows, {x, 1, D}, da, H, d_weights[0], H, ADD);
-            product(d, H, rows, {d_error, 1, D}, u, H, d_weights[1], H, ADD);
-            product(d, H, rows, {error, 1, D}, d_back, H, d_weights[1], H, ADD);
+            product(d, hv, rows, {x, 1, D}, da, H, d_weights[0], H, ADD);
+            product(d, hv, rows, {d_error, 1, D}, u, H, d_weights[1], H, ADD);
+            product(d, hv, rows, {error, 1, D}, d_back, H, d_weights[1], H, ADD);
         }
 
         query -= p.queries[t];
@@ -398,17 +248,17 @@ template <typename T> bool backward_image(const Problem<T>& p, int64_t image) {
             const T* d_context = p.d_context + (image * p.tokens + first) * d;
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t j = 0; j < d; j++) x[i * D + j] = raw[i * 3 * d + j] * scale[2 * i];
-            product(rows, H, d, {x, D, 1}, weights[0], H, u, H);
-            product(rows, H, d, {d_context, d, 1}, weights[1], H, da, H);
+            product(rows, hv, d, {x, D, 1}, weights[0], H, u, H);
+            product(rows, hv, d, {d_context, d, 1}, weights[1], H, da, H);
             for (int64_t j = 0; j < rows * H; j += L) {
                 const Gelu<T> g = gelu<T>(load(u + j));
                 store(u + j, g.value), store(da + j, load(da + j) * g.slope);
             }
-            product(rows, D, h, {da, H, 1}, transposed_w[0], D, dx, D);
+            product(rows, dv, h, {da, H, 1}, transposed_w[0], D, dx, D);
             for (int64_t i = 0; i < rows; i++)
                 through_norm(d, x + i * D, scale[2 * i], dx + i * D, d_qkv + (first + i) * 3 * d);
-            product(d, H, rows, {x, 1, D}, da, H, d_weights[0], H, ADD);
-            product(d, H, rows, {d_context, 1, d}, u, H, d_weights[1], H, ADD);
+            product(d, hv, rows, {x, 1, D}, da, H, d_weights[0], H, ADD);
+            product(d, hv, rows, {d_context, 1, d}, u, H, d_weights[1], H, ADD);
         }
 
         // The weights before this step are those before it, decayed, plus the velocity before it.
