@@ -16,7 +16,7 @@ namespace {
 
 using namespace convneur;
 
-constexpr int64_t TILE = 64;
+constexpr int64_t TILE = 64;  // tokens whose hidden activations stay in cache
 
 constexpr double NORM_EPS = 1e-12;  // as in convneur.memory_fused
 
