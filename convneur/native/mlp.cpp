@@ -24,16 +24,20 @@ extern "C" int channel_mlp_float(int64_t N, int64_t C, int64_t h, const float* x
     Memory shared(Memory::rounded(C * H) + Memory::rounded(h * D) + Memory::rounded(H) + Memory::rounded(D));
     if (shared.failed()) return 1;
     float *w1 = shared.take(C * H), *w2 = shared.take(h * D), *b1 = shared.take(H), *b2 = shared.take(D);
-    transpose(h, C, up, C, w1, H), transpose(C, h, down, h, w2, D);
     std::copy_n(up_bias, h, b1), std::copy_n(down_bias, C, b2);
 
     bool whole = true;
     const int team = int(std::clamp<int64_t>(tiles, 1, threads));
+    constexpr int64_t SOME = 16;  // rows of a weight, which are a cache line of its transpose
 #pragma omp parallel num_threads(team) reduction(&& : whole)
     {
         Memory own(Memory::rounded(TILE * PANEL) + Memory::rounded(TILE * D));
         whole = !own.failed();
         float *u = own.take(TILE * PANEL), *sums = own.take(TILE * D);
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < h; i += SOME) transpose(std::min(SOME, h - i), C, up + i * C, C, w1 + i, H);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < C; i += SOME) transpose(std::min(SOME, C - i), h, down + i * h, h, w2 + i, D);
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < N; first += TILE) {
             if (!whole) continue;

@@ -171,8 +171,12 @@ template <typename T> void copy_rows(int64_t rows, int64_t n, const T* from, int
 
 template <typename T>
 void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) to[j * to_row + i] = from[i * from_row + j];
+    constexpr int64_t SIDE = 16;  // of a square whose cache lines are all held at once
+    for (int64_t row = 0; row < rows; row += SIDE)
+        for (int64_t column = 0; column < columns; column += SIDE)
+            for (int64_t i = row; i < std::min(rows, row + SIDE); i++)
+                for (int64_t j = column; j < std::min(columns, column + SIDE); j++)
+                    to[j * to_row + i] = from[i * from_row + j];
 }
 
 // The sum of a vector's numbers, halved until few are left.
