@@ -95,13 +95,13 @@ def test_leaves_to_pytorch_what_it_cannot_do() -> None:
     x = torch.randn(1, 8, 4, 4)
     branch = LocalBranch(8)
     assert counts_calls(branch, x) == 1  # hooks are called, those of ZeRO stage 3 among them
-    for change in (branch.double(), nn.Sequential(LocalBranch(8))[0]):
-        change.up = nn.Linear(8, 32, dtype=next(change.parameters()).dtype)  # a module of another kind
-        with FlopCounterMode(display=False) as counter:
-            change(x.to(change.up.weight.dtype))
-        assert torch.ops.convneur.channel_mlp not in counter.get_flop_counts()["Global"]
-    wide = LocalBranch(LARGEST_DIM + 8)
-    for module, image, autocast in ((wide, torch.randn(1, LARGEST_DIM + 8, 4, 4), False), (LocalBranch(8), x, True)):
+    branch.up = nn.Linear(8, 32)  # a module of another kind
+    for module, image, autocast in (
+        (branch, x, False),
+        (LocalBranch(8).double(), x.double(), False),
+        (LocalBranch(LARGEST_DIM + 8), torch.randn(1, LARGEST_DIM + 8, 4, 4), False),
+        (LocalBranch(8), x, True),
+    ):
         with torch.autocast("cpu", torch.bfloat16, autocast), FlopCounterMode(display=False) as counter:
             module(image)
         assert torch.ops.convneur.channel_mlp not in counter.get_flop_counts()["Global"]
