@@ -144,7 +144,7 @@ template <typename T> inline Gelu<T> gelu(Vector<T> x) {
     return {(x < zero ? zero : x) - s * probability, below + x * density, (T(2) - x * x) * density};
 }
 
-// ---- Working memory ----------------------------------------------------------------------------------
+// ---- Working memory --------------------------------------------------------------------------------------------
 
 // Hands out arrays, all zero and each at the start of a cache line.
 template <typename T> class Arena {
