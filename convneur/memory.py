@@ -182,15 +182,19 @@ class NeuralMemory(nn.Module):
 
     def project(self, tokens: Tensor) -> Tensor:
         """Queries, keys and values (B, N or H, W, 3d) of tokens; queries alone where nothing will be written."""
-        count = updates(self.config.read, math.prod(tokens.shape[1:-1]), self.config.chunk_length)
+        return channel_linear(tokens, *self.projection(math.prod(tokens.shape[1:-1])))
+
+    def projection(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the layer that `project` is for so many tokens."""
+        count = updates(self.config.read, tokens, self.config.chunk_length)
         if torch.compiler.is_exporting() or self.implementation == "scan" or count > 0:  # images may be of any size
-            return channel_linear(tokens, self.qkv_weight, self.qkv_bias)
+            return self.qkv_weight, self.qkv_bias
         bias = self.qkv_bias[: self.dim]
         if torch.is_grad_enabled():
             # A gradient of zero, instead of none, spares data-parallel wrappers and optimizers parameters that take
             # part at some resolutions only.
             bias = bias + 0.0 * (self.generator_weight.sum() + self.generator_bias.sum())
-        return channel_linear(tokens, self.qkv_weight[: self.dim], bias)
+        return self.qkv_weight[: self.dim], bias
 
     def recurrence(self, qkv: Tensor) -> Tensor:
         """The loop over chunks, (B, N or H, W, 3d) -> (B, N, d), by the fastest implementation for these tokens."""

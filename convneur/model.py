@@ -22,9 +22,8 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from convneur import mup
+from convneur import block_native, mup
 from convneur.branches import MIXERS, MixerKind
-from convneur.channel_mlp import GELU, channel_mlp
 from convneur.depthwise import DepthwiseConv2d
 from convneur.linear import ChannelLinear
 from convneur.memory import MemoryConfig
@@ -207,16 +206,13 @@ class LocalBranch(nn.Module):
         self.dwconv = DepthwiseConv2d(dim, taps=7)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.up = ChannelLinear(dim, 4 * dim)
-        self.act = GELU()
+        self.act = nn.GELU()
         self.down = ChannelLinear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, H, W, C)."""
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        if torch.jit.is_scripting():
-            return self.down(self.act(self.up(y)))
-        else:
-            return channel_mlp(y, self.up, self.act, self.down)
+        return self.down(self.act(self.up(y)))
 
 
 class GlobalBranch(nn.Module):
@@ -258,13 +254,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript reads what follows an `and`)
+            if block_native.takes(self, x):
+                return block_native.forward(self, x)
         features = self.local_branch(x)
         if self.global_branch is not None:
             context = self.global_branch(x.permute(0, 2, 3, 1))
             if self.fusion == "gate":
-                gate = context.sigmoid()
-                keeps = torch.is_grad_enabled() or torch.jit.is_scripting()
-                features = gate * features if keeps else gate.mul_(features)
+                features = context.sigmoid() * features
             elif self.fusion == "add":
                 features = features + context
             else:

@@ -13,36 +13,35 @@ import pytest
 import torch
 
 from convneur import native
-from convneur.channel_mlp import GELU, channel_mlp
-from convneur.linear import ChannelLinear
 from convneur.memory import MemoryConfig, NeuralMemory
+from convneur.model import ConvNeur, ModelConfig
 
 pytestmark = pytest.mark.skipif(shutil.which(native.compiler()[0]) is None, reason="there is no C++ compiler")
 ONE_CALL = """
 import torch
 from convneur.memory import MemoryConfig, NeuralMemory
-from convneur.model import LocalBranch
+from convneur.model import ConvNeur, ModelConfig
 torch.manual_seed(0)
 with torch.no_grad():
     print(NeuralMemory(4, MemoryConfig(3))(torch.randn(1, 8, 4)).flatten()[-4:].tolist())
-    print(LocalBranch(8)(torch.randn(2, 8, 5, 3)).flatten()[-4:].tolist())
+    print(ConvNeur(ModelConfig("8x1-1-1-1", 4)).eval()(torch.randn(1, 3, 64, 96)).flatten().tolist())
 """
 
 
 def compute(dtype: torch.dtype) -> list[torch.Tensor]:
-    """What the kernels make of the same numbers: context, gradient and, of float32, the MLP's output."""
+    """What the kernels make of the same numbers: context, gradient and, of float32, the features of a stage."""
     torch.manual_seed(0)
     memory = NeuralMemory(20, MemoryConfig(80))
-    modules = [memory, up := ChannelLinear(20, 52), down := ChannelLinear(52, 20)]
-    for parameter in (parameter for module in modules for parameter in module.parameters()):
+    stage = ConvNeur(ModelConfig("20x2-1-1-1", memory=MemoryConfig(40), layer_scale=0.5)).stages[0]
+    for parameter in (*memory.parameters(), *stage.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
-    qkv, dy, x = (torch.randn(3, 177, width) for width in (60, 20, 20))
+    qkv, dy, x = torch.randn(3, 177, 60), torch.randn(3, 177, 20), torch.randn(3, 20, 11, 9)
     qkv, dy = qkv.to(dtype).requires_grad_(), dy.to(dtype)
     context = memory.to(dtype).recurrence(qkv)
     results = [context.detach(), *torch.autograd.grad(context, qkv, dy)]
     if dtype == torch.float32:
         with torch.no_grad():
-            results.append(channel_mlp(x, up, GELU(), down))
+            results.append(stage(x))
     return results
 
 

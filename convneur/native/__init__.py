@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from convneur.data.files import atomic_write
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("memory.cpp", "mlp.cpp")]
+SOURCES = [FOLDER / name for name in ("memory.cpp", "pointwise.cpp")]
 HEADER = FOLDER / "vectors.h"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-march=native", "-fopenmp", "-shared", "-fPIC")
 LONGEST_BUILD = 300  # seconds
@@ -45,7 +45,8 @@ def library() -> ctypes.CDLL | None:
     try:
         return _load_or_compile(_cache_folder() / f"native-{_key()}.so")
     except subprocess.CalledProcessError as error:
-        reason = f"{shlex.join(compiler())} failed: {(error.stderr.strip() or str(error)).splitlines()[-1]}"
+        lines = error.stderr.strip().splitlines() or [str(error)]
+        reason = f"{shlex.join(compiler())} failed: {next((line for line in lines if 'error' in line), lines[-1])}"
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = f"{error}"
         if shutil.which(compiler()[0]) is None:

@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
+#include <utility>
 
 namespace convneur {
 
@@ -94,11 +96,26 @@ void product(int64_t rows, int64_t columns, int64_t inner, Operand<T> a, const T
     }
 }
 
-// ---- GELU ------------------------------------------------------------------------------------------------------
+// ---- GELU and sigmoid ------------------------------------------------------------------------------------------
 
 template <typename T> struct Gelu {
     Vector<T> value, slope, curvature;  // the function, its first and its second derivative
 };
+
+// 2^y / sqrt(2 pi), |y| <= 124
+inline Vector<float> scaled_power(Vector<float> y) {
+    typedef int32_t Integers __attribute__((vector_size(BYTES)));
+    // 2^y = 2^n 2^f, |f| <= 1/2: adding 1.5 * 2^23 rounds y to n, and leaves it in the lowest bits. The polynomial in f is
+    // minimax, of relative error 8e-8.
+    const Vector<float> shifted = y + 12582912.0f, f = y - (shifted - 12582912.0f);
+    Vector<float> e = Vector<float>{} + 0.000529654596f;
+    e = e * f + 0.00385998252f;
+    e = e * f + 0.0221441421f;
+    e = e * f + 0.0958343922f;
+    e = e * f + 0.276525632f;
+    e = e * f + 0.398942309f;
+    return (Vector<float>)((Integers)e + ((Integers)shifted << 23));
+}
 
 // s = |x|, the upper tail of the normal distribution at s, and its density, on which it rests.
 inline void tail(Vector<float> x, Vector<float>& s, Vector<float>& probability, Vector<float>& density) {
@@ -106,16 +123,7 @@ inline void tail(Vector<float> x, Vector<float>& s, Vector<float>& probability, 
     const Integers farthest = (Integers)(Vector<float>{} + 12.6f);  // beyond it the density is no normal number
     const Integers magnitude = (Integers)x & 0x7fffffff;
     s = (Vector<float>)(magnitude < farthest ? magnitude : farthest);
-    // The density is 2^y = 2^n 2^f over sqrt(2 pi), |f| <= 1/2: adding 1.5 * 2^23 rounds y to n, and leaves it in the
-    // lowest bits. The polynomial in f is minimax, of relative error 8e-8.
-    const Vector<float> y = s * s * -0.72134752f, shifted = y + 12582912.0f, f = y - (shifted - 12582912.0f);
-    Vector<float> e = Vector<float>{} + 0.000529654596f;
-    e = e * f + 0.00385998252f;
-    e = e * f + 0.0221441421f;
-    e = e * f + 0.0958343922f;
-    e = e * f + 0.276525632f;
-    e = e * f + 0.398942309f;
-    density = (Vector<float>)((Integers)e + ((Integers)shifted << 23));
+    density = scaled_power(s * s * -0.72134752f);
     // Minimax in t for the ratio of tail and density, of relative error 2e-7
     const Vector<float> t = 1.0f / (1.0f + 0.31f * s);
     Vector<float> p = Vector<float>{} + 0.0898412672f;
@@ -144,6 +152,14 @@ template <typename T> inline Gelu<T> gelu(Vector<T> x) {
     return {(x < zero ? zero : x) - s * probability, below + x * density, (T(2) - x * x) * density};
 }
 
+inline Vector<float> sigmoid(Vector<float> x) {
+    const Vector<float> zero{}, largest = zero + 124.0f;
+    Vector<float> y = x * -1.44269504f;
+    y = y > largest ? largest : y;
+    y = y < -largest ? -largest : y;
+    return 1.0f / (1.0f + 2.50662827f * scaled_power(y));
+}
+
 // ---- Working memory --------------------------------------------------------------------------------------------
 
 // Hands out arrays, all zero and each at the start of a cache line.
@@ -169,14 +185,48 @@ template <typename T> void copy_rows(int64_t rows, int64_t n, const T* from, int
     for (int64_t i = 0; i < rows; i++) std::copy_n(from + i * from_row, n, to + i * to_row);
 }
 
+// Numbers of a's and b's lower halves in turn, or of their upper ones.
+template <typename T, bool UPPER, int... I>
+inline Vector<T> interleave(Vector<T> a, Vector<T> b, std::integer_sequence<int, I...>) {
+    constexpr int L = LANES<T>, first = UPPER ? L / 2 : 0;
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (first + I / 2 + I % 2 * L)...);
+#else
+    typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
+    typedef Index Indices __attribute__((vector_size(BYTES)));
+    return __builtin_shuffle(a, b, Indices{(first + I / 2 + I % 2 * L)...});
+#endif
+}
+
 template <typename T>
 void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_row, T* to, int64_t to_row) {
-    constexpr int64_t SIDE = 16;  // of a square whose cache lines are all held at once
-    for (int64_t row = 0; row < rows; row += SIDE)
-        for (int64_t column = 0; column < columns; column += SIDE)
-            for (int64_t i = row; i < std::min(rows, row + SIDE); i++)
-                for (int64_t j = column; j < std::min(columns, column + SIDE); j++)
-                    to[j * to_row + i] = from[i * from_row + j];
+    typedef std::make_integer_sequence<int, LANES<T>> Lanes;
+    constexpr int64_t L = LANES<T>;
+    if (rows < L || columns < L) {
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < columns; j++) to[j * to_row + i] = from[i * from_row + j];
+        return;
+    }
+    // Squares of whole vectors, the last of which overlap with those before
+    for (int64_t row = 0; row < rows; row += L)
+        for (int64_t column = 0; column < columns; column += L) {
+            const int64_t i = std::min(row, rows - L), j = std::min(column, columns - L);
+            Vector<T> square[L], mixed[L];
+#pragma GCC unroll 16
+            for (int k = 0; k < L; k++) square[k] = load(from + (i + k) * from_row + j);
+#pragma GCC unroll 4
+            for (int done = 1; done < L; done *= 2) {
+#pragma GCC unroll 8
+                for (int k = 0; k < L / 2; k++) {
+                    mixed[2 * k] = interleave<T, false>(square[k], square[k + L / 2], Lanes());
+                    mixed[2 * k + 1] = interleave<T, true>(square[k], square[k + L / 2], Lanes());
+                }
+#pragma GCC unroll 16
+                for (int k = 0; k < L; k++) square[k] = mixed[k];
+            }
+#pragma GCC unroll 16
+            for (int k = 0; k < L; k++) store(to + (j + k) * to_row + i, square[k]);
+        }
 }
 
 // The sum of a vector's numbers, halved until few are left.

@@ -1,0 +1,181 @@
+"""A block without gradients on CPUs: what lies around its depthwise convolution and its memory, in two C++ kernels.
+
+`native/pointwise.cpp` keeps the channels of a few positions in cache from the norm to the sum with the residual, and
+nothing as wide as the MLP's hidden layer goes to memory. `convneur.model` has the same block in PyTorch.
+
+Shape legend: B images, H x W positions, C channels, h hidden width, d bottleneck width, o outputs.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from convneur import native
+from convneur.branches import MemoryMixer
+from convneur.linear import ChannelLinear
+from convneur.memory import NeuralMemory
+
+if TYPE_CHECKING:
+    from convneur.model import Block, GlobalBranch
+
+
+def takes(block: "Block", x: Tensor) -> bool:
+    """Whether `forward` computes this block.
+
+    It leaves to PyTorch what it would pass over: modules with hooks, such as those of ZeRO stage 3, and modules or
+    weights that somebody has replaced by others.
+    """
+    from convneur.model import GlobalBranch, LocalBranch  # which build on this module
+
+    local, branch = block.local_branch, block.global_branch
+    concatenates = branch is not None and block.fusion == "concat"
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+        and not torch.onnx.is_in_onnx_export()
+        and (_is_plain(nn.Identity, block.drop_path) or (_is_plain(DropPath, block.drop_path) and not block.training))
+        and _is_plain(LocalBranch, local)
+        and _is_plain(nn.LayerNorm, local.norm)
+        and _is_plain(ChannelLinear, local.up)
+        and _is_plain(nn.GELU, local.act)
+        and _is_plain(ChannelLinear, local.down)
+        and (branch is None or (_is_plain(GlobalBranch, branch) and _is_plain(ChannelLinear, branch.expand)))
+        and _is_plain(ChannelLinear if concatenates else nn.Identity, block.project)
+        and _has_library()
+    )
+
+
+def _is_plain(kind: type[nn.Module], module: nn.Module) -> bool:
+    return (
+        type(module) is kind
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and type(getattr(module, "weight", None)) in (nn.Parameter, type(None))
+        and getattr(module, "approximate", "none") == "none"
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_library() -> bool:
+    return native.library() is not None
+
+
+def forward(block: "Block", x: Tensor) -> Tensor:
+    """What the block makes of x, (B, C, H, W) -> (B, C, H, W)."""
+    local, branch = block.local_branch, block.global_branch
+    positions = x.permute(0, 2, 3, 1)
+    context, expand, project = None, [], []
+    if branch is not None:
+        context, expand = _context(branch, positions), _weights(branch.expand)
+        project = _weights(block.project) if block.fusion == "concat" else []
+    result: Tensor = _block_output(
+        positions,
+        local.dwconv(x).permute(0, 2, 3, 1),
+        [*_weights(local.norm), *_weights(local.up), *_weights(local.down), block.gamma],
+        local.norm.eps,
+        context,
+        [*expand, *project],
+        block.fusion == "gate",
+    )
+    return result.permute(0, 3, 1, 2)
+
+
+def _weights(module: Any) -> list[Tensor]:
+    return [module.weight, module.bias]
+
+
+def _context(branch: "GlobalBranch", x: Tensor) -> Tensor:
+    """The global branch before its last layer, (B, H, W, C) -> (B, H, W, d)."""
+    reduce, norm, mixer = branch.reduce, branch.norm, branch.mixer
+    if not (_is_plain(ChannelLinear, reduce) and _is_plain(nn.LayerNorm, norm)):
+        return mixer(norm(reduce(x)))
+    layers = [*_weights(reduce), *_weights(norm)]
+    if isinstance(mixer, MemoryMixer) and _is_plain(MemoryMixer, mixer) and _is_plain(NeuralMemory, mixer.memory):
+        memory = mixer.memory
+        layers += memory.projection(x.shape[1] * x.shape[2])
+        if len(layers[-1]) == memory.dim:  # queries alone: nothing is written before all are read
+            return _bottleneck(x, [*layers, memory.w1, memory.w2], norm.eps)
+        return memory.recurrence(_bottleneck(x, layers, norm.eps)).view(*x.shape[:3], memory.dim)
+    return mixer(_bottleneck(x, layers, norm.eps))
+
+
+@torch.library.custom_op("convneur::bottleneck", mutates_args=())
+def _bottleneck(x: Tensor, layers: Sequence[Tensor], eps: float) -> Tensor:
+    """norm(reduce(x)) of (B, H, W, C), then another layer where there are weights of three, and then what its outputs,
+    as queries, read from a memory where its W1 (d, h) and W2 (h, d) follow.
+    """
+    out = x.new_empty(_bottleneck_shape(x, layers))
+    hidden = layers[6].shape[1] if len(layers) == 8 else 0
+    sizes = x.shape[:-1].numel(), x.shape[-1], len(layers[0]), out.shape[-1], hidden
+    _call("bottleneck", sizes, eps, [x, *layers, *[None] * (8 - len(layers)), out])
+    return out
+
+
+def _bottleneck_shape(x: Tensor, layers: Sequence[Tensor]) -> list[int]:
+    return [*x.shape[:-1], len(layers[5 if len(layers) > 4 else 0])]
+
+
+@torch.library.custom_op("convneur::block_output", mutates_args=())
+def _block_output(
+    x: Tensor,
+    features: Tensor,
+    layers: Sequence[Tensor],
+    eps: float,
+    context: Tensor | None,
+    fusion: Sequence[Tensor],
+    gate: bool,
+) -> Tensor:
+    """x + gamma down(GELU(up(norm(features)))) of (B, H, W, C), fused with a context (B, H, W, d) if there is one.
+
+    `layers` are norm, up, down and gamma; `fusion` the layer that expands the context and, for concat, the one behind.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sizes = x.shape[:-1].numel(), x.shape[-1], len(layers[2]), context.shape[-1] if context is not None else 0
+    _call(
+        "block_output", (*sizes, gate), eps, [x, features, *layers, context, *fusion, *[None] * (4 - len(fusion)), out]
+    )
+    return out
+
+
+def _call(function: str, sizes: Sequence[int], eps: float, tensors: Sequence[Tensor | None]) -> None:
+    given = [tensor.contiguous() if tensor is not None else None for tensor in tensors]
+    for tensor in given:
+        if tensor is not None and (tensor.dtype, tensor.device.type) != (torch.float32, "cpu"):
+            raise TypeError(f"expected float32 on the CPU like the input, got {tensor.dtype} on {tensor.device}")
+    addresses = [ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None) for tensor in given]
+    counts = [ctypes.c_int64(size) for size in sizes]
+    if getattr(native.library(), function)(*counts, ctypes.c_float(eps), *addresses, torch.get_num_threads()):
+        raise MemoryError(f"no memory left for a block of {sizes[1]} channels")
+
+
+@_bottleneck.register_fake
+def _(x: Tensor, layers: Sequence[Tensor], eps: float) -> Tensor:
+    return x.new_empty(_bottleneck_shape(x, layers))
+
+
+@_block_output.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _flops(positions: Any, weights: Sequence[Any]) -> int:
+    return 2 * torch.Size(positions).numel() * sum(torch.Size(weight).numel() for weight in weights if len(weight) == 2)
+
+
+@register_flop_formula(torch.ops.convneur.bottleneck)
+def _(x: Any, layers: Any, *_: Any, **__: Any) -> int:
+    return _flops(x[:-1], layers)
+
+
+@register_flop_formula(torch.ops.convneur.block_output)
+def _(x: Any, features: Any, layers: Any, eps: Any, context: Any, fusion: Any, *_: Any, **__: Any) -> int:
+    return _flops(x[:-1], [*layers, *fusion])

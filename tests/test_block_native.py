@@ -1,0 +1,219 @@
+"""Blocks in the C++ kernels: their rounding, their bits, and the modules and passes that they leave to PyTorch."""
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from convneur import native
+from convneur.branches import MIXERS, MixerKind
+from convneur.linear import ChannelLinear
+from convneur.memory import MemoryConfig
+from convneur.model import Block, Fusion, GlobalBranch, LocalBranch
+
+pytestmark = pytest.mark.skipif(shutil.which(native.compiler()[0]) is None, reason="there is no C++ compiler")
+BLOCK, BOTTLENECK = torch.ops.convneur.block_output, torch.ops.convneur.bottleneck
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory():
+    """Fills what torch.empty returns with NaN, so that no result can depend on it unseen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def block_of(
+    dim: int,
+    mixer: MixerKind | None = "neural_memory",
+    fusion: Fusion = "gate",
+    chunk_length: int = 20,
+    drop_path: float = 0.0,
+) -> Block:
+    """Every layer of it has something to say."""
+    torch.manual_seed(0)
+    branch = None
+    if mixer is not None:
+        width = round(dim * MIXERS[mixer].width_ratio)
+        branch = GlobalBranch(dim, width, MIXERS[mixer].build(width, MemoryConfig(chunk_length)))
+    block = Block(dim, branch, fusion, drop_path, layer_scale=0.5)
+    for parameter in block.parameters():
+        with torch.no_grad():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return block
+
+
+def calls(block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[Any, int]]:
+    """Its output, and the operations that did the arithmetic with their floating-point operations."""
+    with FlopCounterMode(display=False) as counter:
+        y = block(x)
+    return y, dict(counter.get_flop_counts()["Global"])
+
+
+def assert_as_exact_as_pytorch(block: Block, x: torch.Tensor) -> dict[Any, int]:
+    with_pytorch, expected_counts = calls(block, x)
+    with torch.no_grad():
+        y, counts = calls(block, x)
+    assert [BLOCK in each for each in (counts, expected_counts)] == [True, False]
+    assert sum(counts.values()) == sum(expected_counts.values())
+    exact = copy.deepcopy(block).double()(x.double())
+    ours, theirs = ((a - exact).norm() / exact.norm() for a in (y, with_pytorch))
+    assert ours < max(2 * theirs, 1e-6)
+    return counts
+
+
+# Channels: fewer than a vector, no whole vectors, whole ones, hidden channels of several panels
+@pytest.mark.parametrize("dim", [2, 4, 12, 16, 40, 72])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 7), (3, 9, 7)])
+@pytest.mark.parametrize("mixer", [None, "neural_memory"])
+def test_float32_is_as_exact_as_with_pytorch(dim: int, shape: tuple[int, int, int], mixer: MixerKind | None) -> None:
+    images, height, width = shape
+    counts = assert_as_exact_as_pytorch(block_of(dim, mixer), torch.randn(images, dim, height, width))
+    assert (BOTTLENECK in counts) == (mixer is not None)
+
+
+@pytest.mark.parametrize("fusion", ["gate", "add", "concat"])
+@pytest.mark.parametrize("chunk_length", [7, 63])  # the memory is written, or only read
+def test_every_fusion_of_a_memory(fusion: Fusion, chunk_length: int) -> None:
+    counts = assert_as_exact_as_pytorch(block_of(24, "neural_memory", fusion, chunk_length), torch.randn(2, 24, 9, 7))
+    assert (torch.ops.convneur.neural_memory in counts) == (chunk_length == 7)
+
+
+@pytest.mark.parametrize("mixer", sorted(set(MIXERS) - {"neural_memory"}))
+def test_every_other_branch(mixer: MixerKind) -> None:
+    counts = assert_as_exact_as_pytorch(block_of(32, mixer), torch.randn(2, 32, 9, 7))
+    assert (BOTTLENECK in counts) == (MIXERS[mixer].width_ratio < 1)
+
+
+@torch.no_grad()
+def test_an_image_has_the_same_bits_in_any_batch_and_with_any_threads() -> None:
+    block = block_of(40)
+    x = torch.randn(4, 40, 11, 13)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = block(x)
+        torch.set_num_threads(3)
+        assert torch.equal(block(x), whole)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(block(x[2:3]), whole[2:3])
+
+
+def replace(block: Block, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(block.get_submodule(parent), child, module)
+
+
+# Module that the kernels pass over -> one of another kind in its place
+OTHERS: dict[str, nn.Module] = {
+    "drop_path": nn.Dropout(0.0),
+    "local_branch": type("OfTheirs", (LocalBranch,), {})(8),
+    "local_branch.norm": nn.RMSNorm(8),
+    "local_branch.up": nn.Linear(8, 32),
+    "local_branch.act": nn.ReLU(),
+    "local_branch.down": nn.Linear(32, 8),
+    "global_branch.expand": nn.Linear(4, 8),
+    "project": ChannelLinear(8, 8),
+}
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "global_branch"])
+@torch.no_grad()
+def test_calls_a_module_with_a_hook(name: str) -> None:
+    block, x = block_of(8), torch.randn(1, 8, 4, 4)
+    y, counts = calls(block, x)
+    assert BLOCK in counts
+    seen: list[nn.Module] = []
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        handle = getattr(block.get_submodule(name), register)(lambda module, *_: seen.append(module))
+        again, counts = calls(block, x)
+        assert BLOCK not in counts
+        torch.testing.assert_close(again, y)
+        handle.remove()
+    assert len(seen) == (0 if name == "project" else 2)  # which a gate has no use for
+
+
+@pytest.mark.parametrize("name", ["reduce", "norm", "mixer", "mixer.memory"])
+@torch.no_grad()
+def test_calls_a_module_with_a_hook_of_the_bottleneck(name: str) -> None:
+    block, x = block_of(8), torch.randn(1, 8, 4, 4)
+    y = block(x)
+    seen: list[nn.Module] = []
+    block.get_submodule(f"global_branch.{name}").register_forward_hook(lambda module, *_: seen.append(module))
+    torch.testing.assert_close(block(x), y)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_leaves_a_module_of_another_kind_to_pytorch(name: str) -> None:
+    block, x = block_of(8), torch.randn(1, 8, 4, 4)
+    replace(block, name, OTHERS[name])
+    _, counts = calls(block, x)
+    assert BLOCK not in counts
+
+
+@torch.no_grad()
+def test_leaves_weights_of_another_kind_to_pytorch() -> None:
+    block, x = block_of(8), torch.randn(1, 8, 4, 4)
+    weights = {"local_branch.up.weight": torch.zeros(32, 8), "local_branch.up.bias": torch.zeros(32)}
+    with FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(block, weights, (x,))
+    assert BLOCK not in counter.get_flop_counts()["Global"]
+
+
+@torch.no_grad()
+def test_leaves_other_passes_to_pytorch() -> None:
+    x = torch.randn(1, 8, 4, 4)
+    dropping = block_of(8, drop_path=0.5)
+    assert BLOCK not in calls(dropping, x)[1]
+    assert BLOCK in calls(dropping.eval(), x)[1]
+    assert BLOCK not in calls(block_of(8).double(), x.double())[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert BLOCK not in calls(block_of(8), x)[1]
+
+
+@torch.no_grad()
+def test_says_which_weights_are_not_like_the_input() -> None:
+    block = block_of(8)
+    block.local_branch.down.double()
+    with pytest.raises(TypeError, match=r"expected float32 on the CPU like the input, got torch\.float64 on cpu"):
+        block(torch.randn(1, 8, 4, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", [None, "neural_memory", "cbam"])
+def test_compiles_without_graph_breaks(mixer: MixerKind | None) -> None:
+    block = block_of(16, mixer)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for size in (4, 5, 9):  # the memory is only read in the first
+        x = torch.randn(2, 16, size, size + 1)
+        torch.testing.assert_close(compiled(x), block(x))
+
+
+@torch.no_grad()
+def test_a_gate_opens_and_closes_without_overflow() -> None:
+    block, x = block_of(8), torch.randn(2, 8, 4, 4)
+    block.global_branch.expand.weight.zero_()  # type: ignore[union-attr]
+    block.global_branch.expand.bias.copy_(torch.tensor([-torch.inf, -1e4, -90.0, -1.0, 1.0, 90.0, 1e4, torch.inf]))  # type: ignore[union-attr]
+    local = block.local_branch(x)
+    gates = torch.tensor([0, 0, 0, torch.tensor(-1.0).sigmoid(), torch.tensor(1.0).sigmoid(), 1, 1, 1])
+    torch.testing.assert_close(block(x), x + (block.gamma * gates * local).permute(0, 3, 1, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["x", "context"])
+def test_nan_is_not_lost(where: str) -> None:
+    block, x = block_of(8), torch.randn(2, 8, 4, 5)
+    if where == "x":
+        x[1, 3, 2, 2] = torch.nan
+        assert block(x)[1].isnan().all()
+    else:
+        block.global_branch.expand.bias[2] = torch.nan  # type: ignore[union-attr]
+        assert block(x)[:, 2].isnan().all()
+    assert not block(x)[0, 0].isnan().any()
