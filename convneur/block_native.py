@@ -1,9 +1,9 @@
-"""A block without gradients on CPUs: what lies around its depthwise convolution and its memory, in two C++ kernels.
+"""A block without gradients on CPUs, in two C++ kernels: what goes into its memory, and what comes after it.
 
-`native/pointwise.cpp` keeps the channels of a few positions in cache from the norm to the sum with the residual, and
-nothing as wide as the MLP's hidden layer goes to memory. `convneur.model` has the same block in PyTorch.
+`native/block.cpp` keeps the channels of a few positions in cache from the depthwise convolution to the sum with the
+residual: nothing else goes to memory. `convneur.model` has the same block in PyTorch.
 
-Shape legend: B images, H x W positions, C channels, h hidden width, d bottleneck width, o outputs.
+Shape legend: B images of H x W positions, N = H W tokens, C channels, h hidden width, d bottleneck width.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from convneur import native
 from convneur.branches import MemoryMixer
+from convneur.depthwise import DepthwiseConv2d
 from convneur.linear import ChannelLinear
 from convneur.memory import NeuralMemory
 
@@ -44,6 +45,7 @@ def takes(block: "Block", x: Tensor) -> bool:
         and not torch.onnx.is_in_onnx_export()
         and (_is_plain(nn.Identity, block.drop_path) or (_is_plain(DropPath, block.drop_path) and not block.training))
         and _is_plain(LocalBranch, local)
+        and _is_plain(DepthwiseConv2d, local.dwconv)
         and _is_plain(nn.LayerNorm, local.norm)
         and _is_plain(ChannelLinear, local.up)
         and _is_plain(nn.GELU, local.act)
@@ -71,46 +73,50 @@ def _has_library() -> bool:
 
 def forward(block: "Block", x: Tensor) -> Tensor:
     """What the block makes of x, (B, C, H, W) -> (B, C, H, W)."""
-    local, branch = block.local_branch, block.global_branch
-    positions = x.permute(0, 2, 3, 1)
+    local, branch, (images, _, height, width) = block.local_branch, block.global_branch, x.shape
+    # Tokens in a row: torch.compile takes any map, (B, H, W, C) too, for one with the channels first, and copies it.
+    tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
     context, expand, project = None, [], []
     if branch is not None:
-        context, expand = _context(branch, positions), _weights(branch.expand)
+        context, expand = _context(branch, tokens, width), _weights(branch.expand)
         project = _weights(block.project) if block.fusion == "concat" else []
     result: Tensor = _block_output(
-        positions,
-        local.dwconv(x).permute(0, 2, 3, 1),
-        [*_weights(local.norm), *_weights(local.up), *_weights(local.down), block.gamma],
+        tokens,
+        width,
+        [weight for layer in (local.dwconv, local.norm, local.up, local.down) for weight in _weights(layer)],
+        block.gamma,
         local.norm.eps,
         context,
         [*expand, *project],
         block.fusion == "gate",
     )
-    return result.permute(0, 3, 1, 2)
+    return result.view(images, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _weights(module: Any) -> list[Tensor]:
     return [module.weight, module.bias]
 
 
-def _context(branch: "GlobalBranch", x: Tensor) -> Tensor:
-    """The global branch before its last layer, (B, H, W, C) -> (B, H, W, d)."""
+def _context(branch: "GlobalBranch", tokens: Tensor, width: int) -> Tensor:
+    """The global branch before its last layer, (B, N, C) -> (B, N, d)."""
     reduce, norm, mixer = branch.reduce, branch.norm, branch.mixer
-    if not (_is_plain(ChannelLinear, reduce) and _is_plain(nn.LayerNorm, norm)):
-        return mixer(norm(reduce(x)))
-    layers = [*_weights(reduce), *_weights(norm)]
-    if isinstance(mixer, MemoryMixer) and _is_plain(MemoryMixer, mixer) and _is_plain(NeuralMemory, mixer.memory):
-        memory = mixer.memory
-        layers += memory.projection(x.shape[1] * x.shape[2])
-        if len(layers[-1]) == memory.dim:  # queries alone: nothing is written before all are read
-            return _bottleneck(x, [*layers, memory.w1, memory.w2], norm.eps)
-        return memory.recurrence(_bottleneck(x, layers, norm.eps)).view(*x.shape[:3], memory.dim)
-    return mixer(_bottleneck(x, layers, norm.eps))
+    if _is_plain(ChannelLinear, reduce) and _is_plain(nn.LayerNorm, norm):
+        layers = [*_weights(reduce), *_weights(norm)]
+        if isinstance(mixer, MemoryMixer) and _is_plain(MemoryMixer, mixer) and _is_plain(NeuralMemory, mixer.memory):
+            memory = mixer.memory
+            layers += memory.projection(tokens.shape[1])
+            if len(layers[-1]) == memory.dim:  # queries alone: nothing is written before all are read
+                return _bottleneck(tokens, [*layers, memory.w1, memory.w2], norm.eps)
+            return memory.recurrence(_bottleneck(tokens, layers, norm.eps))
+        reduced = _bottleneck(tokens, layers, norm.eps)
+    else:
+        reduced = norm(reduce(tokens))
+    return mixer(reduced.unflatten(1, (-1, width))).flatten(1, 2)
 
 
 @torch.library.custom_op("convneur::bottleneck", mutates_args=())
 def _bottleneck(x: Tensor, layers: Sequence[Tensor], eps: float) -> Tensor:
-    """norm(reduce(x)) of (B, H, W, C), then another layer where there are weights of three, and then what its outputs,
+    """norm(reduce(x)) of (B, N, C), then another layer where there are weights of three, and then what its outputs,
     as queries, read from a memory where its W1 (d, h) and W2 (h, d) follow.
     """
     out = x.new_empty(_bottleneck_shape(x, layers))
@@ -127,26 +133,28 @@ def _bottleneck_shape(x: Tensor, layers: Sequence[Tensor]) -> list[int]:
 @torch.library.custom_op("convneur::block_output", mutates_args=())
 def _block_output(
     x: Tensor,
-    features: Tensor,
+    width: int,
     layers: Sequence[Tensor],
+    gamma: Tensor,
     eps: float,
     context: Tensor | None,
     fusion: Sequence[Tensor],
     gate: bool,
 ) -> Tensor:
-    """x + gamma down(GELU(up(norm(features)))) of (B, H, W, C), fused with a context (B, H, W, d) if there is one.
+    """x + gamma y of x (B, N, C), y = down(GELU(up(norm(dwconv(x))))) and, if there is one, a context (B, N, d).
 
-    `layers` are norm, up, down and gamma; `fusion` the layer that expands the context and, for concat, the one behind.
+    `layers` are dwconv, norm, up and down; `fusion` the one that expands the context and, for concat, the one behind.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sizes = x.shape[:-1].numel(), x.shape[-1], len(layers[2]), context.shape[-1] if context is not None else 0
-    _call(
-        "block_output", (*sizes, gate), eps, [x, features, *layers, context, *fusion, *[None] * (4 - len(fusion)), out]
-    )
+    images, tokens, channels = x.shape
+    sizes = images, tokens // width, width, channels, len(layers[4]), context.shape[-1] if context is not None else 0
+    none = [None] * (4 - len(fusion))
+    _call("block_output", (*sizes, gate), eps, [x, *layers, gamma, context, *fusion, *none, out])
     return out
 
 
 def _call(function: str, sizes: Sequence[int], eps: float, tensors: Sequence[Tensor | None]) -> None:
+    """Calls the source's function; None is a null pointer."""
     given = [tensor.contiguous() if tensor is not None else None for tensor in tensors]
     for tensor in given:
         if tensor is not None and (tensor.dtype, tensor.device.type) != (torch.float32, "cpu"):
@@ -154,7 +162,7 @@ def _call(function: str, sizes: Sequence[int], eps: float, tensors: Sequence[Ten
     addresses = [ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None) for tensor in given]
     counts = [ctypes.c_int64(size) for size in sizes]
     if getattr(native.library(), function)(*counts, ctypes.c_float(eps), *addresses, torch.get_num_threads()):
-        raise MemoryError(f"no memory left for a block of {sizes[1]} channels")
+        raise MemoryError(f"no memory left for {function}, with sizes {', '.join(map(str, sizes))}")
 
 
 @_bottleneck.register_fake
@@ -168,7 +176,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 def _flops(positions: Any, weights: Sequence[Any]) -> int:
-    return 2 * torch.Size(positions).numel() * sum(torch.Size(weight).numel() for weight in weights if len(weight) == 2)
+    return 2 * torch.Size(positions).numel() * sum(torch.Size(weight).numel() for weight in weights if len(weight) > 1)
 
 
 @register_flop_formula(torch.ops.convneur.bottleneck)
@@ -177,5 +185,5 @@ def _(x: Any, layers: Any, *_: Any, **__: Any) -> int:
 
 
 @register_flop_formula(torch.ops.convneur.block_output)
-def _(x: Any, features: Any, layers: Any, eps: Any, context: Any, fusion: Any, *_: Any, **__: Any) -> int:
+def _(x: Any, width: Any, layers: Any, gamma: Any, eps: Any, context: Any, fusion: Any, *_: Any, **__: Any) -> int:
     return _flops(x[:-1], [*layers, *fusion])

@@ -68,7 +68,7 @@ def assert_as_exact_as_pytorch(block: Block, x: torch.Tensor) -> dict[Any, int]:
 
 # Channels: fewer than a vector, no whole vectors, whole ones, hidden channels of several panels
 @pytest.mark.parametrize("dim", [2, 4, 12, 16, 40, 72])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 7), (3, 9, 7)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 7), (3, 9, 7), (2, 4, 19)])
 @pytest.mark.parametrize("mixer", [None, "neural_memory"])
 def test_float32_is_as_exact_as_with_pytorch(dim: int, shape: tuple[int, int, int], mixer: MixerKind | None) -> None:
     images, height, width = shape
@@ -113,6 +113,7 @@ def replace(block: Block, name: str, module: nn.Module) -> None:
 OTHERS: dict[str, nn.Module] = {
     "drop_path": nn.Dropout(0.0),
     "local_branch": type("OfTheirs", (LocalBranch,), {})(8),
+    "local_branch.dwconv": nn.Conv2d(8, 8, 7, padding=3, groups=8),
     "local_branch.norm": nn.RMSNorm(8),
     "local_branch.up": nn.Linear(8, 32),
     "local_branch.act": nn.ReLU(),

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from convneur.data.files import atomic_write
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("memory.cpp", "pointwise.cpp")]
+SOURCES = [FOLDER / name for name in ("memory.cpp", "block.cpp")]
 HEADER = FOLDER / "vectors.h"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-march=native", "-fopenmp", "-shared", "-fPIC")
 LONGEST_BUILD = 300  # seconds
