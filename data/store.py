@@ -217,14 +217,15 @@ class TarStore(IndexedStore):
         row = self._index[self._rows[sample]]
         shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
 
-        def read() -> bytes:
-            return retrying(lambda: self._pread(shard, size, offset), self._place(shard), OSError)
+        def read() -> tuple[bytes, bool]:
+            image = retrying(lambda: self._pread(shard, size, offset), self._place(shard), OSError)
+            return image, google_crc32c.value(image) == row["crc32c"]
 
-        image = read()
-        if google_crc32c.value(image) != row["crc32c"] and self._cache and is_remote(self._shards[shard].name):
+        image, intact = read()
+        if not intact and self._cache and is_remote(self._shards[shard].name):
             self._cache.drop(self._shards[shard])  # it was right when it was fetched
-            image = read()
-        if google_crc32c.value(image) != row["crc32c"]:
+            image, intact = read()
+        if not intact:
             raise SampleError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
         return Sample(row["key"].decode(), image, int(row["label"]))
 
