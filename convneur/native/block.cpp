@@ -111,7 +111,9 @@ class Depthwise {
         int64_t groups() const { return (C + L - 1) / L; }
         int64_t width() const { return (W + OUTPUTS - 1) / OUTPUTS * OUTPUTS + TAPS - 1; }
         int64_t row() const { return groups() * width() * L; }
-        int64_t numbers() const { return groups() * L * (TAPS * TAPS + 1) + TAPS * row() + (2 * W + TILE + OUTPUTS) * groups() * L; }
+        int64_t numbers() const {
+            return groups() * L * (TAPS * TAPS + 1) + TAPS * row() + groups() * L * (2 * W + TILE + OUTPUTS);
+        }
     };
 
     // Starts at a token of `tokens`; `zeros` has layer.numbers() of them.
@@ -155,7 +157,8 @@ class Depthwise {
     }
 
     void compute_row() {
-        const int64_t y = row_ % layer_.H, above = std::min<int64_t>(y, REACH), below = std::min(layer_.H - 1 - y, int64_t(REACH));
+        const int64_t y = row_ % layer_.H;
+        const int64_t above = std::min<int64_t>(y, REACH), below = std::min<int64_t>(layer_.H - 1 - y, REACH);
         const float* rows[TAPS];
         for (int64_t k = -above; k <= below; k++) rows[k + above] = hold(row_ + k);
         for (int64_t g = 0; g < layer_.groups(); g++)
