@@ -1,7 +1,7 @@
 """A block without gradients on CPUs, in two C++ kernels: what goes into its memory, and what comes after it.
 
-`native/block.cpp` keeps the channels of a few positions in cache from the depthwise convolution to the sum with the
-residual: nothing else goes to memory. `convneur.model` has the same block in PyTorch.
+`native/block.cpp` keeps the channels of a few tokens in cache from the depthwise convolution to the sum with the
+residual. `convneur.model` has the same block in PyTorch.
 
 Shape legend: B images of H x W positions, N = H W tokens, C channels, h hidden width, d bottleneck width.
 """
@@ -24,45 +24,78 @@ from convneur.memory import NeuralMemory
 if TYPE_CHECKING:
     from convneur.model import Block, GlobalBranch
 
+TAPS = 7  # of the depthwise convolution a side, as the source has it
+
 
 def takes(block: "Block", x: Tensor) -> bool:
     """Whether `forward` computes this block.
 
     It leaves to PyTorch what it would pass over: modules with hooks, such as those of ZeRO stage 3, and modules or
-    weights that somebody has replaced by others.
+    weights that somebody has put in the place of ours. Hooks for all modules of the process are passed over.
     """
-    from convneur.model import GlobalBranch, LocalBranch  # which build on this module
-
-    local, branch = block.local_branch, block.global_branch
-    concatenates = branch is not None and block.fusion == "concat"
     return (
         type(x) is Tensor
         and x.is_cpu
         and x.dtype == torch.float32
+        and x.shape[1] == len(block.gamma)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()  # which would keep this image's width
         and not torch.compiler.is_exporting()
-        and not torch.onnx.is_in_onnx_export()
-        and (_is_plain(nn.Identity, block.drop_path) or (_is_plain(DropPath, block.drop_path) and not block.training))
-        and _is_plain(LocalBranch, local)
-        and _is_plain(DepthwiseConv2d, local.dwconv)
-        and _is_plain(nn.LayerNorm, local.norm)
-        and _is_plain(ChannelLinear, local.up)
-        and _is_plain(nn.GELU, local.act)
-        and _is_plain(ChannelLinear, local.down)
-        and (branch is None or (_is_plain(GlobalBranch, branch) and _is_plain(ChannelLinear, branch.expand)))
-        and _is_plain(ChannelLinear if concatenates else nn.Identity, block.project)
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and (_is_plain(nn.Identity, block.drop_path) or _drops_nothing(block.drop_path))
+        and _local_is_plain(block.local_branch, len(block.gamma))
+        and _fusion_is_plain(block, len(block.gamma))
         and _has_library()
     )
 
 
-def _is_plain(kind: type[nn.Module], module: nn.Module) -> bool:
+def _drops_nothing(drop_path: nn.Module) -> bool:
+    return _is_plain(DropPath, drop_path) and not drop_path.training
+
+
+def _local_is_plain(local: nn.Module, channels: int) -> bool:
+    from convneur.model import LocalBranch  # which builds on this module
+
     return (
-        type(module) is kind
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and type(getattr(module, "weight", None)) in (nn.Parameter, type(None))
-        and getattr(module, "approximate", "none") == "none"
+        isinstance(local, LocalBranch)
+        and _is_plain(LocalBranch, local)
+        and _is_plain(DepthwiseConv2d, local.dwconv, channels, 1, TAPS, TAPS)
+        and _is_plain(nn.LayerNorm, local.norm, channels)
+        and _is_plain(ChannelLinear, local.up, None, channels)
+        and _is_plain(nn.GELU, local.act)
+        and local.act.approximate == "none"
+        and _is_plain(ChannelLinear, local.down, channels, local.up.out_features)
+    )
+
+
+def _fusion_is_plain(block: "Block", channels: int) -> bool:
+    from convneur.model import GlobalBranch
+
+    branch = block.global_branch
+    if branch is None:
+        return True
+    projects = _is_plain(ChannelLinear, block.project, channels, 2 * channels)
+    return (
+        _is_plain(GlobalBranch, branch)
+        and _is_plain(ChannelLinear, branch.expand, channels, None)
+        and (projects if block.fusion == "concat" else _is_plain(nn.Identity, block.project))
+    )
+
+
+def _is_plain(kind: type[nn.Module], module: nn.Module, *weight: int | None) -> bool:
+    """Whether a module is of this kind, without additions, and has a weight, if it shall have one, of these sizes."""
+    if type(module) is not kind or module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__:
+        return False
+    if not weight:
+        return True
+    parameters, sizes = (module.weight, module.bias), (weight, weight[:1])
+    return all(
+        type(parameter) is nn.Parameter
+        and len(parameter.shape) == len(wanted)
+        and all(size in (None, actual) for size, actual in zip(wanted, parameter.shape, strict=True))
+        for parameter, wanted in zip(parameters, sizes, strict=True)
     )
 
 
@@ -73,12 +106,12 @@ def _has_library() -> bool:
 
 def forward(block: "Block", x: Tensor) -> Tensor:
     """What the block makes of x, (B, C, H, W) -> (B, C, H, W)."""
-    local, branch, (images, _, height, width) = block.local_branch, block.global_branch, x.shape
+    local, branch, (images, channels, height, width) = block.local_branch, block.global_branch, x.shape
     # Tokens in a row: torch.compile takes any map, (B, H, W, C) too, for one with the channels first, and copies it.
     tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
     context, expand, project = None, [], []
     if branch is not None:
-        context, expand = _context(branch, tokens, width), _weights(branch.expand)
+        context, expand = _context(branch, tokens, height, width), _weights(branch.expand)
         project = _weights(block.project) if block.fusion == "concat" else []
     result: Tensor = _block_output(
         tokens,
@@ -90,28 +123,27 @@ def forward(block: "Block", x: Tensor) -> Tensor:
         [*expand, *project],
         block.fusion == "gate",
     )
-    return result.view(images, height, width, -1).permute(0, 3, 1, 2)
+    return result.view(images, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _weights(module: Any) -> list[Tensor]:
     return [module.weight, module.bias]
 
 
-def _context(branch: "GlobalBranch", tokens: Tensor, width: int) -> Tensor:
+def _context(branch: "GlobalBranch", tokens: Tensor, height: int, width: int) -> Tensor:
     """The global branch before its last layer, (B, N, C) -> (B, N, d)."""
     reduce, norm, mixer = branch.reduce, branch.norm, branch.mixer
-    if _is_plain(ChannelLinear, reduce) and _is_plain(nn.LayerNorm, norm):
-        layers = [*_weights(reduce), *_weights(norm)]
-        if isinstance(mixer, MemoryMixer) and _is_plain(MemoryMixer, mixer) and _is_plain(NeuralMemory, mixer.memory):
-            memory = mixer.memory
-            layers += memory.projection(tokens.shape[1])
-            if len(layers[-1]) == memory.dim:  # queries alone: nothing is written before all are read
-                return _bottleneck(tokens, [*layers, memory.w1, memory.w2], norm.eps)
-            return memory.recurrence(_bottleneck(tokens, layers, norm.eps))
-        reduced = _bottleneck(tokens, layers, norm.eps)
-    else:
-        reduced = norm(reduce(tokens))
-    return mixer(reduced.unflatten(1, (-1, width))).flatten(1, 2)
+    d, channels = branch.expand.in_features, tokens.shape[-1]
+    if not (_is_plain(ChannelLinear, reduce, d, channels) and _is_plain(nn.LayerNorm, norm, d)):
+        return mixer(norm(reduce(tokens.unflatten(1, (height, width))))).flatten(1, 2)
+    layers = [*_weights(reduce), *_weights(norm)]
+    if isinstance(mixer, MemoryMixer) and _is_plain(MemoryMixer, mixer) and _is_plain(NeuralMemory, mixer.memory):
+        memory = mixer.memory
+        layers += memory.projection(tokens.shape[1])
+        if len(layers[-1]) == memory.dim:  # queries alone: nothing is written before all are read
+            return _bottleneck(tokens, [*layers, memory.w1, memory.w2], norm.eps)
+        return memory.recurrence(_bottleneck(tokens, layers, norm.eps))
+    return mixer(_bottleneck(tokens, layers, norm.eps).unflatten(1, (height, width))).flatten(1, 2)
 
 
 @torch.library.custom_op("convneur::bottleneck", mutates_args=())

@@ -185,7 +185,7 @@ class NeuralMemory(nn.Module):
         return channel_linear(tokens, *self.projection(math.prod(tokens.shape[1:-1])))
 
     def projection(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the layer that `project` is for so many tokens."""
+        """Weight and bias of the layer that `project` applies to so many tokens."""
         count = updates(self.config.read, tokens, self.config.chunk_length)
         if torch.compiler.is_exporting() or self.implementation == "scan" or count > 0:  # images may be of any size
             return self.qkv_weight, self.qkv_bias

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur import native
 from convneur.branches import MIXERS, MixerKind
+from convneur.depthwise import DepthwiseConv2d
 from convneur.linear import ChannelLinear
 from convneur.memory import MemoryConfig
 from convneur.model import Block, Fusion, GlobalBranch, LocalBranch
@@ -109,21 +111,29 @@ def replace(block: Block, name: str, module: nn.Module) -> None:
     setattr(block.get_submodule(parent), child, module)
 
 
-# Module that the kernels pass over -> one of another kind in its place
-OTHERS: dict[str, nn.Module] = {
-    "drop_path": nn.Dropout(0.0),
-    "local_branch": type("OfTheirs", (LocalBranch,), {})(8),
-    "local_branch.dwconv": nn.Conv2d(8, 8, 7, padding=3, groups=8),
-    "local_branch.norm": nn.RMSNorm(8),
-    "local_branch.up": nn.Linear(8, 32),
-    "local_branch.act": nn.ReLU(),
-    "local_branch.down": nn.Linear(32, 8),
-    "global_branch.expand": nn.Linear(4, 8),
-    "project": ChannelLinear(8, 8),
-}
+# A module that the kernels pass over, and one of another kind in its place
+OTHERS: list[tuple[str, nn.Module]] = [
+    ("drop_path", nn.Dropout(0.0)),
+    ("local_branch", type("OfTheirs", (LocalBranch,), {})(8)),
+    ("local_branch.dwconv", nn.Conv2d(8, 8, 7, padding=3, groups=8)),
+    ("local_branch.dwconv", DepthwiseConv2d(8, taps=5)),
+    ("local_branch.norm", nn.RMSNorm(8)),
+    ("local_branch.norm", nn.LayerNorm(8, elementwise_affine=False)),
+    ("local_branch.norm", nn.LayerNorm(8, bias=False)),
+    ("local_branch.norm", nn.LayerNorm((4, 8))),
+    ("local_branch.up", nn.Linear(8, 32)),
+    ("local_branch.up", ChannelLinear(8, 32, bias=False)),
+    ("local_branch.act", nn.ReLU()),
+    ("local_branch.act", nn.GELU("tanh")),
+    ("local_branch.down", nn.Linear(32, 8)),
+    ("global_branch.expand", nn.Linear(4, 8)),
+    ("global_branch.expand", ChannelLinear(4, 8, bias=False)),
+    ("project", ChannelLinear(8, 8)),
+]
+PASSED_OVER = [*dict.fromkeys(name for name, _ in OTHERS), "global_branch"]
 
 
-@pytest.mark.parametrize("name", [*OTHERS, "global_branch"])
+@pytest.mark.parametrize("name", PASSED_OVER)
 @torch.no_grad()
 def test_calls_a_module_with_a_hook(name: str) -> None:
     block, x = block_of(8), torch.randn(1, 8, 4, 4)
@@ -140,23 +150,72 @@ def test_calls_a_module_with_a_hook(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["reduce", "norm", "mixer", "mixer.memory"])
-@torch.no_grad()
 def test_calls_a_module_with_a_hook_of_the_bottleneck(name: str) -> None:
     block, x = block_of(8), torch.randn(1, 8, 4, 4)
-    y = block(x)
-    seen: list[nn.Module] = []
-    block.get_submodule(f"global_branch.{name}").register_forward_hook(lambda module, *_: seen.append(module))
-    torch.testing.assert_close(block(x), y)
-    assert len(seen) == 1
+    seen: list[torch.Size] = []
+    block.get_submodule(f"global_branch.{name}").register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].shape)
+    )
+    expected = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("name", "module"), OTHERS)
 @torch.no_grad()
-def test_leaves_a_module_of_another_kind_to_pytorch(name: str) -> None:
+def test_leaves_a_module_of_another_kind_to_pytorch(name: str, module: nn.Module) -> None:
     block, x = block_of(8), torch.randn(1, 8, 4, 4)
-    replace(block, name, OTHERS[name])
+    replace(block, name, module)
     _, counts = calls(block, x)
     assert BLOCK not in counts
+
+
+@pytest.mark.parametrize("name", ["local_branch.up", "local_branch.act", "global_branch.expand", "global_branch.norm"])
+def test_calls_a_forward_that_was_put_in_the_place_of_ours(name: str) -> None:
+    block, x = block_of(8), torch.randn(1, 8, 4, 4)
+    module = block.get_submodule(name)
+    ours = module.forward
+    module.forward = lambda input: 2 * ours(input)  # type: ignore[method-assign]
+    expected = block(x)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), expected)
+
+
+@torch.no_grad()
+def test_wrong_channels_are_pytorchs_error() -> None:
+    with pytest.raises(RuntimeError, match="to have 8 channels, but got 9 channels"):
+        block_of(8)(torch.randn(1, 9, 4, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", [None, "neural_memory", "cbam"])
+def test_maps_over_batches(mixer: MixerKind | None) -> None:
+    block, x = block_of(8, mixer), torch.randn(3, 2, 8, 4, 4)
+    torch.testing.assert_close(torch.func.vmap(block)(x), torch.stack([block(one) for one in x]))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_keeps_forward_derivatives() -> None:
+    block, x, direction = block_of(8, "cbam"), torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = block(torch.autograd.forward_ad.make_dual(x, direction))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    block, x, direction = block.double(), x.double(), 1e-5 * direction.double()
+    torch.testing.assert_close(
+        tangent.double(), (block(x + direction) - block(x - direction)) / 2e-5, rtol=1e-4, atol=1e-5
+    )
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*", "ignore::torch.jit.TracerWarning")
+def test_a_trace_takes_images_of_other_sizes() -> None:
+    block = block_of(8, "cbam")
+    traced = torch.jit.trace(block, torch.randn(2, 8, 5, 6), check_trace=False)
+    x = torch.randn(1, 8, 9, 7)
+    torch.testing.assert_close(traced(x), block(x))
 
 
 @torch.no_grad()
@@ -174,6 +233,9 @@ def test_leaves_other_passes_to_pytorch() -> None:
     dropping = block_of(8, drop_path=0.5)
     assert BLOCK not in calls(dropping, x)[1]
     assert BLOCK in calls(dropping.eval(), x)[1]
+    dropping.drop_path.train()
+    assert BLOCK not in calls(dropping, x)[1]
+    assert BLOCK not in calls(block_of(8), x.as_subclass(type("Theirs", (torch.Tensor,), {})))[1]
     assert BLOCK not in calls(block_of(8).double(), x.double())[1]
     with torch.autocast("cpu", torch.bfloat16):
         assert BLOCK not in calls(block_of(8), x)[1]
@@ -191,10 +253,31 @@ def test_says_which_weights_are_not_like_the_input() -> None:
 @pytest.mark.parametrize("mixer", [None, "neural_memory", "cbam"])
 def test_compiles_without_graph_breaks(mixer: MixerKind | None) -> None:
     block = block_of(16, mixer)
-    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    called: set[object] = set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        called.update(node.target for node in graph.graph.nodes)
+        return compile_fx(graph, inputs)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
     for size in (4, 5, 9):  # the memory is only read in the first
         x = torch.randn(2, 16, size, size + 1)
         torch.testing.assert_close(compiled(x), block(x))
+    assert {str(target) for target in called} >= {"convneur.block_output.default"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", [None, "neural_memory", "cbam"])
+def test_no_images(mixer: MixerKind | None) -> None:
+    assert block_of(8, mixer)(torch.randn(0, 8, 4, 5)).shape == (0, 8, 4, 5)
+
+
+def test_queries_of_zero_read_what_is_there() -> None:
+    block, x = block_of(8), torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        for parameter in (block.global_branch.mixer.memory.qkv_weight, block.global_branch.mixer.memory.qkv_bias):  # type: ignore[union-attr]
+            parameter.zero_()
+    assert_as_exact_as_pytorch(block, x)
 
 
 @torch.no_grad()
@@ -208,13 +291,19 @@ def test_a_gate_opens_and_closes_without_overflow() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("where", ["x", "context"])
-def test_nan_is_not_lost(where: str) -> None:
+def test_nan_is_not_lost() -> None:
     block, x = block_of(8), torch.randn(2, 8, 4, 5)
-    if where == "x":
-        x[1, 3, 2, 2] = torch.nan
-        assert block(x)[1].isnan().all()
-    else:
-        block.global_branch.expand.bias[2] = torch.nan  # type: ignore[union-attr]
-        assert block(x)[:, 2].isnan().all()
-    assert not block(x)[0, 0].isnan().any()
+    x[1, 3, 2, 2] = torch.nan
+    y = block(x)
+    assert y[1].isnan().all()
+    assert not y[0].isnan().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7F800001, 0xFFFFFFFF])
+def test_no_nan_of_a_gate_is_lost(bits: int) -> None:
+    block = block_of(8)
+    block.global_branch.expand.bias[2] = torch.tensor([bits]).to(torch.uint32).view(torch.float32)[0]  # type: ignore[union-attr]
+    nan = block(torch.randn(2, 8, 4, 5)).isnan()
+    assert nan[:, 2].all()
+    assert nan.sum() == 2 * 4 * 5

@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL | None:
         return _load_or_compile(_cache_folder() / f"native-{_key()}.so")
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [str(error)]
-        reason = f"{shlex.join(compiler())} failed: {next((line for line in lines if 'error' in line), lines[-1])}"
+        reason = f"{shlex.join(compiler())} failed: {next((line for line in lines if 'error:' in line), lines[-1])}"
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = f"{error}"
         if shutil.which(compiler()[0]) is None:

@@ -1,5 +1,5 @@
-// A block for CPUs, without gradients, but for its memory: what goes into that, and what comes after it, with all that a
-// few tokens need kept in cache.
+// The parts of a block before and after its memory for CPUs, without gradients, a tile of tokens at a time, so that what
+// they need stays in cache.
 //
 // Activations of a tile are (channels, tokens), with tokens side by side in vectors: a layer's weight is then read number
 // by number, as PyTorch keeps it, and norms over channels are sums of vectors. A token is computed alike whatever its
@@ -130,7 +130,7 @@ class Depthwise {
 
     int64_t stride() const { return layer_.groups() * L; }
 
-    // Those of `count` tokens from `token` on, which is never before that of the last call, `stride()` numbers apart.
+    // The features of `count` tokens, `stride()` numbers apart; `token` is never before that of the last call.
     const float* features(int64_t token, int64_t count) {
         const int64_t done = std::min(token - first_, ready_);
         std::copy(features_ + done * stride(), features_ + ready_ * stride(), features_);
@@ -190,9 +190,8 @@ class Depthwise {
     float *weight_, *bias_, *held_, *features_;
 };
 
-// Splits tokens among threads in whole vectors. `begin(first, scratch)` gets what each of them works with from its first
-// token on, from `numbers` zeros, and makes of it what is called with the first token, the number of tokens and of vectors
-// of each tile.
+// Splits tokens among threads in whole vectors. For each, `begin` is given its first token and `numbers` zeros to work
+// with; what it returns is then called for every tile, with its first token, number of tokens and number of vectors.
 template <typename Begin> int over_tiles(int64_t N, int64_t numbers, int threads, Begin begin) {
     const int64_t vectors = (N + L - 1) / L;
     const int team = int(std::clamp<int64_t>(vectors, 1, threads));
@@ -258,7 +257,7 @@ int block_output(int64_t B, int64_t H, int64_t W, int64_t C, int64_t h, int64_t 
     const int64_t N = B * H * W, tile = (3 * C + PANEL + d) * TILE;
     return over_tiles(N, tile + depthwise.numbers(), threads, [&](int64_t token, float* scratch) {
         float *y = scratch, *f = y + C * TILE, *g = f + C * TILE, *u = g + C * TILE, *reduced = u + PANEL * TILE;
-        return [=, &depthwise, local = Depthwise(depthwise, N, token, scratch + tile)](
+        return [=, local = Depthwise(depthwise, N, token, scratch + tile)](
                    int64_t first, int64_t rows, int64_t vectors) mutable {
             transpose(rows, C, local.features(first, rows), local.stride(), y, TILE);
             apply(norm, C, vectors, y);

@@ -157,7 +157,8 @@ inline Vector<float> sigmoid(Vector<float> x) {
     Vector<float> y = x * -1.44269504f;
     y = y > largest ? largest : y;
     y = y < -largest ? -largest : y;
-    return 1.0f / (1.0f + 2.50662827f * scaled_power(y));
+    const Vector<float> result = 1.0f / (1.0f + 2.50662827f * scaled_power(y));
+    return y == y ? result : y;  // the power makes numbers of some NaN
 }
 
 // ---- Working memory --------------------------------------------------------------------------------------------
