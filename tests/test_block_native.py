@@ -2,12 +2,13 @@
 
 import copy
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur import native
@@ -250,20 +251,22 @@ def test_says_which_weights_are_not_like_the_input() -> None:
 
 
 @torch.no_grad()
+@torch._inductor.config.patch(force_disable_caches=True)  # or nothing may be compiled
 @pytest.mark.parametrize("mixer", [None, "neural_memory", "cbam"])
 def test_compiles_without_graph_breaks(mixer: MixerKind | None) -> None:
     block = block_of(16, mixer)
     called: set[object] = set()
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    def compile_graph(graph: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         called.update(node.target for node in graph.graph.nodes)
-        return compile_fx(graph, inputs)
+        return compile_fx_inner(graph, *args, **kwargs)
 
+    backend = partial(compile_fx, inner_compile=compile_graph)
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
     for size in (4, 5, 9):  # the memory is only read in the first
         x = torch.randn(2, 16, size, size + 1)
         torch.testing.assert_close(compiled(x), block(x))
-    assert {str(target) for target in called} >= {"convneur.block_output.default"}
+    assert (BLOCK.default in called) != torch.__version__.startswith("2.11.")  # which calls every compilation an export
 
 
 @torch.no_grad()
