@@ -11,19 +11,13 @@ from convneur import memory_fused
 from convneur.memory import MemoryConfig, NeuralMemory, gelu_and_derivative
 from convneur.memory_steps import ReadOrder
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 READS = get_args(ReadOrder)
 IMPLEMENTATIONS = ["plain", "fused", "auto"]
 CHUNK = 6
 # 1, 2 and 5 chunks; ragged last chunks; a sequence shorter than a chunk; a single token.
 LENGTHS = [CHUNK, 2 * CHUNK, 5 * CHUNK, 2 * CHUNK + 1, 4 * CHUNK + 5, 3, 1]
-
-
-@pytest.fixture(autouse=True)
-def _poison_uninitialised_memory():
-    """Fills what torch.empty returns with NaN, so that no result can depend on it unseen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def build(read: str, implementation: str, dim: int = 4, inner_lr: float = 1.0) -> NeuralMemory:

@@ -8,16 +8,11 @@ import torch
 from convneur import memory_fused, native
 from convneur.memory import MemoryConfig, NeuralMemory
 
-pytestmark = pytest.mark.skipif(shutil.which(native.compiler()[0]) is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(shutil.which(native.compiler()[0]) is None, reason="there is no C++ compiler"),
+]
 CHUNK = 80  # more tokens than a tile has, and no multiple of them
-
-
-@pytest.fixture(autouse=True)
-def _poison_uninitialised_memory():
-    """Fills what torch.empty returns with NaN, so that no result can depend on it unseen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def run(implementation: str, dim: int, dtype: torch.dtype, std: float = 0.3, images: int = 3) -> list[torch.Tensor]:
