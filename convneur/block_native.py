@@ -22,7 +22,7 @@ from convneur.linear import ChannelLinear
 from convneur.memory import NeuralMemory
 
 if TYPE_CHECKING:
-    from convneur.model import Block, GlobalBranch
+    from convneur.model import Block, GlobalBranch, LocalBranch
 
 TAPS = 7  # of the depthwise convolution a side, as the source has it
 
@@ -55,12 +55,11 @@ def _drops_nothing(drop_path: nn.Module) -> bool:
     return _is_plain(DropPath, drop_path) and not drop_path.training
 
 
-def _local_is_plain(local: nn.Module, channels: int) -> bool:
+def _local_is_plain(local: "LocalBranch", channels: int) -> bool:
     from convneur.model import LocalBranch  # which builds on this module
 
     return (
-        isinstance(local, LocalBranch)
-        and _is_plain(LocalBranch, local)
+        _is_plain(LocalBranch, local)
         and _is_plain(DepthwiseConv2d, local.dwconv, channels, 1, TAPS, TAPS)
         and _is_plain(nn.LayerNorm, local.norm, channels)
         and _is_plain(ChannelLinear, local.up, None, channels)
@@ -137,8 +136,8 @@ def _context(branch: "GlobalBranch", tokens: Tensor, height: int, width: int) ->
     if not (_is_plain(ChannelLinear, reduce, d, channels) and _is_plain(nn.LayerNorm, norm, d)):
         return mixer(norm(reduce(tokens.unflatten(1, (height, width))))).flatten(1, 2)
     layers = [*_weights(reduce), *_weights(norm)]
-    if isinstance(mixer, MemoryMixer) and _is_plain(MemoryMixer, mixer) and _is_plain(NeuralMemory, mixer.memory):
-        memory = mixer.memory
+    memory = mixer.memory if isinstance(mixer, MemoryMixer) and _is_plain(MemoryMixer, mixer) else None
+    if memory is not None and _is_plain(NeuralMemory, memory) and memory.dim == d:
         layers += memory.projection(tokens.shape[1])
         if len(layers[-1]) == memory.dim:  # queries alone: nothing is written before all are read
             return _bottleneck(tokens, [*layers, memory.w1, memory.w2], norm.eps)

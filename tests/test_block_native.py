@@ -18,16 +18,11 @@ from convneur.linear import ChannelLinear
 from convneur.memory import MemoryConfig
 from convneur.model import Block, Fusion, GlobalBranch, LocalBranch
 
-pytestmark = pytest.mark.skipif(shutil.which(native.compiler()[0]) is None, reason="there is no C++ compiler")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(shutil.which(native.compiler()[0]) is None, reason="there is no C++ compiler"),
+]
 BLOCK, BOTTLENECK = torch.ops.convneur.block_output, torch.ops.convneur.bottleneck
-
-
-@pytest.fixture(autouse=True)
-def _poison_uninitialised_memory():
-    """Fills what torch.empty returns with NaN, so that no result can depend on it unseen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def block_of(
@@ -188,6 +183,14 @@ def test_calls_a_forward_that_was_put_in_the_place_of_ours(name: str) -> None:
 def test_wrong_channels_are_pytorchs_error() -> None:
     with pytest.raises(RuntimeError, match="to have 8 channels, but got 9 channels"):
         block_of(8)(torch.randn(1, 9, 4, 4))
+
+
+@torch.no_grad()
+def test_a_memory_of_another_width_is_pytorchs_error() -> None:
+    block = block_of(8)
+    replace(block, "global_branch.mixer", MIXERS["neural_memory"].build(6, MemoryConfig(20)))
+    with pytest.raises(RuntimeError, match="to have 6 channels, but got 4 channels"):
+        block(torch.randn(1, 8, 4, 4))
 
 
 @torch.no_grad()

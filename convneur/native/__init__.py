@@ -20,7 +20,7 @@ from convneur.data.files import atomic_write
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("memory.cpp", "block.cpp")]
-HEADER = FOLDER / "vectors.h"
+HEADERS = [FOLDER / name for name in ("vectors.h", "depthwise.h")]
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-march=native", "-fopenmp", "-shared", "-fPIC")
 LONGEST_BUILD = 300  # seconds
 
@@ -61,7 +61,7 @@ def _cache_folder() -> Path:
 
 def _key() -> str:
     """Differs where another library would be made: a home folder may be shared by machines of several kinds."""
-    parts = [path.read_text() for path in (*SOURCES, HEADER)]
+    parts = [path.read_text() for path in (*SOURCES, *HEADERS)]
     parts += [*FLAGS, *compiler(), str(compiler_version()), platform.machine(), platform.processor()]
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

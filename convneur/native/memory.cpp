@@ -18,8 +18,6 @@ using namespace convneur;
 
 constexpr int64_t TILE = 64;  // tokens whose hidden activations stay in cache
 
-constexpr double NORM_EPS = 1e-12;  // as in convneur.memory_fused
-
 // Brings raw vectors to length 1, into x (rows, D), and writes their reciprocal norms, two numbers apart, if asked to.
 template <typename T>
 void normalise(int64_t rows, int64_t d, const T* raw, int64_t raw_row, T* x, int64_t D, T* scales) {
