@@ -52,7 +52,7 @@ def test_top_level_and_type_marker(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"convneur"}
     sources = {f"convneur/native/{path.name}" for path in (ROOT / "convneur/native").iterdir() if path.is_file()}
-    assert len(sources) == 4
+    assert len(sources) == 5
     assert {"convneur/py.typed", *sources} <= {*names}
     assert any(name.endswith("/LICENSE") for name in names)
 
