@@ -110,12 +110,20 @@ def index_hash(config: DataConfig) -> str:
 def _code() -> Record:
     """The commit that the code is of, what was changed since, and a hash of the code that runs."""
     digest = hashlib.sha256()
-    for package in ("convneur", "convneur.native", "convneur.data", "convneur.launch"):
-        spec = find_spec(package)
-        for folder in (spec.submodule_search_locations if spec else None) or ():
-            for path in sorted(p for p in Path(folder).iterdir() if p.suffix in CODE):
-                digest.update(f"{package} {path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    for name, path in sorted(_sources().items()):
+        digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return {"commit": _git("rev-parse", "HEAD"), "diff": _git("diff", "HEAD"), "sha256": digest.hexdigest()}
+
+
+def _sources() -> dict[str, Path]:
+    """Every file of code of the project, however deep, by the name that it is installed under."""
+    files = {}
+    for package in ("convneur", "convneur.data", "convneur.launch"):
+        spec = find_spec(package)
+        for folder in map(Path, (spec.submodule_search_locations if spec else None) or ()):
+            found = (path for path in folder.rglob("*") if path.suffix in CODE)
+            files |= {f"{package.replace('.', '/')}/{path.relative_to(folder).as_posix()}": path for path in found}
+    return files
 
 
 def _packages() -> dict[str, str]:

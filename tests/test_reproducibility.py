@@ -18,7 +18,7 @@ from convneur.checkpoint import list_checkpoints
 from convneur.config import load_config, save_config
 from convneur.launch.cli import main
 from convneur.metrics import read_metrics
-from convneur.reproduce import _packages, differences, read_record, record, write_record
+from convneur.reproduce import _packages, _sources, differences, read_record, record, write_record
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -139,3 +139,16 @@ def test_packages_of_another_environment_count(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "dist-packages")])
     assert _packages()["tea"] == "1.2"
     assert _packages()["torch"] == metadata.version("torch") != "0.1"
+
+
+def test_every_file_of_code_counts() -> None:
+    root = Path(__file__).parents[1]
+    folders = {"convneur": "convneur", "data": "convneur/data", "launch": "convneur/launch"}
+    files = {
+        f"{package}/{path.relative_to(root / folder).as_posix()}"
+        for folder, package in folders.items()
+        for path in (root / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h")
+    }
+    assert "convneur/native/block.cpp" in files
+    assert _sources().keys() == files
