@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from convneur.config import Config
 from convneur.data.files import atomic_write
 from convneur.info import describe
 from convneur.model import ConvNeur, ModelConfig
-from convneur.series import member, run_folder
+from convneur.saved import DamagedError
+from convneur.series import member, run_folder, standing
 from convneur.summary import read_summary
 from convneur.world import World
 
@@ -145,8 +147,9 @@ def train_rows(config: AblationConfig, world: World) -> None:
     from convneur.train import train
 
     runs = run_configs(config)
+    damaged = standing(runs, "ablation").damaged
     for number, ((row, seed), run) in enumerate(runs.items(), 1):
-        if read_summary(run_folder(run)):
+        if (row, seed) in damaged or read_summary(run_folder(run)):
             continue
         if world.is_main:
             print(f"[{number}/{len(runs)}] {row}, seed {seed}", flush=True)
@@ -154,13 +157,14 @@ def train_rows(config: AblationConfig, world: World) -> None:
 
 
 def tabulate(config: AblationConfig, device: torch.device) -> list[Result]:
-    """Costs of every row, its latency measured here and now, and the accuracies that are there."""
+    """Costs of every row, its latency measured here and now, and the accuracies that are there and intact."""
     models = {row: ROWS[row].applied_to(config.model) for row in config.ablation.rows}
     latencies = measure_latencies(models, config.data.image_size, device)
     top1: dict[str, dict[int, float]] = {row: {} for row in models}
     for (row, seed), run in run_configs(config).items():
-        if summary := read_summary(run_folder(run)):
-            top1[row][seed] = 100 * (summary.top1 if summary.top1_ema is None else summary.top1_ema)
+        with suppress(DamagedError):  # it isn't among the seeds of the table, then
+            if summary := read_summary(run_folder(run)):
+                top1[row][seed] = 100 * (summary.top1 if summary.top1_ema is None else summary.top1_ema)
     results = []
     for row, model in models.items():
         cost = describe(model, config.data.image_size)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
+from reprlib import Repr
 from types import NoneType
 from typing import Any, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
@@ -24,6 +25,7 @@ from convneur.determinism import Determinism
 from convneur.guards import GuardConfig
 from convneur.model import ModelConfig
 from convneur.optim import OptimizerConfig, ScheduleConfig
+from convneur.saved import DamagedError
 from convneur.watchdog import WatchdogConfig
 
 
@@ -106,6 +108,11 @@ class Config:
 
 
 INCLUDE = "include"
+LONG_YAML = 1 << 14
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+SAVED_SECTIONS = ("run", "model", "data", "train", "optimizer", "schedule", "deepspeed")
+"""What every saved configuration has, however old: the others came later. `deepspeed` is the last in the file."""
 Tree = dict[str, Any]
 _Section = TypeVar("_Section")
 
@@ -121,16 +128,35 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
     return load_as(Config, config_files, overrides)
 
 
+def saved_config(path: Path) -> Config:
+    """The configuration that `save_config` has written to a file, which names every section.
+
+    Raises DamagedError where it doesn't, as after a full disk: the defaults would pass for what the run was made with.
+    """
+    try:
+        sources = list(_read_file(path, ()))
+        absent = [name for name in SAVED_SECTIONS if name not in sources[-1][1]]
+        if absent:
+            raise InputError(f"{path}: has no {', '.join(absent)}, expected every section of a run; restore it")
+        return _resolved(Config, sources)
+    except InputError as error:
+        raise DamagedError(str(error)) from error
+
+
 def load_as(schema: type[_Section], config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> _Section:
     """The same for a dataclass that adds sections to `Config`."""
+    return _resolved(schema, [*_read_files(config_files), *_parse_overrides(overrides, schema)])
+
+
+def _resolved(schema: type[_Section], sources: Iterable[tuple[str, Tree]]) -> _Section:
     merged: Tree = {}
-    for where, tree in (*_read_files(config_files), *_parse_overrides(overrides, schema)):
+    for where, tree in sources:
         merged = _merge(merged, _typed(tree, schema, where))
     return _build(schema, merged, "")
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes every key of a configuration to a YAML file that `load_config` reads back to an equal one."""
+    """Writes every key of a configuration to a YAML file that `saved_config` reads back to an equal one."""
     with atomic_write(path) as file:
         file.write(config_text(config).encode())
 
@@ -156,8 +182,8 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
         name = SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
         return max(whole, name), whole
 
-    best = max(keys, key=closeness)
-    return best if closeness(best) > (0.6,) else None
+    best = max(keys, key=closeness, default=None)
+    return best if best is not None and closeness(best) > (0.6,) else None
 
 
 # Reading sources. Each is a tree of raw values and a prefix that makes its keys findable: "FILE: " or "--".
@@ -172,13 +198,12 @@ def _read_file(path: Path, including: tuple[Path, ...]) -> Iterator[tuple[str, T
     """What a file includes, by paths relative to it, and then the file itself, which therefore wins."""
     where = f"{including[-1]}: include: {path}" if including else str(path)
     try:
-        tree = yaml.load(path.read_bytes(), _Loader)
+        text = path.read_bytes()
     except OSError as error:
         raise InputError(f"{where}: can't be read ({error.strerror}), expected a YAML file") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
+    tree = _yaml(text, f"{path}: not valid YAML")
     if not isinstance(tree, dict | None):
-        raise InputError(f"{path}: holds {tree!r}, expected sections such as 'model:' with keys below them")
+        raise InputError(f"{path}: holds {_SHORT.repr(tree)}, expected sections such as 'model:' with keys below them")
     tree = tree or {}
     if INCLUDE in tree:
         included = tree.pop(INCLUDE)
@@ -205,10 +230,7 @@ def _parse_overrides(words: Iterable[str], schema: type) -> Iterator[tuple[str, 
             raise _unknown("--", key, config_keys(schema))
         value: Any = text
         if first == "deepspeed":  # free values have no type to read them by
-            try:
-                value = yaml.load(text, _Loader)
-            except yaml.YAMLError as error:
-                raise InputError(f"--{key} is {text!r}, which is not valid YAML ({_one_line(error)})") from error
+            value = _yaml(text, f"--{key} is {text!r}, which is not valid YAML")
         for name in reversed(rest):
             value = {name: value}
         yield "--", {first: value}
@@ -225,23 +247,34 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     problem=f"{name!r} is given twice", problem_mark=node.start_mark
                 )
-        return super().construct_mapping(node, deep)
+        return yaml.constructor.SafeConstructor.construct_mapping(self, node, deep)
+
+
+class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The same by libyaml where PyYAML has it, a tenth of the time; it recurses on the stack, so for short texts."""
+
+    construct_mapping = _Loader.construct_mapping
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader` would take for a number."""
 
 
-for _class in (_Loader, _Dumper):
+for _class in (_Loader, _FastLoader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
     )
 
 
-def _one_line(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or " ".join(str(error).split())
-    return f"line {mark.line + 1}: {problem}" if mark else problem
+def _yaml(text: str | bytes, complaint: str) -> Any:
+    try:
+        return yaml.load(text, _FastLoader if len(text) < LONG_YAML else _Loader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # the others: 2026-02-30, [[[[...
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        last = text.count(b"\n" if isinstance(text, bytes) else "\n") + 1  # libyaml points beyond what ends too early
+        where = f"line {min(mark.line + 1, last)}: " if mark else ""
+        raise InputError(f"{complaint} ({where}{problem})") from error
 
 
 def _merge(base: Tree, extra: Tree) -> Tree:
@@ -256,13 +289,18 @@ def _merge(base: Tree, extra: Tree) -> Tree:
 # Types.
 
 
+@cache
+def _hints(section: type) -> dict[str, Any]:
+    return get_type_hints(section)
+
+
 def _is_section(hint: Any) -> TypeGuard[type]:
     return isinstance(hint, type) and is_dataclass(hint)
 
 
 def _typed(tree: Tree, section: type, where: str, prefix: str = "") -> Tree:
     """The tree with every value converted to the type of its field; InputError for the first one that can't be."""
-    hints = get_type_hints(section)
+    hints = _hints(section)
     typed: Tree = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -281,6 +319,8 @@ def _typed(tree: Tree, section: type, where: str, prefix: str = "") -> Tree:
 
 
 def _converted(value: Any, hint: Any, label: str) -> Any:
+    if _fits_as_it_is(value, hint):
+        return value
     try:
         converted = _converter(hint).parse_object({"value": value}).value
         fits = converted is not None or NoneType in get_args(hint)  # jsonargparse takes null for any type
@@ -289,6 +329,17 @@ def _converted(value: Any, hint: Any, label: str) -> Any:
     if not fits:
         raise InputError(f"{label} is {value!r}, expected {_expected(hint)}")
     return converted
+
+
+def _fits_as_it_is(value: Any, hint: Any) -> bool:
+    """Whether a value is of just this type, as nearly all of a saved configuration are: jsonargparse takes its time."""
+    if hint in (int, float, bool, str):
+        return type(value) is hint
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if get_origin(hint) is list:
+        return type(value) is list and all(_fits_as_it_is(item, get_args(hint)[0]) for item in value)
+    return value is None and NoneType in get_args(hint)
 
 
 @cache
@@ -300,7 +351,7 @@ def _converter(hint: Any) -> jsonargparse.ArgumentParser:
 
 def _build(section: type[_Section], tree: Tree, where: str) -> _Section:
     """The dataclass of a section from typed values; what its own checks say is bad input."""
-    hints = get_type_hints(section)
+    hints = _hints(section)
     values = {
         name: _build(hints[name], value, where) if _is_section(hints[name]) else value for name, value in tree.items()
     }

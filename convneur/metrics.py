@@ -2,11 +2,11 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,23 +18,11 @@ from torch.utils.tensorboard import SummaryWriter
 from convneur.data.files import atomic_write
 from convneur.evaluate import Scores
 from convneur.gauges import Gauges
+from convneur.saved import METRICS_FILE, salvage_metrics
+from convneur.saved import read_metrics as read_metrics  # it reads what this module writes
 from convneur.world import World
 
-METRICS_FILE = "metrics.jsonl"
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run in order of step; a last line that a kill cut short is left out."""
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+DAMAGED_FILE = f"{METRICS_FILE}.damaged"
 
 
 class TrainingLog:
@@ -63,6 +51,8 @@ class TrainingLog:
         self._mark_step, self._mark_time = start_step, time.monotonic()
         self._records = Records(folder, start_step, wandb_project) if world.is_main else None
         self._display = Display(total_steps, start_step) if world.is_main else None
+        for fault in self._records.faults if self._records else ():
+            self.say(f"warning: {fault}: left out; the file as it was is {DAMAGED_FILE}")
 
     def step(self, done: int, loss: Tensor, learning_rate: float, gauges: Gauges) -> None:
         """Takes in the loss of step number `done - 1`; writes a line where one is due. Collective then.
@@ -140,11 +130,15 @@ class TrainingLog:
 class Records:
     """metrics.jsonl and TensorBoard events, and Weights & Biases where it is asked for.
 
-    Records of an earlier start are kept up to `step` and dropped after it: those steps are made anew.
+    Records of an earlier start are kept up to `step` and dropped after it: those steps are made anew. Where some of
+    them are damaged, `faults` says which, and the file as it was is kept beside the new one.
     """
 
     def __init__(self, folder: Path, step: int, wandb_project: str) -> None:
-        kept = [record for record in read_metrics(folder) if record["step"] <= step]
+        records, self.faults = salvage_metrics(folder)
+        if self.faults:
+            shutil.copyfile(folder / METRICS_FILE, folder / DAMAGED_FILE)
+        kept = [record for record in records if record["step"] <= step]
         with atomic_write(folder / METRICS_FILE) as file:
             file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
         self._file = (folder / METRICS_FILE).open("a")

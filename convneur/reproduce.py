@@ -25,6 +25,7 @@ from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.native import compiler_version
+from convneur.saved import DamagedError, read_object
 
 REPRODUCE_FILE = "reproduce.json"
 LONGEST_VALUE = 60  # characters of a value that a line of differences shows
@@ -57,13 +58,17 @@ def write_record(folder: Path, made_with: Record) -> None:
 def read_record(folder: Path) -> Record:
     """Reads a run's reproduce.json; InputError where there is none, or it is damaged."""
     path = folder / REPRODUCE_FILE
+    made_with = read_object(path)
+    if made_with is None:
+        raise InputError(f"{path}: can't be read (No such file or directory), expected the folder of a run")
     try:
-        made_with: Record = json.loads(path.read_bytes())
-        return made_with
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}), expected the folder of a run") from error
-    except ValueError as error:
-        raise InputError(f"{path}: is no valid JSON ({error}); restore it") from error
+        whole = "run:" in made_with["config"] and isinstance(made_with["code"], dict)
+        whole = whole and isinstance(made_with["hardware"]["world_size"], int)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise DamagedError(f"{path}: is no record of what a run was made with; restore it")
+    return made_with
 
 
 def recorded_config(made_with: Record, overrides: Iterable[str] = ()) -> Config:
@@ -80,8 +85,12 @@ def differences(then: Record, now: Record) -> list[str]:
 
 
 def _without_name(made_with: Record) -> Record:
-    config = yaml.safe_load(made_with["config"])
-    config["run"] = {key: value for key, value in config["run"].items() if key not in ("name", "root")}
+    try:
+        config = yaml.safe_load(made_with["config"])
+        run = config["run"].items()
+    except (TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise DamagedError(f"{REPRODUCE_FILE}: holds no configuration; restore it") from error
+    config["run"] = {key: value for key, value in run if key not in ("name", "root")}
     return made_with | {"config": config}
 
 

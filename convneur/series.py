@@ -1,12 +1,18 @@
 """Runs that belong together: each an ordinary run, in a folder of its own below the series' folder."""
 
-from collections.abc import Iterable
-from dataclasses import fields, replace
+import os
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from convneur.config import Config, load_config
+from convneur.config import Config, saved_config
 from convneur.data.errors import InputError
 from convneur.model import ModelConfig
+from convneur.saved import DamagedError
+from convneur.summary import Summary, read_summary
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def series_folder(config: Config) -> Path:
@@ -26,13 +32,46 @@ def run_folder(run: Config) -> Path:
     return Path(run.run.root) / run.run.name
 
 
-def check_saved_runs(runs: Iterable[Config], what: str) -> None:
-    """Raises InputError where a run that is there already was made by another recipe. `what` calls the series."""
-    for run in runs:
-        folder = run_folder(run)
-        saved = folder / "config.yaml"
-        if saved.is_file() and load_config([saved]) != run:
+@dataclass(frozen=True)
+class Standing(Generic[Key]):
+    """How far the runs of a series are, by what is in their folders.
+
+    Attributes:
+        finished: how those have ended that have.
+        missing: the others, begun or not.
+        damaged: of those that nobody can tell it of, what is wrong. They are neither trained again nor counted.
+    """
+
+    finished: dict[Key, Summary]
+    missing: dict[Key, Config]
+    damaged: dict[Key, str]
+
+    def damaged_lines(self) -> list[str]:
+        """What there is to say of the damaged ones."""
+        return [f"warning: left out, for it is damaged: {fault}" for fault in self.damaged.values()]
+
+
+def standing(runs: Mapping[Key, Config], what: str) -> Standing[Key]:
+    """Looks at all runs of a series; `what` calls it.
+
+    Raises InputError where a run that is there already was made by another recipe.
+    """
+    finished, missing, damaged = {}, {}, {}
+    for key, run in runs.items():
+        saved = run_folder(run) / "config.yaml"
+        try:
+            made = saved_config(saved) if os.path.lexists(saved) else run
+            summary = read_summary(saved.parent)
+        except DamagedError as error:
+            damaged[key] = str(error)
+            continue
+        if made != run:
             raise InputError(
                 f"{saved} is not what this {what} would train there; give the {what} another --run.name, or delete"
-                f" {folder}"
+                f" {saved.parent}"
             )
+        if summary:
+            finished[key] = summary
+        else:
+            missing[key] = run
+    return Standing(finished, missing, damaged)

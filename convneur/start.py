@@ -34,12 +34,13 @@ from convneur.ema import Ema
 from convneur.engine import autocast, build_engine, engine_settings, true_shape, use_apex_norms, zero_stage
 from convneur.gauges import Gauges, step_flops
 from convneur.guards import Guards
-from convneur.metrics import TrainingLog, read_metrics
+from convneur.metrics import TrainingLog
 from convneur.model import ConvNeur
 from convneur.optim import Implementation, build_optimizer, build_schedule, choose_implementation
 from convneur.profiling import Profiler
 from convneur.reproduce import REPRODUCE_FILE, differences, read_record, record, write_record
 from convneur.run import Run
+from convneur.saved import salvage_metrics
 from convneur.stopping import StopRequest
 from convneur.summary import SUMMARY_FILE
 from convneur.watchdog import Watchdog
@@ -103,7 +104,8 @@ def _start(
         check_fit(checkpoint, config)
         loader.check_state(state.data)
         load_checkpoint(checkpoint, engine, ema)
-    lost = max((record["step"] for record in read_metrics(folder)), default=0) if resume == "auto" and not state else 0
+    made = [record["step"] for record in salvage_metrics(folder)[0]] if resume == "auto" and not state else []
+    lost = max(made, default=0)
     start_step, total_steps = state.step if state else 0, config.schedule.epochs * loader.steps_per_epoch
 
     changed = _write_records(config, world, folder, resumed=state is not None) if world.is_main else []
@@ -195,7 +197,10 @@ def _write_records(config: Config, world: World, folder: Path, resumed: bool) ->
     if not resumed:
         write_record(folder, made_with)
         return []
-    return differences(read_record(folder), made_with) if (folder / REPRODUCE_FILE).exists() else []
+    try:
+        return differences(read_record(folder), made_with) if (folder / REPRODUCE_FILE).exists() else []
+    except InputError as error:  # no reason not to go on
+        return [str(error)]
 
 
 def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | None, list[str]]:

@@ -4,6 +4,7 @@ Every point is an ordinary run of the series that the study is; its name says al
 along any of them and keeps what it has.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,11 +14,11 @@ from pathlib import Path
 from convneur.config import Config
 from convneur.data.store import open_store
 from convneur.info import ModelInfo, describe
-from convneur.metrics import read_metrics
 from convneur.model import ModelConfig, Placement
 from convneur.reproduce import REPRODUCE_FILE, read_record
+from convneur.saved import METRICS_FILE, DamagedError, read_metrics
 from convneur.series import member, run_folder
-from convneur.summary import read_summary
+from convneur.summary import read_result, read_summary
 
 TRAINING_PASSES = 3  # a forward pass, and a backward pass that costs two
 LOCAL_ONLY: Placement = "none"
@@ -163,11 +164,13 @@ class Progress:
         done: fraction of its steps that are made.
         finished: whether it has been evaluated and has a summary.
         weight: multiply-accumulates that all of its training takes.
+        damaged: what is wrong with its files, so that there is no telling how far it is; None where nothing is.
     """
 
     done: float
     finished: bool
     weight: float
+    damaged: str | None = None
 
 
 def progress(config: StudyConfig) -> dict[Place, Progress]:
@@ -180,37 +183,59 @@ def progress(config: StudyConfig) -> dict[Place, Progress]:
         batch = run.data.global_batch_size
         images = sizes[place.unique_images] // batch * batch * place.epochs
         weight = TRAINING_PASSES * 1e9 * cost(run.model, run.data.image_size).gmacs * images
-        finished = read_summary(run_folder(run)) is not None
-        records = [] if finished else read_metrics(run_folder(run))
+        try:
+            finished = read_summary(run_folder(run)) is not None
+            records = [] if finished else read_metrics(run_folder(run))
+        except DamagedError as error:
+            found[place] = Progress(0.0, False, weight, str(error))
+            continue
         done = 1.0 if finished else records[-1]["epoch"] / place.epochs if records else 0.0
         found[place] = Progress(done, finished, weight)
     return found
 
 
-def finished_points(config: StudyConfig) -> list[Point]:
-    """The runs that are finished, in the order of the study."""
-    found = ((place, run, run_folder(run)) for place, run in study_runs(config).items())
-    return [_point(place, run, folder) for place, run, folder in found if read_summary(folder)]
+def finished_points(config: StudyConfig, damaged: list[str] | None = None) -> list[Point]:
+    """The runs that are finished, in the order of the study.
+
+    A line for each run that is damaged, and left out, goes to `damaged`; without it, DamagedError is raised.
+    """
+    points = []
+    for place, run in study_runs(config).items():
+        try:
+            point = _point(place, run, run_folder(run))
+        except DamagedError as error:
+            if damaged is None:
+                raise
+            damaged.append(f"left out, for it is damaged: {error}")
+        else:
+            points += [point] if point else []
+    return points
 
 
-def _point(place: Place, run: Config, folder: Path) -> Point:
-    summary = read_summary(folder)
-    assert summary is not None
-    last = [record for record in read_metrics(folder) if "eval/loss" in record][-1]
+def _point(place: Place, run: Config, folder: Path) -> Point | None:
+    found = read_result(folder)
+    if found is None:
+        return None
+    summary, last = found
     averaged = summary.top1_ema is not None
     model = cost(run.model, run.data.image_size)
-    made_with = read_record(folder) if (folder / REPRODUCE_FILE).is_file() else {}
-    hardware, code = made_with.get("hardware", {}), made_with.get("code", {})
+    made_with = read_record(folder) if (folder / REPRODUCE_FILE).exists() else {"hardware": {}, "code": {}}
+    hardware, code = made_with["hardware"], made_with["code"]
     ranks = hardware.get("world_size", 1)
-    threads = 1 if hardware.get("gpus") else int(hardware.get("threads") or 1)
+    cores = re.match(r"[1-9]\d*", str(hardware.get("threads")))  # OMP_NUM_THREADS, which may be a list
+    threads = int(cores[0]) if cores and not hardware.get("gpus") else 1
     commit = code.get("commit")
+    scores = [last.get(name + "_ema" * averaged) for name in ("eval/loss", "eval/top1")]
+    if None in scores:
+        raise DamagedError(f"{folder / METRICS_FILE}: its last evaluation has no loss or top-1 of averaged weights")
+    loss, top1 = scores
     return Point(
         place=place,
         params=model.params,
         macs=TRAINING_PASSES * 1e9 * model.gmacs * summary.images,
         images=summary.images,
-        loss=last["eval/loss_ema" if averaged else "eval/loss"],
-        top1=last["eval/top1_ema" if averaged else "eval/top1"],
+        loss=loss,
+        top1=top1,
         hours=summary.seconds / 3600 * ranks * threads,
         device="GPU" if hardware.get("gpus") else "core",
         commit=commit and commit + (" + changes" if code.get("diff") else ""),

@@ -137,8 +137,11 @@ class Findings:
     notes: tuple[str, ...]
 
 
-def find(config: StudyConfig, points: Sequence[Point]) -> Findings:
-    """Fits and compares what there is, each point at its best learning rate; runs that diverged are named instead."""
+def find(config: StudyConfig, points: Sequence[Point], damaged: Sequence[str] = ()) -> Findings:
+    """Fits and compares what there is, each point at its best learning rate; runs that diverged are named instead.
+
+    `damaged` has a line for each run that couldn't be read; they become notes.
+    """
     finite = [point for point in points if math.isfinite(point.loss)]
     chosen, notes = best_rates(finite)
     notes += [
@@ -147,6 +150,7 @@ def find(config: StudyConfig, points: Sequence[Point]) -> Findings:
     for size in [*config.study.sizes, *config.study.held_out]:
         if warning := replace(config.model, variant=size).depth_warning:
             notes.append(f"{size} has {warning}")
+    notes += damaged
     recipes = sorted({(point.place.unique_images, point.place.epochs) for point in chosen})
     fits = []
     for placement in config.study.placements:

@@ -1,12 +1,15 @@
 """How a run ended."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 from convneur.data.files import atomic_write
+from convneur.saved import METRICS_FILE, DamagedError, Metrics, read_metrics, read_object
 
 SUMMARY_FILE = "summary.json"
+REMEDY = "restore it, or delete it and train with --resume auto: the end of the run is made again"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,37 @@ def write_summary(summary: Summary, folder: Path) -> None:
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """The summary of a finished run; None where the run has not ended."""
+    """The summary of a finished run; None where the run has not ended. DamagedError where there is no telling."""
     path = folder / SUMMARY_FILE
-    return Summary(**json.loads(path.read_text())) if path.is_file() else None
+    found = read_object(path)
+    if found is None:
+        return None
+    absent = [f.name for f in fields(Summary) if f.default is MISSING and f.name not in found]
+    if absent:
+        raise DamagedError(f"{path}: has no {', '.join(absent)}; {REMEDY}")
+    hints = get_type_hints(Summary)
+    for name, hint in hints.items():
+        value = found.get(name)
+        if name in found and not isinstance(float(value) if type(value) is int and hint is not int else value, hint):
+            raise DamagedError(f"{path}: {name} is {value!r}; {REMEDY}")
+    return Summary(**{name: value for name, value in found.items() if name in hints})
+
+
+def read_result(folder: Path) -> tuple[Summary, Metrics] | None:
+    """The summary of a finished run, and the record of its last evaluation; None where the run has not ended.
+
+    Raises DamagedError where its metrics don't reach the end that the summary tells of: what they hold is older.
+    """
+    summary = read_summary(folder)
+    if summary is None:
+        return None
+    last = next((record for record in reversed(read_metrics(folder)) if "eval/loss" in record), None)
+    if last is None or not ends_as_told(summary, last["epoch"]):
+        reached = "hold no evaluation" if last is None else f"end at epoch {last['epoch']:g}"
+        raise DamagedError(f"{folder / METRICS_FILE}: {reached}, but {SUMMARY_FILE} tells of {summary.epochs} epochs")
+    return summary, last
+
+
+def ends_as_told(summary: Summary, epoch: float) -> bool:
+    """Whether metrics up to an epoch are those of the whole run."""
+    return abs(epoch - summary.epochs) < 1e-6

@@ -6,9 +6,11 @@ They import what they need when they run: loading PyTorch, timm and DeepSpeed ta
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -152,7 +154,6 @@ def _conclude(summary: "Summary", folder: Path) -> None:
 
 def submit(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur submit`: a job, or an array of one job a seed, from a snapshot of code and configuration."""
-    import sys
     from dataclasses import replace
 
     from submitit.slurm.slurm import _make_sbatch_string
@@ -193,33 +194,13 @@ def asked_resources(args: argparse.Namespace, at_once: int | None = None) -> "Re
 
 def runs(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur runs`: a table of the runs in a folder; again and again with --watch."""
-    from convneur.world import name_accelerator
+    from convneur.launch.runs import Runs, watch
 
-    name_accelerator()
-    import time
-
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.live import Live
-    from rich.table import Table
-
-    from convneur.launch.runs import list_runs
-
-    def table() -> Table:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for heading in ("run", "state", "epoch", "top-1", "images/s", "left", "restarts", "ETTR"):
-            table.add_column(heading, justify="left" if heading in ("run", "state") else "right")
-        for run in list_runs(args.folder):
-            table.add_row(*run.cells())
-        return table
-
-    if not args.watch:
-        Console().print(table())
-        return 0
-    with Live(table(), auto_refresh=False) as live:
-        while True:
-            time.sleep(args.every)
-            live.update(table(), refresh=True)
+    runs = Runs(args.folder)
+    if args.watch:
+        watch(runs, args.every)
+    runs.show()
+    return 0
 
 
 def evaluate(args: argparse.Namespace, _: Overrides) -> int:
@@ -275,28 +256,26 @@ def explain(args: argparse.Namespace, _: Overrides) -> int:
     from convneur.world import name_accelerator
 
     name_accelerator()
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from convneur.explain import draw, explain
+    from convneur.launch.tables import show_table
 
     explanation = explain(args.path, args.image, averaged=args.ema)
     draw(explanation, args.output)
-    table = Table(box=SIMPLE_HEAD, padding=0)
-    for heading in ("stage", "gate A", "below 1/4", "above 3/4", "over the image", "surprise, first to last chunk"):
-        table.add_column(heading, justify="right")
+    headings = ("stage", "gate A", "below 1/4", "above 3/4", "over the image", "surprise, first to last chunk")
+    rows = []
     for number, stage in enumerate(explanation.stages, 1):
         gate, surprise = stage.gate, stage.surprise
-        table.add_row(
-            str(number),
-            f"{gate.mean():.3f} ± {gate.std():.3f}",
-            f"{(gate < 0.25).float().mean():.0%}",
-            f"{(gate > 0.75).float().mean():.0%}",
-            f"{stage.map.min():.3f} to {stage.map.max():.3f}",
-            "-" if surprise is None else f"{surprise[0]:.3g} to {surprise[-1]:.3g}",
+        rows.append(
+            (
+                str(number),
+                f"{gate.mean():.3f} ± {gate.std():.3f}",
+                f"{(gate < 0.25).float().mean():.0%}",
+                f"{(gate > 0.75).float().mean():.0%}",
+                f"{stage.map.min():.3f} to {stage.map.max():.3f}",
+                "-" if surprise is None else f"{surprise[0]:.3g} to {surprise[-1]:.3g}",
+            )
         )
-    Console().print(table)
+    show_table(headings, rows)
     print(f"over the image: smallest and largest mean over the channels\npicture         {args.output}")
     return 0
 
@@ -309,7 +288,8 @@ def plot(args: argparse.Namespace, _: Overrides) -> int:
     from convneur.plot import CURVE_FILE, plot_runs
 
     path = args.output or (args.runs[0] / CURVE_FILE if len(args.runs) == 1 else Path("curves.png"))
-    plot_runs(args.runs, path)
+    for fault in plot_runs(args.runs, path):
+        print(f"warning: {fault}", file=sys.stderr)
     print(f"picture  {path}")
     return 0
 
@@ -318,7 +298,7 @@ def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur ablate`: trains the rows of the ablation table that are missing, and prints and saves the table."""
     from convneur.ablate import AblationConfig, run_configs, train_rows
     from convneur.config import load_as, save_config
-    from convneur.series import check_saved_runs
+    from convneur.series import standing
 
     config = load_as(AblationConfig, args.config, overrides)
     if args.dry_run:
@@ -338,7 +318,8 @@ def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
 
     nproc = rank_count(args.nproc)
     check(next(iter(run_configs(config).values())), nproc)  # the others differ in the model and the seed alone
-    check_saved_runs(run_configs(config).values(), "ablation")
+    for line in standing(run_configs(config), "ablation").damaged_lines():
+        print(line, flush=True)
     with run_folder(config.run, resume="auto"), TemporaryDirectory(prefix="convneur-config-") as temporary:
         resolved = Path(temporary) / "config.yaml"
         save_config(config, resolved)
@@ -346,22 +327,14 @@ def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _print_ablation(config: "AblationConfig", device: "torch.device", costs_only: bool = False) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from convneur.ablate import COSTS, HEADINGS, caption, cells, save_table, tabulate
+    from convneur.launch.tables import show_table
     from convneur.series import series_folder
 
     results = tabulate(config, device)
     note = caption(config, results, device)
-    table = Table(box=SIMPLE_HEAD, padding=0)
     headings = COSTS if costs_only else HEADINGS
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "row" else "right")
-    for result in results:
-        table.add_row(*cells(result)[: len(headings)])
-    Console().print(table)
+    show_table(headings, [cells(result)[: len(headings)] for result in results], text=("row",))
     print(note)
     if not costs_only:
         print("table      ", *save_table(series_folder(config), results, note))
@@ -381,28 +354,22 @@ def info(args: argparse.Namespace, overrides: Overrides) -> int:
         print(json.dumps(asdict(model)))
         return 0
 
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+    from convneur.launch.tables import show_table
 
     def cell(value: object) -> str:
         return "-" if value is None else str(value)
 
-    table = Table(
-        title=f"ConvNeur-{model.variant.upper()}: {model.params / 1e6:.3f} M parameters, {model.gmacs:.3f} GMACs"
-        f" at {model.image_size} x {model.image_size}",
-        box=SIMPLE_HEAD,
-        padding=0,
+    print(
+        f"ConvNeur-{model.variant.upper()}: {model.params / 1e6:.3f} M parameters, {model.gmacs:.3f} GMACs"
+        f" at {model.image_size} x {model.image_size}\n"
     )
-    for heading in ("stage", "size", "width", "blocks", "global", "d", "L", "chunks", "params", "GMACs"):
-        table.add_column(heading, justify="right")
+    rows = []
     for number, stage in enumerate(model.stages, 1):
         height, width = stage.resolution
         counts = (stage.width, stage.blocks, stage.branches, stage.memory_width, stage.chunk_length, stage.chunks)
-        table.add_row(
-            str(number), f"{height}x{width}", *map(cell, counts), f"{stage.params / 1e6:.3f}M", f"{stage.gmacs:.3f}"
-        )
-    Console().print(table)
+        row = (str(number), f"{height}x{width}", *map(cell, counts), f"{stage.params / 1e6:.3f}M", f"{stage.gmacs:.3f}")
+        rows.append(row)
+    show_table(("stage", "size", "width", "blocks", "global", "d", "L", "chunks", "params", "GMACs"), rows)
     print("global: blocks with a global branch, d channels in its bottleneck, L tokens in a chunk of its memory")
     print("GMACs: multiply-accumulates of matrix products and convolutions, one image; totals include stem and head")
     return 0
@@ -418,22 +385,16 @@ def doctor(args: argparse.Namespace, _: Overrides) -> int:
         print(json.dumps({"ok": healthy, "components": [asdict(finding) for finding in findings]}))
         return 0 if healthy else 1
 
-    from rich.console import Console
-    from rich.table import Table
+    from convneur.launch.tables import show_table
 
-    table = Table(show_edge=False)
-    for heading in ("component", "status", "version", "what is wrong, and what it costs"):
-        table.add_column(heading)
-    for finding, following in zip(findings, [*findings[1:], None], strict=True):
-        table.add_row(
-            finding.name,
-            finding.status,
-            finding.version or "-",
-            finding.note,
-            style="red" if finding.required and finding.status != "ok" else None,
-            end_section=following is not None and following.group != finding.group,
-        )
-    Console().print(table)
+    headings = ("component", "status", "version", "what is wrong, and what it costs")
+    show_table(
+        headings,
+        [(finding.name, finding.status, finding.version or "-", finding.note) for finding in findings],
+        text=headings,
+        styles=["red" if finding.required and finding.status != "ok" else None for finding in findings],
+        sections=[n for n, (one, two) in enumerate(pairwise(findings)) if one.group != two.group],
+    )
     print("all that is required works" if healthy else "something that is required doesn't work")
     return 0 if healthy else 1
 

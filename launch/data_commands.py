@@ -95,21 +95,16 @@ def verify(args: argparse.Namespace, _: Overrides) -> int:
 
 def show(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur data show`: counts, sizes and class balance, and a picture of what training sees."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from convneur.config import load_config
     from convneur.data.show import contact_sheet, summarize
+    from convneur.launch.tables import show_table
 
     config = load_config(args.config, [*overrides, "--data.root", str(args.folder)])
     manifest, summaries = summarize(args.folder)
     print(f"{args.folder}: {manifest.source}, {len(manifest.classes):,} classes")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("split", "shards", "images", "denied", "GB", "kB an image", "images a class", "empty"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
-    for split in summaries:
-        table.add_row(
+    headings = ("split", "shards", "images", "denied", "GB", "kB an image", "images a class", "empty")
+    rows = [
+        (
             split.split,
             f"{split.shards:,}",
             f"{split.samples:,}",
@@ -119,7 +114,9 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
             "/".join(f"{count:,}" for count in split.class_samples),
             f"{split.empty_classes:,}",
         )
-    Console().print(table)
+        for split in summaries
+    ]
+    show_table(headings, rows, text=("split",))
     print("kB an image, images a class: least/median/most; empty: classes without any")
     try:
         bad = contact_sheet(config.data, args.sheet, seed=config.run.seed)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from convneur.plan import Cluster, Plan, Range
 
 
@@ -23,14 +21,10 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(made.as_json(), indent=2))
         return 0
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(_headline(made))
-    console.print(_memory_table(made))
-    console.print(_time_table(made))
-    for line in _lines(made):
-        console.print(line)
+    print(_headline(made), end="\n\n")
+    _show_memory(made)
+    _show_time(made)
+    print(*_lines(made), sep="\n")
     return 0
 
 
@@ -60,41 +54,35 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f}" if size < 10e9 else f"{size / 1e9:.1f}"
 
 
-def _memory_table(made: "Plan") -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def _show_memory(made: "Plan") -> None:
+    from convneur.launch.tables import show_table
 
-    table = Table(box=SIMPLE_HEAD, padding=0, title="GB of a GPU at the peak of a step", title_justify="left")
+    print("GB of a GPU at the peak of a step")
     parts = ("weights", "optimizer", "averages", "gradients", "buckets", "gathered", "activations", "memory_states")
     headings = {"optimizer": "Adam", "averages": "EMA", "gradients": "grads", "activations": "acts"}
     headings["memory_states"] = "states"
-    table.add_column("ZeRO")
-    for name in (*parts, "total"):
-        table.add_column(headings.get(name, name), justify="right")
-    table.add_column("images", justify="right")
+    rows = []
     for stage, held in made.memory.items():
         values = [_gigabytes(getattr(held, name)) for name in (*parts, "total")]
         mark = "*" if stage == made.stage else ""
-        table.add_row(f"{stage}{mark}", *values, f"{made.largest_micro_batch[stage]:,}")
-    table.caption = (
+        rows.append((f"{stage}{mark}", *values, f"{made.largest_micro_batch[stage]:,}"))
+    show_table(("ZeRO", *(headings.get(name, name) for name in parts), "total", "images"), rows, text=("ZeRO",))
+    print(
         f"* as configured, of {made.capacity / 1e9:.1f} GB. states: of the neural memory, part of the activations\n"
-        "(acts). images: of a micro-batch, the most that fit."
+        "(acts). images: of a micro-batch, the most that fit.\n"
     )
-    table.caption_justify = "left"
-    return table
 
 
-def _time_table(made: "Plan") -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def _show_time(made: "Plan") -> None:
+    from convneur.launch.tables import show_table
 
-    table = Table(box=SIMPLE_HEAD, padding=0, title="a step", title_justify="left")
-    for heading in ("goes into", "ms, data sheet", "ms, slow end"):
-        table.add_column(heading, justify="left" if heading == "goes into" else "right")
-    for part, span in sorted(made.seconds.items(), key=lambda item: -item[1].high):
-        table.add_row(part, f"{span.low * 1e3:.2f}", f"{span.high * 1e3:.2f}")
-    table.add_row("all", f"{made.step_seconds.low * 1e3:.2f}", f"{made.step_seconds.high * 1e3:.2f}")
-    return table
+    print("a step")
+    parts = sorted(made.seconds.items(), key=lambda item: -item[1].high)
+    rows = [
+        (part, f"{span.low * 1e3:.2f}", f"{span.high * 1e3:.2f}") for part, span in (*parts, ("all", made.step_seconds))
+    ]
+    show_table(("goes into", "ms, data sheet", "ms, slow end"), rows, text=("goes into",))
+    print()
 
 
 def _lines(made: "Plan") -> list[str]:

@@ -1,20 +1,30 @@
 """What the runs in a folder are doing: from their files, and from Slurm."""
 
+import os
 import shutil
 import subprocess
 import time
-from calendar import timegm
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from convneur.config import load_config
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
 from convneur.data.errors import InputError
-from convneur.launch.submit import SUBMITTED, queued
-from convneur.launch.supervise import TIME_FORMAT, Record, read_attempts
-from convneur.metrics import read_metrics
-from convneur.summary import read_summary
+from convneur.launch.run_reader import CONFIG_FILE, RunReader
+from convneur.launch.supervise import ATTEMPTS_FILE, Record
+from convneur.launch.tables import show_table, table_of
+from convneur.saved import METRICS_FILE, DamagedError
+from convneur.summary import SUMMARY_FILE, ends_as_told
+
+SUBMITTED = "submitted"
+HEADINGS = ("run", "state", "epoch", "top-1", "images/s", "left", "restarts", "ETTR")
+WORDS = ("run", "state")
+RUN_FILES = {CONFIG_FILE, SUMMARY_FILE, METRICS_FILE, ATTEMPTS_FILE, "checkpoints"}
+"""What tells the folder of a run: any of them, since damage may have taken the others."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,8 @@ class RunStatus:
 
     Attributes:
         name: of its folder.
-        state: "finished", what Slurm says of its job, such as "RUNNING", or how its last attempt ended.
+        state: "finished", what Slurm says of its job, such as "RUNNING", how its last attempt ended, or "damaged" and
+            why: nothing else is said then.
         epoch: reached.
         epochs: of the whole run; 0 for one that Slurm has only queued.
         top1: of the newest evaluation, the better of raw and averaged weights.
@@ -61,40 +72,120 @@ class RunStatus:
         ]
 
 
-def list_runs(folder: Path) -> list[RunStatus]:
-    """All runs in a folder, by name, then those in Slurm's queue. InputError where there is no such folder."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder, expected one with runs in it, such as runs")
-    begun = [_status(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
-    names = {run.name for run in begun}
-    in_queue = queued(folder) if (folder / SUBMITTED).is_dir() and shutil.which("squeue") else {}
-    return begun + [_not_begun(*run) for run in sorted(in_queue.items()) if run[0] not in names]
+class Runs:
+    """All runs in a folder, looked at again and again. InputError where there is no such folder."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder, expected one with runs in it, such as runs")
+        self.folder = folder
+        self._readers: dict[Path, RunReader] = {}
+
+    def look(self) -> tuple[list[RunStatus], list[str]]:
+        """The runs, by name, then those in Slurm's queue; and what else there is to say, a line each."""
+        notes: list[str] = []
+        seen = [self._see(path, notes) for path in sorted(self.folder.iterdir())]
+        states = _slurm_states([run.job for run in seen if isinstance(run, _Begun) and run.job])
+        begun = [run.status(states) if isinstance(run, _Begun) else run for run in seen if run]
+        names = {run.name for run in begun}
+        in_queue = {}
+        if (self.folder / SUBMITTED).is_dir() and shutil.which("squeue"):
+            from convneur.launch.submit import queued  # submitit takes a second to load
+
+            try:
+                in_queue = queued(self.folder)
+            except InputError as error:
+                notes.append(str(error))
+        return begun + [_not_begun(*run) for run in sorted(in_queue.items()) if run[0] not in names], notes
+
+    def show(self) -> None:
+        """Prints what there is to see now."""
+        runs, notes = self.look()
+        show_table(HEADINGS, [run.cells() for run in runs], text=WORDS)
+        for note in notes:
+            print(f"note: {note}", flush=True)
+
+    def _see(self, path: Path, notes: list[str]) -> "_Begun | RunStatus | None":
+        """What a run's files say; None where a folder is none of a run."""
+        try:
+            if not path.is_dir():
+                return _damaged(path.name, "it is a link to nothing") if path.is_symlink() else None
+            names = {entry.name for entry in os.scandir(path)}
+        except OSError as error:
+            return _damaged(path.name, f"can't be read ({error.strerror})")
+        if not names & RUN_FILES:
+            return None
+        if CONFIG_FILE not in names:
+            return _damaged(path.name, f"it has no {CONFIG_FILE}")
+        try:
+            return _read(self._readers.setdefault(path, RunReader(path)), notes)
+        except DamagedError as error:
+            return _damaged(path.name, str(error).replace(f"{path}/", ""))
 
 
-def _status(run: Path) -> RunStatus:
-    config = load_config([run / "config.yaml"])
-    records = read_metrics(run)
-    scores = [max(r["eval/top1"], r.get("eval/top1_ema") or 0.0) for r in records if "eval/top1" in r]
-    rates = [r["train/images_per_second"] for r in records if "train/images_per_second" in r]
-    attempts = read_attempts(run)
-    starts = sum(record["event"] == "start" for record in attempts)
-    epoch = float(records[-1]["epoch"]) if records else 0.0
-    finished = read_summary(run) is not None
+def watch(runs: Runs, every: float) -> NoReturn:
+    """Shows the runs again and again, `every` so many seconds; on a terminal in the same place."""
+    console = Console()
+    if not console.is_terminal:
+        while True:
+            runs.show()
+            time.sleep(every)
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        while True:
+            found, notes = runs.look()
+            table = table_of(HEADINGS, [run.cells() for run in found], console.width, text=WORDS)
+            live.update(Group(table, *(Text(f"note: {note}") for note in notes)), refresh=True)
+            time.sleep(every)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A run of which all is known but what Slurm says: `job` is the one to ask for, `outcome` what it is without."""
+
+    name: str
+    job: str | None
+    outcome: str
+    known: dict[str, Any]
+
+    def status(self, states: Mapping[str, str] | None) -> RunStatus:
+        state = self.outcome
+        if self.job:
+            state = "unknown: Slurm doesn't answer" if states is None else states.get(self.job, self.outcome)
+        return RunStatus(name=self.name, state=state, **self.known)
+
+
+def _read(run: RunReader, notes: list[str]) -> _Begun:
+    config, summary, metrics = run.config(), run.summary(), run.metrics
+    metrics.read()
+    epochs, batch = config.schedule.epochs, config.data.global_batch_size
+    finished = summary is not None and summary.epochs >= epochs  # else it was made longer
+    if summary and finished and metrics.step and not ends_as_told(summary, metrics.epoch):
+        raise DamagedError(f"{METRICS_FILE} ends at epoch {metrics.epoch:.2f}, {SUMMARY_FILE} at {summary.epochs}")
+    try:
+        attempts, lost = run.attempts(), False
+    except DamagedError as error:
+        attempts, lost = [], True
+        notes.append(f"{run.folder.name}: {error}; so its state, its restarts and its ETTR aren't known")
     left = None
-    if rates and epoch and not finished:
-        steps = records[-1]["step"] / epoch * config.schedule.epochs - records[-1]["step"]
-        left = steps * config.data.global_batch_size / rates[-1]
-    return RunStatus(
-        name=run.name,
-        state="finished" if finished else _state(attempts),
-        epoch=epoch,
-        epochs=config.schedule.epochs,
-        top1=scores[-1] if scores else None,
-        images_per_second=rates[-1] if rates else None,
-        seconds_left=left,
-        restarts=max(0, starts - 1) if attempts else None,
-        ettr=_ettr(attempts, records, config.data.global_batch_size, finished) if attempts else None,
-    )
+    if metrics.rate and metrics.epoch and not finished:
+        left = (metrics.step / metrics.epoch * epochs - metrics.step) * batch / metrics.rate
+    scores = [summary.top1, summary.top1_ema or 0.0] if summary and finished else []
+    known = {
+        "epoch": float(epochs) if finished else metrics.epoch,
+        "epochs": epochs,
+        "top1": max(scores, default=metrics.top1),
+        "images_per_second": metrics.rate,
+        "seconds_left": left,
+        "restarts": max(0, sum(record["event"] == "start" for record in attempts) - 1) if attempts else None,
+        "ettr": _ettr(attempts, metrics.step_seconds * batch, finished) if attempts else None,
+    }
+    if finished or not attempts:
+        return _Begun(run.folder.name, None, "finished" if finished else "not known" if lost else "unknown", known)
+    return _Begun(run.folder.name, str(attempts[-1]["job"]), attempts[-1].get("outcome", "lost"), known)
+
+
+def _damaged(name: str, why: str) -> RunStatus:
+    return _not_begun(name, f"damaged: {why}")
 
 
 def _not_begun(name: str, state: str) -> RunStatus:
@@ -102,24 +193,18 @@ def _not_begun(name: str, state: str) -> RunStatus:
     return RunStatus(name, state, 0.0, 0, **nothing)
 
 
-def _ettr(attempts: Sequence[Record], records: Sequence[Mapping[str, Any]], batch: int, finished: bool) -> float:
-    """Seconds in the steps that the metrics still have, over those since the first start."""
-    seconds, before = 0.0, 0
-    for record in records:
-        if "train/images_per_second" in record:
-            seconds += (record["step"] - before) * batch / record["train/images_per_second"]
-            before = record["step"]
-    first, last = (timegm(time.strptime(attempts[i]["time"], TIME_FORMAT)) for i in (0, -1))
+def _ettr(attempts: Sequence[Record], seconds: float, finished: bool) -> float:
+    """Of the time since the first start, the part that went into the steps that the metrics have."""
+    first, last = attempts[0]["seconds"], attempts[-1]["seconds"]
     return seconds / max((last if finished else time.time()) - first, 1.0)
 
 
-def _state(attempts: Sequence[Record]) -> str:
-    """What Slurm says of the job of the last attempt; where it no longer knows it, how that attempt ended."""
-    if not attempts:
-        return "unknown"
-    if shutil.which("squeue"):
-        command = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={attempts[-1]['job']}"]
-        asked = subprocess.run(command, capture_output=True, text=True)
-        if asked.returncode == 0 and asked.stdout.strip():
-            return asked.stdout.split()[0]
-    return attempts[-1].get("outcome", "lost")
+def _slurm_states(jobs: Sequence[str]) -> dict[str, str] | None:
+    """What Slurm says of jobs, those left out that it no longer knows; None where it doesn't answer."""
+    if not jobs or not shutil.which("squeue"):
+        return {}
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}"]
+    asked = subprocess.run(command, capture_output=True, text=True)
+    if asked.returncode:
+        return {} if "Invalid job id" in asked.stderr else None
+    return dict(line.split()[:2] for line in asked.stdout.splitlines())

@@ -17,9 +17,10 @@ from scipy.optimize import nnls
 
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
-from convneur.series import run_folder
+from convneur.saved import DamagedError
+from convneur.series import Standing, run_folder
 from convneur.study import Place, StudyConfig, progress
-from convneur.summary import read_summary
+from convneur.summary import Summary, read_summary
 
 CONFIGS = "configs"
 LOGS = "logs"
@@ -50,20 +51,20 @@ def sbatch_lines(runs: Mapping[Place, Config], paths: Mapping[Place, Path], scri
         yield shlex.join([*words, "--run.root", run.run.root, "--data.root", run.data.root])
 
 
-def run_missing(config: StudyConfig, runs: Mapping[Place, Config], folder: Path, jobs: int, nproc: int) -> list[str]:
+def run_missing(config: StudyConfig, stand: Standing[Place], folder: Path, jobs: int, nproc: int) -> list[str]:
     """Trains the unfinished runs, `jobs` of them at a time with `nproc` ranks each; the names of those that failed.
 
     A run that fails is left behind and the others go on. What a run says goes to logs/NAME.log in the study's folder.
 
     Raises StoppedError where INT or TERM came; the runs have saved checkpoints by then.
     """
-    missing = {place: run for place, run in runs.items() if not read_summary(run_folder(run))}
+    missing = stand.missing
     paths = save_configs(missing, folder)
     (folder / LOGS).mkdir(exist_ok=True)
     weights = {place: state.weight for place, state in progress(config).items()}
-    total, finished = sum(weights.values()), sum(weights[place] for place in runs if place not in missing)
+    total, finished = sum(weights.values()), sum(weights[place] for place in stand.finished)
     spent: dict[Place, float] = {}  # seconds, of the runs that end here
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished, {finished / total:.0%} of the operations")
+    print(f"{len(stand.finished)} of {len(weights)} runs are finished, {finished / total:.0%} of the operations")
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(jobs * nproc)))}
     waiting, failed = list(missing), []
     running: dict[Place, subprocess.Popen[bytes]] = {}
@@ -82,7 +83,7 @@ def run_missing(config: StudyConfig, runs: Mapping[Place, Config], folder: Path,
                     del running[place]
                     free.append(of_run.pop(place))
                     spent[place] += time.monotonic()
-                    summary = read_summary(run_folder(runs[place]))
+                    summary = _summary(missing[place])
                     if summary is None:
                         del spent[place]
                         failed.append(place.name)
@@ -91,16 +92,23 @@ def run_missing(config: StudyConfig, runs: Mapping[Place, Config], folder: Path,
                     finished += weights[place]
                     ended = {one: seconds for one, seconds in spent.items() if seconds > 0}
                     left = _seconds_left(ended, weights, [*running, *waiting]) / jobs
-                    done = len(runs) - len(waiting) - len(running) - len(failed)
+                    done = len(stand.finished) + len(missing) - len(waiting) - len(running) - len(failed)
                     top1 = summary.top1 if summary.top1_ema is None else summary.top1_ema
                     print(
-                        f"[{done}/{len(runs)}] {place.name}  top1 {top1:.4f}  {summary.seconds:.0f} s"
+                        f"[{done}/{len(weights)}] {place.name}  top1 {top1:.4f}  {summary.seconds:.0f} s"
                         f"  {finished / total:.0%} of the operations, about {left / 60:.0f} min left",
                         flush=True,
                     )
         finally:
             _stop(running)
     return failed
+
+
+def _summary(run: Config) -> Summary | None:
+    try:
+        return read_summary(run_folder(run))
+    except DamagedError:
+        return None
 
 
 def _seconds_left(ended: Mapping[Place, float], weights: Mapping[Place, float], ahead: Sequence[Place]) -> float:

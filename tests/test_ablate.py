@@ -27,7 +27,7 @@ from convneur.data.errors import InputError
 from convneur.info import describe
 from convneur.launch.cli import main
 from convneur.model import ModelConfig
-from convneur.series import check_saved_runs, run_folder, series_folder
+from convneur.series import run_folder, series_folder, standing
 from convneur.summary import Summary, write_summary
 
 CPU = torch.device("cpu")
@@ -97,7 +97,11 @@ def test_table_of_finished_runs(digits: Path, tmp_path: Path) -> None:
     for (row, seed), run in run_configs(config).items():
         if row == "local_only" or (row == "neural_memory" and seed == 1):
             finish(run, *scores[seed])
-    check_saved_runs(run_configs(config).values(), "ablation")
+    stand = standing(run_configs(config), "ablation")
+    assert (len(stand.finished), len(stand.missing), stand.damaged) == (4, 5, {})
+    finish(run_configs(config)["neural_memory", 0], 0.9, 0.9)
+    (run_folder(run_configs(config)["neural_memory", 0]) / "summary.json").write_text("{")
+    assert [*standing(run_configs(config), "ablation").damaged] == [("neural_memory", 0)]
     local, memory, titans = tabulate(config, CPU)
     assert local.top1 == pytest.approx({0: 90.0, 1: 92.0, 2: 94.0})
     assert (local.top1_mean, local.top1_std) == pytest.approx((92.0, 2.0))
@@ -131,7 +135,7 @@ def test_a_run_by_another_recipe_is_not_taken_for_one_of_ours(digits: Path, tmp_
     finish(next(iter(run_configs(config).values())), 0.5, None)
     longer = replace(config, schedule=replace(config.schedule, epochs=2))
     with pytest.raises(InputError, match=r"local_only-seed0/config\.yaml is not what this ablation would train there"):
-        check_saved_runs(run_configs(longer).values(), "ablation")
+        standing(run_configs(longer), "ablation")
 
 
 def test_dry_run_prints_costs_and_writes_nothing(

@@ -48,7 +48,11 @@ def finish(config: StudyConfig, keep: int | None = None) -> None:
         loss = better * (0.3 + (params / 1e5) ** -0.5) * np.exp(noise.normal(0, 0.01))
         record = {"step": 11, "epoch": 1.0, "eval/loss": 9.9, "eval/loss_ema": loss, "eval/top1_ema": 1 - loss / 5}
         (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-        made_with = {"code": {"commit": "c" * 40, "diff": ""}, "hardware": {"world_size": 2, "threads": "1"}}
+        made_with = {
+            "config": "run: {}",
+            "code": {"commit": "c" * 40, "diff": ""},
+            "hardware": {"world_size": 2, "threads": "1"},
+        }
         (folder / "reproduce.json").write_text(json.dumps(made_with))
         write_summary(Summary(0.1, 1 - loss / 5, epochs=1, images=1408, seconds=1800, checkpoint="none"), folder)
 
