@@ -6,7 +6,7 @@ others to start from, `include: FILE`, beside its sections; what is saved with a
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
@@ -230,7 +230,7 @@ def _parse_overrides(words: Iterable[str], schema: type) -> Iterator[tuple[str, 
             raise _unknown("--", key, config_keys(schema))
         value: Any = text
         if first == "deepspeed":  # free values have no type to read them by
-            value = _yaml(text, f"--{key} is {text!r}, which is not valid YAML")
+            value = _yaml(text.encode(errors="surrogateescape"), f"--{key} is {text!r}, which is not valid YAML")
         for name in reversed(rest):
             value = {name: value}
         yield "--", {first: value}
@@ -266,13 +266,13 @@ for _class in (_Loader, _FastLoader, _Dumper):
     )
 
 
-def _yaml(text: str | bytes, complaint: str) -> Any:
+def _yaml(text: bytes, complaint: str) -> Any:
     try:
         return yaml.load(text, _FastLoader if len(text) < LONG_YAML else _Loader)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # the others: 2026-02-30, [[[[...
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        last = text.count(b"\n" if isinstance(text, bytes) else "\n") + 1  # libyaml points beyond what ends too early
+        last = text.count(b"\n") + 1  # libyaml points beyond what ends too early
         where = f"line {min(mark.line + 1, last)}: " if mark else ""
         raise InputError(f"{complaint} ({where}{problem})") from error
 
@@ -289,9 +289,7 @@ def _merge(base: Tree, extra: Tree) -> Tree:
 # Types.
 
 
-@cache
-def _hints(section: type) -> dict[str, Any]:
-    return get_type_hints(section)
+_hints: Callable[[type], dict[str, Any]] = cache(get_type_hints)
 
 
 def _is_section(hint: Any) -> TypeGuard[type]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -30,7 +30,13 @@ LOSSES = {
 }
 ACCURACIES = {"eval/top1": "raw weights", "eval/top1_ema": "averaged weights"}
 COLORS = {"train/loss": "C0", "eval/loss": "C1", "eval/loss_ema": "C2", "eval/top1": "C1", "eval/top1_ema": "C2"}
-STYLES = {"train/loss": ":", "eval/loss": "-", "eval/loss_ema": "--", "eval/top1": "-", "eval/top1_ema": "--"}
+STYLES: dict[str, Literal["-", "--", ":"]] = {
+    "train/loss": ":",
+    "eval/loss": "-",
+    "eval/loss_ema": "--",
+    "eval/top1": "-",
+    "eval/top1_ema": "--",
+}
 
 PALETTE = 10
 """Colours that are told apart; of more runs than that, several have one, and each has a style of line of its own."""

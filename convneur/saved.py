@@ -104,7 +104,7 @@ def _record(line: bytes) -> Metrics:
     if not isinstance(record, dict):
         raise ValueError("no JSON object")
     step, epoch = record.get("step"), record.get("epoch")
-    if type(step) is not int or step < 0 or type(epoch) not in (int, float) or not (0 <= epoch < math.inf):
+    if type(step) is not int or step < 0 or not isinstance(epoch, int | float) or not 0 <= epoch < math.inf:
         raise ValueError("no step and epoch")
     for name, value in record.items():
         if value is not None and type(value) not in (int, float):

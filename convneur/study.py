@@ -225,10 +225,9 @@ def _point(place: Place, run: Config, folder: Path) -> Point | None:
     cores = re.match(r"[1-9]\d*", str(hardware.get("threads")))  # OMP_NUM_THREADS, which may be a list
     threads = int(cores[0]) if cores and not hardware.get("gpus") else 1
     commit = code.get("commit")
-    scores = [last.get(name + "_ema" * averaged) for name in ("eval/loss", "eval/top1")]
-    if None in scores:
+    loss, top1 = (last.get(name + "_ema" * averaged) for name in ("eval/loss", "eval/top1"))
+    if loss is None or top1 is None:
         raise DamagedError(f"{folder / METRICS_FILE}: its last evaluation has no loss or top-1 of averaged weights")
-    loss, top1 = scores
     return Point(
         place=place,
         params=model.params,
