@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.flop_counter import register_flop_formula
 
 from convneur import native
@@ -20,6 +21,7 @@ from convneur.branches import MemoryMixer
 from convneur.depthwise import DepthwiseConv2d
 from convneur.linear import ChannelLinear
 from convneur.memory import NeuralMemory
+from convneur.transformed import is_transformed
 
 if TYPE_CHECKING:
     from convneur.model import Block, GlobalBranch, LocalBranch
@@ -30,8 +32,9 @@ TAPS = 7  # of the depthwise convolution a side, as the source has it
 def takes(block: "Block", x: Tensor) -> bool:
     """Whether `forward` computes this block.
 
-    It leaves to PyTorch what it would pass over: modules with hooks, such as those of ZeRO stage 3, and modules or
-    weights that somebody has put in the place of ours. Hooks for all modules of the process are passed over.
+    It leaves to PyTorch what it would pass over: modules with hooks, such as those of ZeRO stage 3, or all of them
+    where there are hooks for all modules of the process, and modules or weights that somebody has put in the place of
+    ours.
     """
     return (
         type(x) is Tensor
@@ -42,8 +45,8 @@ def takes(block: "Block", x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()  # which would keep this image's width
         and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and not is_transformed()
+        and not (_global_forward_hooks or _global_forward_pre_hooks)
         and (_is_plain(nn.Identity, block.drop_path) or _drops_nothing(block.drop_path))
         and _local_is_plain(block.local_branch, len(block.gamma))
         and _fusion_is_plain(block, len(block.gamma))

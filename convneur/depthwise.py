@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from convneur.transformed import is_transformed
+
 # It generates code for such kernels where a CPU has AVX2 or AVX-512; what it does elsewhere was not measured.
 ONEDNN_IS_FAST = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
@@ -24,14 +26,28 @@ def weight_gradient(x: Tensor, dy: Tensor, taps: int) -> Tensor:
     """
     channels = x.shape[1]
     total = x.new_zeros(1, channels, taps, taps)
-    for image, kernel in zip(x.split(1), dy.split(1), strict=True):
-        total += F.conv2d(image, kernel.transpose(0, 1), padding=taps // 2, groups=channels)
+    for i in range(len(x)):
+        total += F.conv2d(x[i : i + 1], dy[i : i + 1].transpose(0, 1), padding=taps // 2, groups=channels)
     return total.transpose(0, 1).contiguous()
 
 
 @weight_gradient.register_fake
 def _(x: Tensor, dy: Tensor, taps: int) -> Tensor:
     return x.new_empty(x.shape[1], 1, taps, taps)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor, Tensor, None]:
+    """Gradients of x and dy, for second derivatives: the correlation is linear in both."""
+    x, dy = ctx.saved_tensors
+    same = {"padding": d_weight.shape[-1] // 2, "groups": len(d_weight)}
+    return F.conv2d(dy, d_weight.flip(2, 3), **same), F.conv2d(x, d_weight, **same), None
+
+
+weight_gradient.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class _Convolution(torch.autograd.Function):
@@ -78,4 +94,6 @@ class DepthwiseConv2d(nn.Conv2d):
             and torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_exporting()
+            and not torch.jit.is_tracing()  # which can't save a function in Python
+            and not is_transformed()
         )

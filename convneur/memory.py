@@ -29,6 +29,7 @@ from convneur import memory_operator
 from convneur.linear import channel_linear
 from convneur.memory_steps import ReadOrder, steps, updates
 from convneur.precision import own_precision
+from convneur.transformed import is_transformed
 
 HIDDEN_RATIO = 4
 
@@ -187,7 +188,8 @@ class NeuralMemory(nn.Module):
     def projection(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Weight and bias of the layer that `project` applies to so many tokens."""
         count = updates(self.config.read, tokens, self.config.chunk_length)
-        if torch.compiler.is_exporting() or self.implementation == "scan" or count > 0:  # images may be of any size
+        any_size = torch.compiler.is_exporting() or torch.jit.is_tracing() or self.implementation == "scan"
+        if any_size or count > 0:
             return self.qkv_weight, self.qkv_bias
         bias = self.qkv_bias[: self.dim]
         if torch.is_grad_enabled():
@@ -204,6 +206,8 @@ class NeuralMemory(nn.Module):
             return channel_linear(hidden, self.w2.T).flatten(1, -2).to(qkv.dtype)
         qkv = qkv.flatten(1, -2)
         implementation = self.implementation
+        if implementation in ("auto", "fused") and is_transformed():
+            implementation = "plain"
         if implementation == "auto" and torch.onnx.is_in_onnx_export():
             implementation = "scan" if isinstance(qkv.shape[1], torch.SymInt) else "plain"
         if implementation in ("plain", "scan"):

@@ -29,7 +29,7 @@ _gelu, _gelu_backward = torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.gr
 def _groups(scales: Tensor, hidden: int, chunk_length: int) -> list[slice]:
     """Images that are processed together: as many as fit the cache on a CPU, all of them elsewhere."""
     images, tokens = scales.shape[:2]
-    size = images
+    size = max(images, 1)
     if scales.device.type == "cpu":
         threads = torch.get_num_threads()
         bytes_per_image = 2 * min(chunk_length, tokens) * hidden * scales.itemsize

@@ -8,6 +8,7 @@ Shape legend: B images, N tokens, M written tokens, U updates, L tokens a chunk,
 """
 
 import os
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ def recurrence(
     """Context (B, N, d), the same as `convneur.memory.recurrence` computes; the arguments are the operator's."""
     tensors = qkv, w1, w2, generator_weight, generator_bias
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors) and not torch.compiler.is_exporting()
+    keep = keep or torch.jit.is_tracing()  # whoever runs the trace may want gradients, wherever it was made
     with own_precision(qkv):
         context: Tensor = neural_memory(*tensors, chunk_length, inner_lr, read, keep, kernels)[0]
     return context
@@ -46,7 +48,7 @@ def _state_dtype(qkv: Tensor) -> torch.dtype:
 
 def _implementation(qkv: Tensor, d: int, count: int, kernels: bool) -> ModuleType:
     """The module whose `forward` and `backward` are to be called."""
-    if kernels and count:
+    if kernels and count and len(qkv):
         if qkv.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
             from convneur import memory_triton  # takes seconds to import
 
@@ -115,6 +117,7 @@ def neural_memory_backward(
     w1: Tensor,
     w2: Tensor,
     generator_weight: Tensor,
+    generator_bias: Tensor,
     states: Tensor,
     surprises: Tensor,
     factors: Tensor,
@@ -125,7 +128,10 @@ def neural_memory_backward(
     read: str,
     kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, w1, w2 and the update generator's weight and bias, from what `neural_memory` kept."""
+    """Gradients of qkv, w1, w2 and the update generator's weight and bias, from what `neural_memory` kept.
+
+    The bias is not read, but the gradients depend on it, and so do theirs.
+    """
     d_qkv, d_start, d_logits = _implementation(qkv, w1.shape[0], len(states), kernels).backward(
         dy.contiguous(),
         qkv,
@@ -173,22 +179,24 @@ def _(
 
 @neural_memory_backward.register_fake
 def _(
-    dy: Tensor, qkv: Tensor, w1: Tensor, w2: Tensor, generator_weight: Tensor, states: Tensor, *rest: object
+    dy: Tensor,
+    qkv: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    generator_weight: Tensor,
+    generator_bias: Tensor,
+    states: Tensor,
+    *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias = states.new_empty(generator_weight.shape[0])
-    return (
-        torch.empty_like(qkv),
-        states.new_empty(w1.shape),
-        states.new_empty(w2.shape),
-        states.new_empty(generator_weight.shape),
-        bias,
-    )
+    weights = w1, w2, generator_weight, generator_bias
+    d_w1, d_w2, d_weight, d_bias = (states.new_empty(weight.shape) for weight in weights)
+    return torch.empty_like(qkv), d_w1, d_w2, d_weight, d_bias
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, w1, w2, generator_weight, _, chunk_length, inner_lr, read, _, kernels = inputs
+    *tensors, chunk_length, inner_lr, read, _, kernels = inputs
     ctx.settings = chunk_length, inner_lr, read, kernels
-    ctx.save_for_backward(qkv, w1, w2, generator_weight, *output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -199,6 +207,31 @@ def _backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
 
 
 neural_memory.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _save_for_second_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.settings = inputs[11:14]
+    ctx.save_for_backward(*inputs[:6])
+
+
+def _second_backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor | None, ...]:
+    """Second derivatives, which are asked for rarely: of the equations, by PyTorch's operations."""
+    from convneur.memory import MemoryState, recurrence, update_factors  # which builds on this module
+
+    chunk_length, inner_lr, read = ctx.settings
+    with torch.enable_grad(), own_precision(ctx.saved_tensors[0]):
+        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in ctx.saved_tensors]
+        dy, qkv, w1, w2, weight, bias = inputs
+        generator = partial(update_factors, weight=weight, bias=bias, inner_lr=inner_lr)
+        context = recurrence(qkv, MemoryState(w1, w2), generator, chunk_length, read)
+        gradients = torch.autograd.grad(context, inputs[1:], dy, create_graph=True, materialize_grads=True)
+    second = torch.autograd.grad(
+        gradients, inputs, adjoints, create_graph=torch.is_grad_enabled(), materialize_grads=True
+    )
+    return *second, *[None] * 9
+
+
+neural_memory_backward.register_autograd(_second_backward, setup_context=_save_for_second_backward)
 
 
 @register_flop_formula(torch.ops.convneur.neural_memory)
@@ -228,6 +261,7 @@ def _(
     w1: Any,
     w2: Any,
     weight: Any,
+    bias: Any,
     states: Any,
     surprises: Any,
     factors: Any,

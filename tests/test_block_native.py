@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from convneur import native
 from convneur.branches import MIXERS, MixerKind
@@ -45,11 +49,25 @@ def block_of(
     return block
 
 
-def calls(block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[Any, int]]:
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations by operator; without hooks for all modules, as FlopCounterMode has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.counts[func.overloadpacket] += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def calls(block: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, dict[Any, int]]:
     """Its output, and the operations that did the arithmetic with their floating-point operations."""
-    with FlopCounterMode(display=False) as counter:
+    with Operations() as operations:
         y = block(x)
-    return y, dict(counter.get_flop_counts()["Global"])
+    return y, dict(operations.counts)
 
 
 def assert_as_exact_as_pytorch(block: Block, x: torch.Tensor) -> dict[Any, int]:
@@ -145,6 +163,20 @@ def test_calls_a_module_with_a_hook(name: str) -> None:
     assert len(seen) == (0 if name == "project" else 2)  # which a gate has no use for
 
 
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+@torch.no_grad()
+def test_calls_every_module_where_all_have_a_hook(register: Callable[..., Any]) -> None:
+    block, x = block_of(8), torch.randn(1, 8, 4, 4)
+    seen: set[nn.Module] = set()
+    handle = register(lambda module, *_: seen.add(module))
+    try:
+        assert BLOCK not in calls(block, x)[1]
+    finally:
+        handle.remove()
+    assert seen == set(block.modules()) - {block.project}  # which a gate has no use for
+    assert BLOCK in calls(block, x)[1]
+
+
 @pytest.mark.parametrize("name", ["reduce", "norm", "mixer", "mixer.memory"])
 def test_calls_a_module_with_a_hook_of_the_bottleneck(name: str) -> None:
     block, x = block_of(8), torch.randn(1, 8, 4, 4)
@@ -226,9 +258,7 @@ def test_a_trace_takes_images_of_other_sizes() -> None:
 def test_leaves_weights_of_another_kind_to_pytorch() -> None:
     block, x = block_of(8), torch.randn(1, 8, 4, 4)
     weights = {"local_branch.up.weight": torch.zeros(32, 8), "local_branch.up.bias": torch.zeros(32)}
-    with FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(block, weights, (x,))
-    assert BLOCK not in counter.get_flop_counts()["Global"]
+    assert BLOCK not in calls(lambda x: torch.func.functional_call(block, weights, (x,)), x)[1]
 
 
 @torch.no_grad()
