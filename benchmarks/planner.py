@@ -34,6 +34,7 @@ class Case:
     variant: str
     image_size: int
     micro_batch: int
+    accumulation: int
     precision: str
     recompute: bool
     stage: int
@@ -52,18 +53,22 @@ def settings(variant: str, args: argparse.Namespace, stage: int, ranks: int) -> 
     words = {
         "model.variant": variant,
         "data.image_size": args.image_size,
-        "data.global_batch_size": args.micro_batch * ranks,
+        "data.global_batch_size": args.micro_batch * args.accumulation * ranks,
+        "train.accumulation": args.accumulation,
         "train.recompute": str(args.recompute).lower(),
         "deepspeed.zero_optimization.stage": stage,
     }
     if args.precision == "autocast":
         words["deepspeed.torch_autocast"] = "{enabled: true, dtype: bfloat16}"
+    elif args.precision == "bf16":
+        words["deepspeed.bf16"] = "{enabled: true}"
     return load_config(overrides=[f"--{key}={value}" for key, value in words.items()])
 
 
 def measure(config: Config, world: World) -> tuple[int, int | None]:
     """The most bytes of living tensors in the second step, and of CUDA's allocator where there is one."""
-    micro_batch, size = config.data.global_batch_size // world.size, config.data.image_size
+    accumulation, size = config.train.accumulation, config.data.image_size
+    micro_batch = config.data.global_batch_size // world.size // accumulation
     with LiveStorages() as tensors:
         torch.manual_seed(0)
         model = ConvNeur(config.model).to(world.device)
@@ -78,12 +83,13 @@ def measure(config: Config, world: World) -> tuple[int, int | None]:
             tensors.high = tensors.live
             if world.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            images = torch.randn(micro_batch, 3, size, size, device=world.device)
-            loss = cross_entropy(engine(images.to(memory_format=torch.channels_last)).float(), target)
-            engine.backward(loss)
-            engine.step()
+            for _ in range(accumulation):
+                images = torch.randn(micro_batch, 3, size, size, device=world.device)
+                loss = cross_entropy(engine(images.to(memory_format=torch.channels_last)).float(), target)
+                engine.backward(loss)
+                engine.step()
+                del loss, images
             ema.update()
-            del loss, images
     allocated = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None
     engine.destroy()
     return tensors.high, allocated
@@ -114,7 +120,8 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--precision", choices=["fp32", "autocast"], default="autocast")
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--precision", choices=["fp32", "autocast", "bf16"], default="autocast")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("planner.json"))
     parser.add_argument("--figure", type=Path)
@@ -129,9 +136,9 @@ def main() -> None:
         for stage in args.stages:
             config = settings(variant, args, stage, world.size)
             how = layout(deepspeed_config(config, world.size), stage, world.size, precision, averages=True)
-            size, batch = args.image_size, args.micro_batch
             planned = peak(trace, how).total
-            case = Case(variant, size, batch, precision, args.recompute, stage, planned, *measure(config, world))
+            shape = args.image_size, args.micro_batch, args.accumulation
+            case = Case(variant, *shape, precision, args.recompute, stage, planned, *measure(config, world))
             cases.append(case)
             if world.is_main:
                 real = (case.allocated or case.measured) / 1e6

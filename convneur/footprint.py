@@ -63,6 +63,7 @@ class Layout:
         averages: whether a moving average is kept.
         bucket: elements of a bucket, DeepSpeed's reduce_bucket_size.
         offload: whether the optimizer's state is in the host's memory.
+        accumulates: whether a step has several micro-batches, whose gradients are added up.
     """
 
     stage: int
@@ -71,23 +72,25 @@ class Layout:
     averages: bool
     bucket: int
     offload: bool
+    accumulates: bool = False
 
 
 def layout(section: dict[str, Any], stage: int, ranks: int, precision: Precision, averages: bool) -> Layout:
     """The layout that a complete deepspeed section asks for, under a ZeRO stage that may be another one."""
     zero = section.get("zero_optimization", {})
     offload = offloads_optimizer(section) and stage > 0
-    return Layout(stage, ranks, precision, averages, int(zero["reduce_bucket_size"]), offload)
+    accumulates = section["gradient_accumulation_steps"] > 1
+    return Layout(stage, ranks, precision, averages, int(zero["reduce_bucket_size"]), offload, accumulates)
 
 
 def peak(trace: Trace, how: Layout) -> Memory:
-    """The memory of a rank in a step of one micro-batch after the first, when the optimizer has its moments."""
+    """The memory of a rank in the last micro-batch of a step after the first, when the optimizer has its moments."""
     return _peak(trace.shapes, trace.moments, trace.memory_states, how)
 
 
 def host_bytes(params: int, how: Layout) -> int:
-    """What an offloaded optimizer takes of the host's memory for a rank: master, moments and gradient."""
-    return 4 * FLOAT * params // how.ranks if how.offload else 0
+    """What an offloaded optimizer takes of the host's memory for a rank: master, moments and gradient, and its sum."""
+    return (4 + how.accumulates) * FLOAT * params // how.ranks if how.offload else 0
 
 
 def largest_micro_batch(small: tuple[int, Trace], large: tuple[int, Trace], how: Layout, capacity: int) -> int:
@@ -132,6 +135,7 @@ def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how:
     averages = full if how.averages else 0
     gradients = buckets = persisted = 0
     bucket = FLOAT * how.bucket
+    sums = how.stage == 1 and how.precision == "bf16"  # DeepSpeed's BF16_Optimizer
     if how.stage == 3:
         weights //= how.ranks
         averages //= how.ranks
@@ -139,18 +143,19 @@ def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how:
         persisted = size * persistent
         # A bucket for each precision that gradients are reduced in.
         buckets = {"fp32": bucket, "autocast": bucket + bucket // 2}.get(how.precision, bucket // 2)
-    elif how.stage and own_half and how.stage == 1:
-        gradients = full  # DeepSpeed's BF16_Optimizer adds them up in a flat buffer that stays
-    elif how.stage:  # from the first to the last gradient of the backward pass; autocast has two precisions
-        buckets = {"autocast": 2 * bucket}.get(how.precision, bucket)
+    elif sums:
+        gradients = full + weights  # added up in a flat buffer that stays, as do those of the backward pass, for zeros
+    elif how.stage:  # from the first to the last gradient; autocast has two precisions
+        buckets = (2 if how.precision == "autocast" else 1) * size * how.bucket
 
     def at(when: str, activations: int, grads: int = 0, copies: int = 0, gathered: int = 0) -> Memory:
-        in_backward = how.stage == 3 or when != "forward pass"
+        # ZeRO 1 reduces only in the last micro-batch what has been added up from the first one on.
+        in_backward = how.stage == 3 or when != "forward pass" or (how.stage == 1 and how.accumulates)
         return Memory(
             weights=weights,
             optimizer=optimizer,
             averages=averages,
-            gradients=gradients + grads,
+            gradients=gradients + earlier + grads,
             buckets=(buckets if in_backward else 0) + copies,
             gathered=persisted + gathered,
             activations=activations,
@@ -159,7 +164,7 @@ def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how:
         )
 
     forward, *backward = moments
-    held = _gradients(how, size, full, share, bucket)
+    earlier, held, reducing = _gradients(how, size, params)
     if how.stage == 3:
         others = weights * how.ranks - persisted
         part = min(1.0, PREFETCH / params)  # of the parameters, gathered at once, into one tensor and from there
@@ -168,7 +173,7 @@ def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how:
         found = [gathering, at("forward pass", forward.high, gathered=others)]
         found.append(at("end of the backward pass", 0, copies=moved, gathered=others))
     else:
-        others, found = 0, [at("forward pass", forward.high), _reducing(at, how, full, share, bucket)]
+        others, found = 0, [at("forward pass", forward.high), at("end of the backward pass", 0, *reducing)]
     grown = 0
     for moment in backward:
         found.append(at("backward pass", moment.high, grads=held(grown), gathered=others))
@@ -176,28 +181,34 @@ def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how:
     return max(found, key=lambda memory: memory.total)
 
 
-def _gradients(how: Layout, size: int, full: int, share: int, bucket: int) -> Callable[[int], int]:
-    """Bytes of the gradients held while the backward pass runs, when those of so many elements are complete."""
+def _gradients(how: Layout, size: int, params: int) -> tuple[int, Callable[[int], int], tuple[int, int]]:
+    """Bytes of gradients under ZeRO 0 to 2, where those of a parameter take `size` bytes an element.
 
-    def held(grown: int) -> int:
-        if how.stage in (0, 1):  # as the weights, until the last is there
-            return size * grown
-        if how.stage == 2:  # in the buckets; what has been reduced is in this rank's share
-            return share if FLOAT * grown > bucket else 0
-        return 0
-
-    return held
-
-
-def _reducing(at: Callable[..., Memory], how: Layout, full: int, share: int, bucket: int) -> Memory:
-    """After the backward pass of ZeRO 0 to 2, when gradients are reduced."""
-    when = "end of the backward pass"
-    if how.stage == 0:  # all in one: a flat copy
-        return at(when, 0, grads=full, copies=full if how.ranks > 1 else 0)
-    if how.stage == 1 and how.precision in ("bf16", "fp16"):
-        return at(when, 0, grads=full // 2)
-    piece = min(bucket, share)
+    Returns:
+        Those of earlier micro-batches, held throughout; those held beside them while the backward pass runs and so many
+        elements are complete; and at its end, when they are reduced, those held and copies of them.
+    """
+    full, bucket = size * params, size * how.bucket
+    share, piece = full // how.ranks, min(bucket, full // how.ranks)
+    if how.stage == 0:  # as the weights; all are reduced in one flat copy
+        copies = full if how.ranks > 1 else 0
+        if how.accumulates:
+            return full, lambda grown: 0, (0, copies)
+        return 0, lambda grown: size * grown, (full, copies)
+    if how.stage == 3 or (how.stage == 1 and how.precision == "bf16"):  # in buffers that stay, and are reduced whole
+        return 0, lambda grown: 0, (0, (FLOAT + HALF) * params)
+    if how.stage == 2 and how.precision == "bf16":  # reduced in half precision, added up in float32
+        own = FLOAT * params // how.ranks
+        if how.accumulates:
+            return own, lambda grown: 0, (0, min(bucket, full))
+        return 0, lambda grown: own if grown > how.bucket else 0, (own, min(bucket, full))
     copies = piece if bucket > share else 0  # a bucket with gradients of several ranks is taken apart
     copies += piece // 2 if how.precision == "autocast" else 0
-    left = max(0, full - bucket) if how.stage == 1 else 0
-    return at(when, 0, grads=left + share, copies=copies)
+    if how.stage == 1:
+        left = max(0, full - bucket) + share
+        if how.accumulates:
+            return full, lambda grown: 0, (left - full, copies)
+        return 0, lambda grown: size * grown, (left, copies)
+    # In the buckets; what has been reduced is in this rank's share, apart from that of earlier micro-batches.
+    earlier = share if how.accumulates and not how.offload else 0
+    return earlier, lambda grown: share if grown > how.bucket else 0, (share, copies)

@@ -111,10 +111,8 @@ def trace_step(
         cuda: what a GPU would do; else a CPU.
     """
     with FakeTensorMode():
-        model = ConvNeur(config)
+        model = _model(config, DTYPES[precision] if precision in ("bf16", "fp16") else torch.float32)
         model.set_grad_checkpointing(recompute)
-        if precision in ("bf16", "fp16"):
-            model.to(DTYPES[precision])
         with _Watch(model) as watch:
             x = torch.empty(images, config.in_chans, image_size, image_size).to(memory_format=torch.channels_last)
             target = torch.empty(images, config.num_classes)
@@ -131,6 +129,16 @@ def trace_step(
                 )
             watch.turn()
     return Trace(tuple(watch.moments), tuple(watch.kernels), watch.shapes, watch.memory_states)
+
+
+def _model(config: ModelConfig, dtype: torch.dtype) -> ConvNeur:
+    """A model that is made in its precision, as fake parameters can't be converted to another."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return ConvNeur(config)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _autocast(precision: Precision, cuda: bool) -> AbstractContextManager[Any]:
