@@ -43,8 +43,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, d_weight: Tensor) -> tuple[Tensor, Tensor, None]:
     """Gradients of x and dy, for second derivatives: the correlation is linear in both."""
     x, dy = ctx.saved_tensors
-    same = {"padding": d_weight.shape[-1] // 2, "groups": len(d_weight)}
-    return F.conv2d(dy, d_weight.flip(2, 3), **same), F.conv2d(x, d_weight, **same), None
+    padding, groups = d_weight.shape[-1] // 2, len(d_weight)
+    dx = F.conv2d(dy, d_weight.flip(2, 3), padding=padding, groups=groups)
+    return dx, F.conv2d(x, d_weight, padding=padding, groups=groups), None
 
 
 weight_gradient.register_autograd(_backward, setup_context=_save_for_backward)
