@@ -146,7 +146,8 @@ def neural_memory_backward(
         read,
     )
     d_logits, surprises = d_logits.flatten(0, 1), surprises.flatten(0, 1)
-    return d_qkv, d_start[0], d_start[1].T.contiguous(), d_logits.T @ surprises, d_logits.sum(0)
+    d_w2 = d_start[1].T.clone(memory_format=torch.contiguous_format)  # a memory of width 1 is contiguous as it is
+    return d_qkv, d_start[0], d_w2, d_logits.T @ surprises, d_logits.sum(0)
 
 
 @neural_memory.register_fake

@@ -39,9 +39,20 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("inner_lr", [1.0, 1e-3])
 def test_outputs_and_gradients_equal_the_oracle(implementation: str, read: str, length: int, inner_lr: float) -> None:
-    memory = build(read, implementation, inner_lr=inner_lr)
-    tokens = torch.randn(2, length, 4, dtype=torch.float64, requires_grad=True)
-    cotangent = torch.randn(2, length, 4, dtype=torch.float64)
+    compare_with_oracle(implementation, read, length, inner_lr, dim=4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("dim", [1, 3])
+def test_widths_that_no_kernel_is_made_for(implementation: str, read: str, dim: int) -> None:
+    compare_with_oracle(implementation, read, 2 * CHUNK + 1, 1.0, dim)
+
+
+def compare_with_oracle(implementation: str, read: str, length: int, inner_lr: float, dim: int) -> None:
+    memory = build(read, implementation, dim, inner_lr)
+    tokens = torch.randn(2, length, dim, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(2, length, dim, dtype=torch.float64)
     parameters = dict(memory.named_parameters())
 
     actual = memory(tokens)
