@@ -23,7 +23,7 @@ from convneur.config import load_config
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.data.mixing import Normalize
-from convneur.data.transforms import decode, eval_transform
+from convneur.data.transforms import decode, eval_transform, in_one_line
 from convneur.memory import MemoryState, NeuralMemory, recurrence, update_factors
 from convneur.model import ConvNeur, GlobalBranch
 
@@ -88,8 +88,8 @@ def explain(path: Path, image: Path, averaged: bool = False) -> Explanation:
         picture = decode(image.read_bytes())
     except OSError as error:
         raise InputError(f"{image} can't be read ({error.strerror}), expected an image file") from error
-    except ValueError as error:
-        raise InputError(f"{image} can't be read ({error}), expected an image file") from error
+    except (ValueError, MemoryError) as error:
+        raise InputError(f"{image} can't be read ({in_one_line(error)}), expected an image file") from error
 
     model = ConvNeur(config.model).eval()
     model.load_state_dict(load_weights(checkpoint, averaged))

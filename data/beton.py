@@ -31,7 +31,7 @@ from convneur.data.remote import is_remote
 from convneur.data.retry import retrying
 from convneur.data.shards import Beton, Manifest, Sample, Shard, Split, file_crc32c, read_index
 from convneur.data.store import IndexedStore, Subset
-from convneur.data.transforms import decode
+from convneur.data.transforms import decode, decoding_fault, plain_jpeg_size
 
 Pixels = Literal["jpg", "raw"]
 Format = Literal["tar", "ffcv", "both"]
@@ -236,13 +236,12 @@ def _stored(image: bytes, pixels: Pixels) -> tuple[int, int, int, int]:
 def _plain_jpeg(image: bytes) -> tuple[int, int] | None:
     """Width and height of an intact JPEG in one of the colour spaces that FFCV's decoder takes; None for others."""
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(image)
-        if colorspace not in ("YCbCr", "Gray"):
+        if (sides := plain_jpeg_size(image)) is None:
             return None
         simplejpeg.decode_jpeg(image)
     except ValueError:
         return None
-    return width, height
+    return sides[1], sides[0]
 
 
 def _lay_out(sizes: np.ndarray, first: int, page: int) -> tuple[np.ndarray, int]:
@@ -346,10 +345,7 @@ class BetonStore(IndexedStore):
         if not self._matches(row, content):
             return "checksum mismatch"
         if self.images[row]["mode"] == JPG:
-            try:
-                decode(content)
-            except ValueError as error:
-                return str(error)
+            return decoding_fault(content)
         return ""
 
     def gaps_fault(self) -> str:

@@ -32,9 +32,8 @@ from ffcv.traversal_order.base import TraversalOrder
 
 from convneur.data.beton import JPG, BetonStore
 from convneur.data.config import DataConfig
-from convneur.data.errors import SampleError
 from convneur.data.keys import key
-from convneur.data.loader import BadSample, Batch, Request, TrainLoader, read_or_replace
+from convneur.data.loader import BadSample, Batch, Request, TrainLoader, blamed_on_sample, read_or_replace
 from convneur.data.store import Store
 from convneur.data.transforms import decode
 
@@ -95,9 +94,9 @@ def random_crop(height: int, width: int, settings: np.ndarray, seed: Word, ticke
             return top, left, h, w
     w, h = width, height
     if width < narrowest * height:
-        h = min(height, round(width / narrowest))
+        h = max(min(height, round(width / narrowest)), 1)
     elif width > widest * height:
-        w = min(width, round(height * widest))
+        w = max(min(width, round(height * widest)), 1)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -320,13 +319,11 @@ class FfcvLoader(TrainLoader):
     def _read(self, epoch: int, repetition: int, index: int) -> torch.Tensor:
         """Read a sample without FFCV: one that it couldn't decode, or a replacement; (3, H, W) uint8."""
         sample = self._beton.read(index)
-        try:
-            pixels = decode(sample.image)
-        except ValueError as error:
-            raise SampleError(f"{self._beton.where(index)}: not a readable image ({error})") from None
         out = np.empty((self._config.image_size, self._config.image_size, 3), np.uint8)
         ticket = np.int64(self._ticket(epoch, repetition, index))
-        augment(np.require(pixels, requirements=["C", "W"]), self._settings, self._key, ticket, out)
+        with blamed_on_sample(self._beton, index):
+            pixels = np.require(decode(sample.image), requirements=["C", "W"])
+            augment(pixels, self._settings, self._key, ticket, out)
         return torch.from_numpy(out).permute(2, 0, 1)
 
 

@@ -31,7 +31,15 @@ from convneur.data.keys import key, libraries_restored, seed_libraries, view_key
 from convneur.data.order import LaneOrder
 from convneur.data.shards import Sample
 from convneur.data.store import Store
-from convneur.data.transforms import TrainTransform, Transform, View, decode, eval_transform, plain_jpeg_size
+from convneur.data.transforms import (
+    TrainTransform,
+    Transform,
+    View,
+    decode,
+    eval_transform,
+    in_one_line,
+    plain_jpeg_size,
+)
 
 STATE_FORMAT = 1
 REPLACEMENTS = 16
@@ -362,23 +370,24 @@ class _TrainDataset(Dataset[_Made | InputError]):
     def _draw(self, epoch: int, index: int, repetition: int) -> "_Drawn":
         sample = view = None
         if self._transform.draws_all:
-            with suppress(SampleError):  # `_show` meets it again
+            with suppress(SampleError), blamed_on_sample(self._store, index):  # `_show` meets it again
                 sample = self._store.read(index)
-            if sample and (size := plain_jpeg_size(sample.image)):
-                self._seed_view(epoch, index, repetition)
-                view = self._transform.draw(*size)
+                if size := plain_jpeg_size(sample.image):
+                    self._seed_view(epoch, index, repetition)
+                    view = self._transform.draw(*size)
         return _Drawn(index, repetition, sample, view)
 
     def _show(self, last: "_LastImage", epoch: int, drawn: "_Drawn", seen: torch.Tensor, index: int) -> int:
         """Leave in `seen` what is drawn, or the sample that stands in for it; its label."""
         if index == drawn.number and drawn.view:
             pixels, label = last.read(index, drawn.sample)
-            view = drawn.view
+            view: View | None = drawn.view
         else:
             pixels, label = last.read(index)
             self._seed_view(epoch, index, drawn.repetition)
-            view = self._transform.draw(*pixels.shape[:2])
-        self._transform.show(pixels, view, seen)
+            view = None
+        with blamed_on_sample(self._store, index):
+            self._transform.show(pixels, view or self._transform.draw(*pixels.shape[:2]), seen)
         return label
 
     def _seed_view(self, epoch: int, index: int, repetition: int) -> None:
@@ -456,9 +465,10 @@ class _EvalDataset(Dataset[EvalBatch | InputError]):
         bad = []
         for position, index in enumerate(indices.tolist()):
             try:
-                pixels, labels[position] = _read(self._store, index)
-                images[position] = self._transform(pixels)
-                mask[position] = True
+                pixels, label = _read(self._store, index)
+                with blamed_on_sample(self._store, index):
+                    images[position] = self._transform(pixels)
+                labels[position], mask[position] = label, True
             except SampleError as error:
                 bad.append(BadSample(index, str(error)))
             except InputError as error:
@@ -474,11 +484,24 @@ def _read(store: Store, index: int, sample: Sample | None = None) -> tuple[np.nd
         InputError: the storage fails.
     """
     sample = sample or store.read(index)
+    with blamed_on_sample(store, index):
+        return decode(sample.image), sample.label
+
+
+@contextmanager
+def blamed_on_sample(store: Store, index: int) -> Iterator[None]:
+    """Make whatever goes wrong in decoding and transforming a sample that sample's fault, a want of memory too.
+
+    Raises:
+        SampleError: something went wrong; names the sample.
+        InputError: the storage fails.
+    """
     try:
-        pixels = decode(sample.image)
-    except ValueError as error:
-        raise SampleError(f"{store.where(index)}: not a readable image ({error})") from None
-    return pixels, sample.label
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a decoder or a resize may raise anything
+        raise SampleError(f"{store.where(index)}: not a readable image ({in_one_line(error)})") from None
 
 
 def _loader(

@@ -44,7 +44,7 @@ def in_parallel(
         The results, in the order of the tasks.
 
     Raises:
-        InputError: `work` raised it, or an OSError such as a full disk, or a process was killed.
+        InputError: `work` raised it, or an OSError such as a full disk; a process was killed; memory is short.
     """
     if not tasks:
         return []
@@ -65,6 +65,8 @@ def in_parallel(
         raise InputError(
             f"{what}: a process was killed, perhaps for want of memory: run the command again, with fewer --processes"
         ) from None
+    except MemoryError:
+        raise InputError(f"{what}: there is not enough memory: run the command again, with fewer --processes") from None
     except OSError as error:
         raise InputError(f"{what}: {error}: see to it and run the command again, it goes on where it stopped") from None
     finally:

@@ -38,6 +38,7 @@ def decode(image: bytes) -> np.ndarray:
 
     Raises:
         ValueError: it is no image, or a damaged one; says why in one line.
+        MemoryError: it has more pixels than there is room for, which may be the machine's fault.
     """
     pixels = _decode_plain_jpeg(image)
     if pixels is not None:
@@ -49,7 +50,21 @@ def decode(image: bytes) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes make Pillow raise anything, from OSError to struct.error
-        raise ValueError(" ".join(str(error).split()) or repr(error)) from None
+        raise ValueError(in_one_line(error)) from None
+
+
+def decoding_fault(image: bytes) -> str:
+    """Why training would replace an image file; empty if it can be decoded."""
+    try:
+        decode(image)
+    except (ValueError, MemoryError) as error:
+        return in_one_line(error)
+    return ""
+
+
+def in_one_line(error: Exception) -> str:
+    """What an exception says, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or repr(error)
 
 
 def plain_jpeg_size(image: bytes) -> tuple[int, int] | None:
@@ -86,6 +101,9 @@ class View(NamedTuple):
     flips: tuple[bool, bool]
 
 
+LONGEST = 64
+"""How many times its shorter side evaluation sees of an image's longer side; its centre crop shows far less."""
+
 FLIP_CODES = {(True, False): 1, (False, True): 0, (True, True): -1}
 """OpenCV's names for `View.flips`."""
 
@@ -116,9 +134,11 @@ class TrainTransform:
         self.draws_all = not self._secondary.transforms
 
     def draw(self, height: int, width: int) -> View:
-        """Draw what is shown of an image of `height` x `width` pixels."""
+        """Draw what is shown of an image of `height` x `width` pixels, of which there is at least one."""
         augment, image = self._augment, torch.empty(3, height, width, device="meta")
         top, left, h, w = RandomResizedCropAndInterpolation.get_params(image, augment.scale, augment.ratio)
+        h, w = max(h, 1), max(w, 1)  # of a side of one or two pixels timm may draw none, beyond the edge
+        top, left = min(top, height - h), min(left, width - w)
         hflip, vflip = (bool(chance and torch.rand(1) < chance) for chance in (augment.hflip, augment.vflip))
         return View(top, left, h, w, (hflip, vflip))
 
@@ -154,7 +174,7 @@ def eval_transform(config: DataConfig) -> Transform:
     shorter = math.floor(size / config.eval_crop)
 
     def transform(image: np.ndarray | Image.Image) -> torch.Tensor:
-        pixels = _writable(image)
+        pixels = _middle(_writable(image))
         sides = pixels.shape[:2]
         resized = resize(
             pixels, *(shorter if side == min(sides) else int(shorter * side / min(sides)) for side in sides)
@@ -163,6 +183,14 @@ def eval_transform(config: DataConfig) -> Transform:
         return resized[top : top + size, left : left + size].permute(2, 0, 1)
 
     return transform
+
+
+def _middle(pixels: np.ndarray) -> np.ndarray:
+    """The middle of an image with sides as `LONGEST` to 1 or beyond; resized as a whole it may take gigabytes."""
+    height, width = pixels.shape[:2]
+    limit = LONGEST * min(height, width)
+    top, left = (max(side - limit, 0) // 2 for side in (height, width))
+    return pixels[top : height - top, left : width - left]
 
 
 def _writable(image: np.ndarray | Image.Image) -> np.ndarray:

@@ -16,7 +16,7 @@ from convneur.data.parallel import in_parallel
 from convneur.data.remote import download, is_remote
 from convneur.data.retry import retrying
 from convneur.data.shards import Denied, Manifest, Shard, content_hash, file_crc32c, read_index
-from convneur.data.transforms import decode
+from convneur.data.transforms import decoding_fault
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,4 @@ def _fault(image: bytes, checksum: int) -> str:
     """Why an image can't be read; empty if it can."""
     if google_crc32c.value(image) != checksum:
         return "checksum mismatch"
-    try:
-        decode(image)
-    except ValueError as error:
-        return str(error)
-    return ""
+    return decoding_fault(image)

@@ -20,12 +20,15 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 from convneur.bad_samples import BadSampleCount
+from convneur.data import loader
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
 from convneur.data.loader import REPLACEMENTS, Batch, EvalLoader, TrainLoader
 from convneur.data.mixing import Normalize
 from convneur.data.shards import Manifest, Sample, write_split
 from convneur.data.store import TarStore
+from convneur.data.transforms import RESIZES, TrainTransform, eval_transform
+from convneur.data.verify import verify_dataset
 from convneur.evaluate import evaluate
 
 SAMPLES, BATCH, STEPS = 41, 8, 8  # 5 steps an epoch
@@ -129,12 +132,12 @@ def test_replacements_are_the_same_everywhere(
 
 
 def test_a_loader_collects_what_it_met(config: DataConfig) -> None:
-    loader = TrainLoader(
+    training = TrainLoader(
         replace(config, workers=2), TarStore(config.root, "train"), seed=0, rank=0, world_size=1, accumulation=1
     )
-    steps = list(loader.iterate(0, STEPS))
-    assert loader.bad_samples == {index: reason for (batch,) in steps for index, reason in batch.bad}
-    assert set(loader.bad_samples) == set(BAD)
+    steps = list(training.iterate(0, STEPS))
+    assert training.bad_samples == {index: reason for (batch,) in steps for index, reason in batch.bad}
+    assert set(training.bad_samples) == set(BAD)
 
 
 def test_damage_on_disk_is_a_bad_sample(tmp_path: Path) -> None:
@@ -144,6 +147,66 @@ def test_damage_on_disk_is_a_bad_sample(tmp_path: Path) -> None:
     met = {index: reason for step in batches(config) for batch in step for index, reason in batch.bad}
     assert list(met) == [9]
     assert "train-000001.tar, split train, key s9: checksum mismatch" in met[9]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 5000), (5000, 1)])
+@pytest.mark.parametrize("interpolation", RESIZES)
+def test_an_image_of_any_size_is_shown(size: tuple[int, int], interpolation: str) -> None:
+    """A crop has at least a pixel and lies within the image: a grey image stays grey, of the size asked for."""
+    config = DataConfig(image_size=16, interpolation=interpolation, augment=AugmentConfig(randaugment=""))
+    pixels = np.full((*size, 3), 77, np.uint8)
+    for ratio in ((3 / 4, 4 / 3), (1 / 9, 1 / 7), (7.0, 9.0)):
+        transform = TrainTransform(replace(config, augment=replace(config.augment, ratio=ratio)))
+        for _ in range(20):
+            top, left, height, width, _ = transform.draw(*size)
+            assert 0 <= top < top + height <= size[0]
+            assert 0 <= left < left + width <= size[1]
+        assert transform(pixels).unique().tolist() == [77]
+    shown = eval_transform(config)(pixels)
+    assert (shown.shape, shown.unique().tolist()) == ((3, 16, 16), [77])
+
+
+def test_evaluation_shows_the_middle_of_a_very_long_image() -> None:
+    """As of one that is not as long."""
+    middle = np.random.default_rng(0).integers(0, 256, (10, 300, 3), dtype=np.uint8)
+    transform = eval_transform(DataConfig(image_size=16))
+    longer = np.concatenate([np.zeros((10, 600, 3), np.uint8), middle, np.zeros((10, 600, 3), np.uint8)], axis=1)
+    assert (transform(longer).int() - transform(middle).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("float"), RuntimeError("a\nb"), OSError(5, "x")])
+@pytest.mark.parametrize(("owner", "name"), [(loader, "decode"), (TrainTransform, "show"), (TrainTransform, "draw")])
+def test_whatever_a_sample_raises_is_that_samples_fault(
+    config: DataConfig, owner: object, name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaced, named in one line, and the rest of the stream unchanged."""
+    expected = joined(batches(config))
+    real, calls = getattr(owner, name), []
+
+    def failing(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, failing)
+    steps = batches(config)
+    named = [bad for step in steps for batch in step for bad in batch.bad if bad.number not in BAD]
+    assert len(named) == 1
+    assert "not a readable image (" in named[0].reason
+    assert "\n" not in named[0].reason
+    different = sum(int((ours[2] != theirs[2]).sum()) for ours, theirs in zip(joined(steps), expected, strict=True))
+    assert different == 1
+
+
+def test_verifying_and_training_agree_on_what_is_intact(tmp_path: Path) -> None:
+    tiny, bomb = io.BytesIO(), io.BytesIO()
+    Image.new("L", (1, 1), 7).save(tiny, "png")
+    Image.new("1", (20000, 20000)).save(bomb, "png")
+    config = write_dataset(tmp_path, BAD | {5: tiny.getvalue(), 9: bomb.getvalue()})
+    met = {index for step in batches(config) for batch in step for index, _ in batch.bad}
+    found = {denied.row for denied in verify_dataset(tmp_path, processes=1)[0].denied}
+    assert met == found == {*BAD, 9}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -183,11 +246,11 @@ def test_storage_that_recovers_goes_unnoticed(tmp_path: Path, monkeypatch: pytes
     store = TarStore(tmp_path, "train")
     shard.rename(away)
     monkeypatch.setattr("convneur.data.retry.time.sleep", lambda _: away.rename(shard) if away.exists() else None)
-    loader = TrainLoader(config, store, seed=0, rank=0, world_size=1, accumulation=1)
-    for (batch,), (images, _, _) in zip(loader.iterate(0, STEPS), expected, strict=True):
+    training = TrainLoader(config, store, seed=0, rank=0, world_size=1, accumulation=1)
+    for (batch,), (images, _, _) in zip(training.iterate(0, STEPS), expected, strict=True):
         assert torch.equal(batch.images, images)
     assert shard.exists()
-    assert not loader.bad_samples
+    assert not training.bad_samples
 
 
 @pytest.mark.parametrize("world_size", range(1, 10))

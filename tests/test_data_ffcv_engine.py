@@ -222,6 +222,12 @@ def test_crops_and_flips_have_their_distributions(config: DataConfig) -> None:
     assert abs((words >> np.uint64(63)).mean() - 0.5) < 0.03
     assert random_crop(20, 2000, settings, seed, 3)[2:] == (20, 27)  # nothing fits: the widest from the centre
     assert random_crop(2000, 20, settings, seed, 3) == (986, 0, 27, 20)
+    for ratios in ((3 / 4, 4 / 3), (1 / 9, 1 / 7), (7.0, 9.0)):  # of an image of a pixel or two, at least one is shown
+        for size in ((1, 1), (1, 2), (2, 1), (1, 500), (500, 1)):
+            for ticket in range(20):
+                top, left, height, width = random_crop(*size, np.array([0.08, 1.0, *ratios]), seed, ticket)
+                assert 0 <= top < top + height <= size[0]
+                assert 0 <= left < left + width <= size[1]
 
 
 def test_views_of_a_sample_differ(config: DataConfig) -> None:
