@@ -4,6 +4,7 @@ A checkpoint is a folder `step-00000460`:
 
     manifest.json           sizes and SHA-256 of all other files; a folder without it is not a checkpoint
     config.yaml             the run's configuration
+    classes.json            names of the classes, in the order of the logits; older checkpoints have none
     state.json              step, position in the data, engine settings, versions
     model.safetensors       whole float32 weights, with the configuration in the file's metadata
     ema.safetensors         whole averaged weights, likewise
@@ -21,7 +22,7 @@ all of them raise, and the run may go on.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,7 @@ CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
+CLASSES_FILE = "classes.json"
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 MOMENTS = "optimizer"
@@ -96,6 +98,23 @@ def read_state(checkpoint: Path) -> TrainState:
         ) from error
 
 
+def read_classes(checkpoint: Path) -> tuple[str, ...]:
+    """Names of the classes that a checkpoint tells apart, in the order of its logits; none where it doesn't say.
+
+    Raises InputError where the file is damaged.
+    """
+    path = checkpoint / CLASSES_FILE
+    if not path.exists():
+        return ()
+    try:
+        names = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read ({error}): restore it") from error
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{path} holds no list of names: restore it")
+    return tuple(names)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints in a folder, newest first; unfinished ones are not among them.
 
@@ -129,6 +148,7 @@ def save_checkpoint(
     ema: Ema | None,
     state: TrainState,
     retention: Retention,
+    classes: Sequence[str] = (),
 ) -> Path:
     """Writes, flushes, hashes and only then names a checkpoint; then removes those that need not be kept. Collective.
 
@@ -140,6 +160,7 @@ def save_checkpoint(
         ema: averaged weights, if the run keeps any.
         state: position of the run.
         retention: which checkpoints stay.
+        classes: names of the classes, in the order of the logits.
 
     Returns:
         The folder of the new checkpoint.
@@ -167,7 +188,8 @@ def save_checkpoint(
                 save_config(config, temporary / CONFIG_FILE)
                 _write_json(asdict(state), temporary / STATE_FILE)
                 _write_json(scalars, temporary / OPTIMIZER_FILE)
-            mine = [*files, *((CONFIG_FILE, STATE_FILE, OPTIMIZER_FILE) if world.is_main else ())]
+                _write_json(classes, temporary / CLASSES_FILE)
+            mine = [*files, *((CONFIG_FILE, STATE_FILE, OPTIMIZER_FILE, CLASSES_FILE) if world.is_main else ())]
             digests = {name: _digest(temporary / name) for name in mine}
         entries = [digests] * world.size
         dist.all_gather_object(entries, digests, world.control)

@@ -1,20 +1,24 @@
 """Exact top-1 and top-5 on any number of ranks."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from convneur.checkpoint import CONFIG_FILE, find_checkpoint, load_weights
-from convneur.config import load_config
+from convneur.checkpoint import CONFIG_FILE, find_checkpoint, load_weights, read_classes
+from convneur.config import Config, load_config
+from convneur.data.classes import map_classes, read_class_map
 from convneur.data.errors import InputError
 from convneur.data.loader import EvalBatch, EvalLoader
 from convneur.data.mixing import Normalize
-from convneur.data.store import open_store
+from convneur.data.shards import Manifest
+from convneur.data.store import Store, open_store
 from convneur.engine import autocast
 from convneur.model import SMALLEST_IMAGE, ConvNeur
 from convneur.world import World
@@ -24,7 +28,13 @@ from convneur.world import World
 class Scores:
     """Fractions of `images` whose label is the first, or among the first five, and their mean cross-entropy.
 
-    `bad` has a line for each image that couldn't be read; those are not among `images`.
+    Attributes:
+        bad: a line for each image that couldn't be read; those are not among `images`.
+        among: of how many classes there are images, where the model tells more apart; else None. `top1` and `top5` are
+            about all of the model's classes.
+        top1_among: `top1` if the model chooses among those classes only, as is usual for ImageNet-A and -R.
+        top5_among: `top5`, likewise.
+        notes: what a reader of the scores should know.
     """
 
     top1: float
@@ -32,34 +42,56 @@ class Scores:
     loss: float
     images: int
     bad: tuple[str, ...] = ()
+    among: int | None = None
+    top1_among: float | None = None
+    top5_among: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[EvalBatch], normalize: Normalize, autocast: torch.autocast, images: int
+    model: nn.Module,
+    batches: Iterable[EvalBatch],
+    normalize: Normalize,
+    autocast: torch.autocast,
+    images: int,
+    among: torch.Tensor | None = None,
 ) -> Scores:
     """Scores a whole, unpartitioned model on this rank's share of `images` images and adds up the ranks' counts.
+
+    Args:
+        model: images (B, 3, H, W) to logits (B, K).
+        batches: this rank's.
+        normalize: what makes the model's input of a batch's images.
+        autocast: the precision to compute in.
+        images: on all ranks.
+        among: labels that there are images of, (P,) int64, for `Scores.top1_among`; None to leave that out.
 
     Raises:
         InputError: not one image can be read.
         RuntimeError: the ranks together did not see every image once.
     """
     model.eval()
-    counts = torch.zeros(4, dtype=torch.int64, device=normalize.device)  # right at first, among five, seen, bad
+    # Right at first, among five; the same if chosen from `among`; seen, bad.
+    counts = torch.zeros(6, dtype=torch.int64, device=normalize.device)
     bad: list[str] = []
     loss = torch.zeros((), dtype=torch.float64, device=normalize.device)
     for batch in batches:
         labels, mask = batch.labels.to(normalize.device), batch.mask.to(normalize.device)
         with autocast:
             logits = model(normalize(batch.images)).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices.eq(labels[:, None]) & mask[:, None]
-        counts[:3] += torch.stack([hits[:, 0].sum(), hits.sum(), mask.sum()])
+        counts[:2] += _hits(logits, labels, mask)
+        counts[4] += mask.sum()
+        if among is not None:
+            others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+            others[among.to(logits.device)] = False
+            counts[2:4] += _hits(logits.masked_fill(others, -math.inf), labels, mask)
         bad += [sample.reason for sample in batch.bad]
         loss += (F.cross_entropy(logits, labels, reduction="none").double() * mask).sum()
-    counts[3] = len(bad)
+    counts[5] = len(bad)
     dist.all_reduce(counts)
     dist.all_reduce(loss)
-    top1, top5, seen, unreadable = counts.tolist()
+    top1, top5, top1_among, top5_among, seen, unreadable = counts.tolist()
     if seen + unreadable != images:
         raise RuntimeError(f"evaluation saw {seen} images and {unreadable} bad ones, expected each of {images} once")
     if unreadable:
@@ -68,7 +100,16 @@ def evaluate(
         bad = sorted(line for part in gathered for line in part)
     if not seen:
         raise InputError(f"none of {images} images to evaluate on can be read; the first: {bad[0]}")
-    return Scores(top1 / seen, top5 / seen, loss.item() / seen, seen, tuple(bad))
+    scores = Scores(top1 / seen, top5 / seen, loss.item() / seen, seen, tuple(bad))
+    if among is None:
+        return scores
+    return replace(scores, among=len(among), top1_among=top1_among / seen, top5_among=top5_among / seen)
+
+
+def _hits(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """How many of the images (B,) that the mask keeps have their label first, and among the first five, (2,) int64."""
+    hits = logits.topk(min(5, logits.shape[1])).indices.eq(labels[:, None]) & mask[:, None]
+    return torch.stack([hits[:, 0].sum(), hits.sum()])
 
 
 def evaluate_checkpoint(
@@ -80,6 +121,7 @@ def evaluate_checkpoint(
     averaged: bool = False,
     image_size: int | None = None,
     crop: float | None = None,
+    class_map: Path | None = None,
 ) -> Scores:
     """Scores a checkpoint, or the newest of a run, as the run itself would. Collective.
 
@@ -91,10 +133,12 @@ def evaluate_checkpoint(
         averaged: whether to take the averaged weights.
         image_size: side of the images in pixels, which need not be that of training; None for the run's own.
         crop: fraction of the resized image's side that the centre crop keeps; None for the run's own.
+        class_map: file that says which class of the model each of the data is; see
+            `convneur.data.classes.read_class_map`. None where they have the same names.
 
     Raises:
-        InputError: the size or the crop is impossible; the checkpoint or the data can't be read, or have different
-            numbers of classes.
+        InputError: the size or the crop is impossible; the checkpoint or the data can't be read, or the data have
+            images of classes that the model isn't known to tell apart.
     """
     if image_size is not None and image_size < SMALLEST_IMAGE:
         raise InputError(f"--image-size is {image_size}, expected at least {SMALLEST_IMAGE}")
@@ -112,11 +156,7 @@ def evaluate_checkpoint(
         engine="webdataset",
     )
     store = open_store(data, data.val_split)
-    if len(store.classes) != config.model.num_classes:
-        raise InputError(
-            f"{checkpoint} tells {config.model.num_classes} classes apart but {data.root} has {len(store.classes)}; "
-            "evaluate it on data with the classes it was trained on"
-        )
+    targets, among, notes = _targets(checkpoint, config, store, data.root, class_map)
     model = ConvNeur(config.model).to(world.device)
     missing, unknown = model.load_state_dict(load_weights(checkpoint, averaged), strict=False)
     if missing or unknown:
@@ -125,4 +165,47 @@ def evaluate_checkpoint(
             f"{len(unknown)} unknown, such as {[*missing, *unknown][0]}; evaluate it with the version that wrote it"
         )
     loader = EvalLoader(data, store, rank=world.rank, world_size=world.size)
-    return evaluate(model, loader, Normalize(data, world.device), autocast(config.deepspeed, world.device), len(store))
+    batches = (batch._replace(labels=targets[batch.labels]) for batch in loader)
+    precision = autocast(config.deepspeed, world.device)
+    scores = evaluate(model, batches, Normalize(data, world.device), precision, len(store), among)
+    return replace(scores, notes=notes)
+
+
+def _targets(
+    checkpoint: Path, config: Config, store: Store, root: str, class_map: Path | None
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[str, ...]]:
+    """The model's label for each of the data's, those there are images of if they are fewer, and what is to be said.
+
+    Raises InputError where the model isn't known to tell a class apart that there are images of.
+    """
+    known, notes = trained_classes(checkpoint, config)
+    if not known:
+        if class_map:
+            raise InputError(f"{checkpoint} doesn't keep the names of its classes, which --class-map would refer to")
+        if len(store.classes) != config.model.num_classes:
+            raise InputError(
+                f"{checkpoint} tells {config.model.num_classes} classes apart but {root} has {len(store.classes)}; "
+                "evaluate it on data with the classes it was trained on"
+            )
+        known = store.classes
+    present = np.unique(store.labels)
+    given = read_class_map(class_map) if class_map else None
+    labels = map_classes(store.classes, present, known, given, f"{root}, split '{config.data.val_split}',")
+    among = np.unique(labels[present])
+    return torch.from_numpy(labels), torch.from_numpy(among) if len(among) < len(known) else None, notes
+
+
+def trained_classes(checkpoint: Path, config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of a checkpoint's classes, none where nobody knows; and a line if it isn't the checkpoint that says so.
+
+    An older one doesn't keep them: they are its dataset's then, if that is still there.
+    """
+    if names := read_classes(checkpoint):
+        return names, ()
+    try:
+        names = Manifest.read(Path(config.data.root)).classes
+    except InputError:
+        names = ()
+    if len(names) != config.model.num_classes:
+        return (), (f"{checkpoint} doesn't keep the names of its classes: labels are taken for their numbers",)
+    return names, (f"{checkpoint} doesn't keep the names of its classes: they are taken from {config.data.root}",)

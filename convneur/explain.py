@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from convneur.branches import MemoryMixer
-from convneur.checkpoint import CONFIG_FILE, find_checkpoint, load_weights
+from convneur.checkpoint import CONFIG_FILE, find_checkpoint, load_weights, read_classes
 from convneur.config import load_config
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
@@ -65,11 +65,13 @@ class Explanation:
         pixels: the image as the model is shown it, (H, W, 3) uint8.
         probabilities: of the classes, (K,).
         stages: the gates, finest stage first.
+        classes: their names; none where the checkpoint doesn't keep them.
     """
 
     pixels: Tensor
     probabilities: Tensor
     stages: list[GateView]
+    classes: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -95,7 +97,7 @@ def explain(path: Path, image: Path, averaged: bool = False) -> Explanation:
     model.load_state_dict(load_weights(checkpoint, averaged))
     pixels = eval_transform(config.data)(picture)
     logits, stages = look(model, Normalize(config.data, torch.device("cpu"))(pixels[None]))
-    return Explanation(pixels.permute(1, 2, 0), logits[0].softmax(-1), stages)
+    return Explanation(pixels.permute(1, 2, 0), logits[0].softmax(-1), stages, read_classes(checkpoint))
 
 
 def look(model: ConvNeur, image: Tensor) -> tuple[Tensor, list[GateView]]:
@@ -196,7 +198,8 @@ def _colour(number: int, stages: Sequence[GateView]) -> tuple[float, ...]:
 def _draw_input(axes: Axes, explanation: Explanation) -> None:
     probability, top = explanation.probabilities.max(0)
     axes.imshow(explanation.pixels.numpy())
-    axes.set_title(f"input\nclass {top.item()}, p = {probability.item():.2f}")
+    name = explanation.classes[int(top)] if explanation.classes else top.item()
+    axes.set_title(f"input\nclass {name}, p = {probability.item():.2f}", parse_math=False)
     _hide_frame(axes)
 
 

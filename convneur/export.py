@@ -1,9 +1,11 @@
 """Checkpoints as files for others: safetensors (for timm), ONNX, and PyTorch's exported programs.
 
 A file is read back by its own runtime and held against the model before it gets its name. Each carries the run's
-configuration as text, so that whoever has the file knows normalisation and image size.
+configuration as text, so that whoever has the file knows normalisation and image size, and the names of the classes in
+JSON if the checkpoint keeps them.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,19 +14,28 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.export import Dim
 
 from convneur.branches import Titans
-from convneur.checkpoint import CONFIG_FILE, EMA_FILE, MODEL_FILE, find_checkpoint, load_weights
-from convneur.config import Config, config_text, load_config
+from convneur.checkpoint import (
+    CLASSES_FILE,
+    CONFIG_FILE,
+    EMA_FILE,
+    MODEL_FILE,
+    find_checkpoint,
+    load_weights,
+    read_classes,
+)
+from convneur.config import config_text, load_config
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.memory import NeuralMemory
 from convneur.model import ConvNeur
 
 Format = Literal["safetensors", "onnx", "torch"]
+Texts = dict[str, str]  # "config" in YAML and, if they are known, "classes" in JSON
 Run = Callable[[Tensor], Tensor]  # normalised images (B, C, H, W) -> logits (B, classes)
 
 SUFFIXES: dict[Format, str] = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
@@ -79,11 +90,14 @@ def export_checkpoint(path: Path, kind: Format, out: Path | None = None, average
     traced = max(side, SMALLEST_OPEN_SIZE) if any_size else side
     example = torch.zeros(2, config.model.in_chans, traced, traced)
 
+    texts = {"config": config_text(config)}
+    if classes := read_classes(checkpoint):
+        texts["classes"] = json.dumps(classes)
     out = out or Path(config.run.name + SUFFIXES[kind])
     write = {"safetensors": _write_safetensors, "onnx": _write_onnx, "torch": _write_program}[kind]
     with TemporaryDirectory(prefix="convneur-export-") as folder:
         file = Path(folder) / f"model{SUFFIXES[kind]}"
-        run = write(model, example, any_size, checkpoint / (EMA_FILE if averaged else MODEL_FILE), config, file)
+        run = write(model, example, any_size, checkpoint / (EMA_FILE if averaged else MODEL_FILE), texts, file)
         difference = max((run(x) - y).abs().max().item() for x, y in zip(inputs, expected, strict=True))
         if not difference <= TOLERANCE * max(y.abs().max().item() for y in expected):
             raise RuntimeError(f"the {kind} file gives logits that differ from the checkpoint's by {difference:.2g}")
@@ -95,16 +109,14 @@ def export_checkpoint(path: Path, kind: Format, out: Path | None = None, average
     return Export(out, difference, any_size)
 
 
-def _write_safetensors(
-    model: ConvNeur, example: Tensor, any_size: bool, source: Path, config: Config, file: Path
-) -> Run:
-    """A copy of the checkpoint's own file, of whatever ZeRO stage and world size; takes no memory to speak of."""
-    shutil.copyfile(source, file)
+def _write_safetensors(model: ConvNeur, example: Tensor, any_size: bool, source: Path, texts: Texts, file: Path) -> Run:
+    """The checkpoint's own file, of whatever ZeRO stage and world size, with more texts in it."""
+    save_file(load_file(source), file, metadata=texts)
     model.load_state_dict(load_file(file), assign=True)
     return model
 
 
-def _write_onnx(model: ConvNeur, example: Tensor, any_size: bool, source: Path, config: Config, file: Path) -> Run:
+def _write_onnx(model: ConvNeur, example: Tensor, any_size: bool, source: Path, texts: Texts, file: Path) -> Run:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx.export needs it)
@@ -119,18 +131,19 @@ def _write_onnx(model: ConvNeur, example: Tensor, any_size: bool, source: Path, 
         verbose=False,
     )
     assert program is not None
-    program.model.metadata_props["config"] = config_text(config)
+    program.model.metadata_props.update(texts)
     program.save(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-def _write_program(model: ConvNeur, example: Tensor, any_size: bool, source: Path, config: Config, file: Path) -> Run:
+def _write_program(model: ConvNeur, example: Tensor, any_size: bool, source: Path, texts: Texts, file: Path) -> Run:
     for module in model.modules():
         if isinstance(module, NeuralMemory):
             module.implementation = "scan" if any_size else "plain"  # nothing that only this package defines
     program = torch.export.export(model, (example,), dynamic_shapes=_open_dimensions(any_size))
-    torch.export.save(program, file, extra_files={"config.yaml": config_text(config)})
+    names = {"config": CONFIG_FILE, "classes": CLASSES_FILE}
+    torch.export.save(program, file, extra_files={names[key]: text for key, text in texts.items()})
     return torch.export.load(file).module()
 
 

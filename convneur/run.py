@@ -59,6 +59,7 @@ class Run:
     bad_samples: BadSampleCount
     eval_loader: EvalLoader
     eval_images: int
+    classes: tuple[str, ...]
     prepare: DeviceTransform
     normalize: Normalize
     autocast: torch.autocast
@@ -177,7 +178,14 @@ class Run:
             for left in reversed(range(LAST_TRIES if last or at_once else 1)):
                 try:
                     save_checkpoint(
-                        self.folder / CHECKPOINTS, self.config, self.world, self.engine, self.ema, state, self.retention
+                        self.folder / CHECKPOINTS,
+                        self.config,
+                        self.world,
+                        self.engine,
+                        self.ema,
+                        state,
+                        self.retention,
+                        self.classes,
                     )
                     return
                 except SaveError as error:

@@ -20,9 +20,11 @@ from convneur.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     newest_intact,
+    read_classes,
     read_state,
 )
 from convneur.config import Config, load_config, save_config
+from convneur.data.classes import check_same_classes
 from convneur.data.engine import build_train_loader
 from convneur.data.errors import InputError
 from convneur.data.loader import EvalLoader
@@ -102,6 +104,8 @@ def _start(
     if checkpoint:
         state = read_state(checkpoint)
         check_fit(checkpoint, config)
+        if trained := read_classes(checkpoint):
+            check_same_classes(trained, store.classes, checkpoint, config.data.root)
         loader.check_state(state.data)
         load_checkpoint(checkpoint, engine, ema)
     made = [record["step"] for record in salvage_metrics(folder)[0]] if resume == "auto" and not state else []
@@ -153,6 +157,7 @@ def _start(
         bad_samples=BadSampleCount(config.data, len(store), loader.bad_samples, world.device),
         eval_loader=eval_loader,
         eval_images=len(eval_store),
+        classes=store.classes,
         prepare=prepare,
         normalize=Normalize(config.data, world.device),
         autocast=autocast(config.deepspeed, world.device),

@@ -170,6 +170,12 @@ def _parser() -> _Parser:
     evaluate.add_argument("--data", metavar="DIR", help="prepared dataset (default: the run's own)")
     evaluate.add_argument("--split", help="split of the dataset (default: the run's own)")
     evaluate.add_argument(
+        "--class-map",
+        type=Path,
+        metavar="FILE",
+        help="lines CLASS_OF_THE_DATASET tab CLASS_OF_THE_MODEL (default: classes are called the same)",
+    )
+    evaluate.add_argument(
         "--image-size", type=int, metavar="PIXELS", help="side of the images (default: as in training)"
     )
     evaluate.add_argument(

@@ -211,6 +211,7 @@ def evaluate(args: argparse.Namespace, _: Overrides) -> int:
         words = ["eval", str(args.path), "--ema" if args.ema else "--raw"]
         words += ["--data", args.data] if args.data else []
         words += ["--split", args.split] if args.split else []
+        words += ["--class-map", str(args.class_map)] if args.class_map else []
         words += ["--image-size", str(args.image_size)] if args.image_size is not None else []
         words += ["--crop", str(args.crop)] if args.crop is not None else []
         words += ["--json"] if args.json else []
@@ -227,14 +228,21 @@ def evaluate(args: argparse.Namespace, _: Overrides) -> int:
             averaged=args.ema,
             image_size=args.image_size,
             crop=args.crop,
+            class_map=args.class_map,
         )
         if world.is_main and args.json:
             print(json.dumps(asdict(scores)))
         elif world.is_main:
             print(
                 f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f} on {scores.images:,} images"
-                + "".join(f"\nwarning: left out: {line}" for line in scores.bad)
             )
+            if scores.among:
+                print(
+                    f"top-1 {scores.top1_among:.2%}, top-5 {scores.top5_among:.2%} choosing among the {scores.among:,} "
+                    "classes that there are images of"
+                )
+            for line in (*scores.notes, *(f"left out: {line}" for line in scores.bad)):
+                print(f"warning: {line}")
     return 0
 
 

@@ -17,13 +17,24 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from torchvision.transforms.functional import normalize
 
 from convneur import checkpoint as checkpoints
-from convneur.checkpoint import find_checkpoint, list_checkpoints, load_weights, newest_intact, read_state
+from convneur.checkpoint import (
+    CHECKPOINTS,
+    CLASSES_FILE,
+    MANIFEST,
+    find_checkpoint,
+    list_checkpoints,
+    load_weights,
+    newest_intact,
+    read_classes,
+    read_state,
+)
 from convneur.config import Config, load_config
 from convneur.data.errors import InputError
-from convneur.data.store import open_store
-from convneur.data.transforms import decode
+from convneur.data.shards import Manifest, write_split
+from convneur.data.store import TarStore, open_store
+from convneur.data.transforms import decode, eval_transform
 from convneur.errors import NonFiniteError, SaveError
-from convneur.evaluate import evaluate_checkpoint
+from convneur.evaluate import evaluate_checkpoint, trained_classes
 from convneur.guards import GuardConfig
 from convneur.metrics import read_metrics
 from convneur.model import ConvNeur
@@ -282,6 +293,93 @@ def test_evaluation_at_another_resolution(trained: Path, world: World) -> None:
     assert scores.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-3)
     assert scores.images == 360
     assert scores.loss != evaluate_checkpoint(trained, world, image_size=48).loss
+
+
+def write_val(digits: Path, folder: Path, classes: dict[str, int]) -> str:
+    """The held-out digits whose class is one of `classes`, which are called by their keys, in their order."""
+    store = TarStore(digits, "val")
+    labels = {digit: label for label, digit in enumerate(classes.values())}
+    samples = [sample for sample in map(store.read, range(len(store))) if sample.label in labels]
+    relabelled = [sample._replace(label=labels[sample.label]) for sample in samples]
+    folder.mkdir()
+    split = write_split(folder, "val", relabelled, extension="png", shard_samples=500)
+    Manifest("test", tuple(classes), {"val": split}).write(folder)
+    return str(folder)
+
+
+def test_evaluation_tells_classes_by_name(trained: Path, digits: Path, world: World, tmp_path: Path) -> None:
+    """In another order, under other names with a map, or some of them only; refused where a class isn't known."""
+    assert read_classes(find_checkpoint(trained)) == tuple("0123456789")
+    expected = evaluate_checkpoint(trained, world)
+    reordered = write_val(
+        digits, tmp_path / "reordered", {str(digit): digit for digit in (7, 1, 0, 9, 2, 3, 8, 4, 6, 5)}
+    )
+    assert replace(evaluate_checkpoint(trained, world, data_root=reordered), loss=expected.loss) == expected
+
+    renamed = write_val(digits, tmp_path / "renamed", {f"a {digit}": digit for digit in range(9, -1, -1)})
+    with pytest.raises(InputError, match=r"images of 10 classes \(a 9, a 8, a 7, ...\), but .* --class-map FILE"):
+        evaluate_checkpoint(trained, world, data_root=renamed)
+    lines = tmp_path / "map"
+    lines.write_text("".join(f"a {digit}\t{digit}\n\n" for digit in range(10)))
+    mapped = evaluate_checkpoint(trained, world, data_root=renamed, class_map=lines)
+    assert replace(mapped, loss=expected.loss) == expected
+    lines.write_text("a 9\t9\n")
+    with pytest.raises(InputError, match=r"no line for 9 classes \(a 8, a 7, a 6, ...\)"):
+        evaluate_checkpoint(trained, world, data_root=renamed, class_map=lines)
+
+    some = write_val(digits, tmp_path / "some", {"8": 8, "3": 3, "5": 5})
+    scores = evaluate_checkpoint(trained, world, data_root=some)
+    store, config = TarStore(digits, "val"), load_config([trained / "config.yaml"])
+    shown = [i for i in range(len(store)) if store.labels[i] in (3, 5, 8)]
+    transform = eval_transform(config.data)
+    images = torch.stack([transform(decode(store.read(i).image)) for i in shown])
+    model = ConvNeur(config.model).eval()
+    model.load_state_dict(load_weights(find_checkpoint(trained), averaged=False))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(normalize(images / 255, config.data.mean, config.data.std)).float()
+    labels = torch.from_numpy(store.labels[shown])
+    assert (scores.images, scores.among) == (len(shown), 3)
+    some_differ = 3 / len(shown)  # in bfloat16, other batches
+    assert scores.top1 == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=some_differ)
+    among = torch.tensor([3, 5, 8])[logits[:, [3, 5, 8]].argmax(1)]
+    assert scores.top1_among == pytest.approx((among == labels).float().mean().item(), abs=some_differ)
+    assert scores.top5_among == 1
+
+
+def test_an_older_checkpoint_has_the_class_names_of_its_dataset(
+    run: Path, digits: Path, world: World, tmp_path: Path
+) -> None:
+    expected = evaluate_checkpoint(run, world)
+    for checkpoint in list_checkpoints(run / CHECKPOINTS):
+        (checkpoint / CLASSES_FILE).unlink()
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        del manifest[CLASSES_FILE]
+        (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    reordered = write_val(digits, tmp_path / "reordered", {str(digit): digit for digit in range(9, -1, -1)})
+    scores = evaluate_checkpoint(run, world, data_root=reordered)
+    assert scores.top1 == expected.top1
+    assert f"they are taken from {digits}" in scores.notes[0]
+    config = load_config([run / "config.yaml"])
+    gone = replace(config, data=replace(config.data, root=str(tmp_path / "gone")))
+    assert trained_classes(find_checkpoint(run), config)[0] == tuple("0123456789")
+    names, notes = trained_classes(find_checkpoint(run), gone)
+    assert names == ()
+    assert "labels are taken for their numbers" in notes[0]
+
+
+def test_a_run_is_not_resumed_with_other_classes(
+    run: Path, config: Config, digits: Path, world: World, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(digits, tmp_path / "other"))
+    manifest = Manifest.read(other)
+    replace(manifest, classes=("zero", *manifest.classes[1:])).write(other)
+    longer = replace(config, data=replace(config.data, root=str(other)), schedule=replace(config.schedule, epochs=2))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(
+        InputError, match=r"trained with '0' as class 0, which is 'zero' in .*other: resume with the dataset"
+    ):
+        train(longer, world, run, "auto")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

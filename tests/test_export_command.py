@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import convneur.timm_models  # noqa: F401
 from convneur import export
 from convneur.branches import MixerKind
-from convneur.checkpoint import CONFIG_FILE, MANIFEST
+from convneur.checkpoint import CLASSES_FILE, CONFIG_FILE, MANIFEST
 from convneur.config import Config, RunConfig, config_text, load_config, save_config
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
@@ -39,6 +40,7 @@ def checkpoint(folder: Path, branch: MixerKind = "neural_memory", image_size: in
         weights = ConvNeur(model).eval()
         save_file(weights.state_dict(), folder / f"{name}.safetensors", metadata={"config": config_text(config)})
     save_config(config, folder / CONFIG_FILE)
+    (folder / CLASSES_FILE).write_text('["a", "b", "c", "d", "e"]')
     (folder / MANIFEST).write_text("{}")
     return folder, weights
 
@@ -65,6 +67,8 @@ def test_safetensors_for_timm(
     ).eval()
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(loaded(x), averaged(x))
+    with safe_open("small.safetensors", "pt") as file:
+        assert file.metadata()["classes"] == '["a", "b", "c", "d", "e"]'
 
 
 def test_onnx(tmp_path: Path) -> None:
@@ -79,7 +83,8 @@ def test_onnx(tmp_path: Path) -> None:
         "session = onnxruntime.InferenceSession('model.onnx', providers=['CPUExecutionProvider'])\n"
         "x, logits = torch.load('case.pt')\n"
         "torch.testing.assert_close(torch.from_numpy(session.run(['logits'], {'images': x.numpy()})[0]), logits)\n"
-        "assert 'chunk_length: 90' in session.get_modelmeta().custom_metadata_map['config']",
+        "texts = session.get_modelmeta().custom_metadata_map\n"
+        "assert 'chunk_length: 90' in texts['config'] and texts['classes'][:9] == '[\"a\", \"b\"'",
         tmp_path,
     )
 
@@ -92,11 +97,11 @@ def test_exported_program(tmp_path: Path) -> None:
     torch.save((x, averaged(x).detach()), tmp_path / "case.pt")
     run_elsewhere(
         "import torch\n"
-        "files = {'config.yaml': ''}\n"
+        "files = {'config.yaml': '', 'classes.json': ''}\n"
         "program = torch.export.load('model.pt2', extra_files=files)\n"
         "x, logits = torch.load('case.pt')\n"
         "torch.testing.assert_close(program.module()(x), logits)\n"
-        "assert 'chunk_length: 90' in files['config.yaml']",
+        "assert 'chunk_length: 90' in files['config.yaml'] and files['classes.json'][:9] == '[\"a\", \"b\"'",
         tmp_path,
     )
 
