@@ -12,6 +12,7 @@ from operator import attrgetter
 import torch
 
 from convneur.config import Config
+from convneur.data.check import check_values as check_data_values
 from convneur.data.errors import InputError
 from convneur.deepspeed_config import deepspeed_config, offloads_optimizer
 from convneur.doctor import examine_apex
@@ -32,6 +33,7 @@ RANGES = {
     "run.keep_checkpoints": COUNT,
     "run.keep_every_steps": NOT_NEGATIVE,
     "run.keep_every_epochs": NOT_NEGATIVE,
+    "model.num_classes": COUNT,
     "train.accumulation": COUNT,
     "train.label_smoothing": FRACTION,
     "train.ema_decay": FRACTION,
@@ -57,6 +59,19 @@ def check_config(config: Config, world_size: int) -> None:
 
     Looks at no file and allocates nothing.
     """
+    check_values(config)
+    deepspeed_config(config, world_size)
+    _check_implementations(config)
+    if config.run.wandb_project and find_spec("wandb") is None:
+        raise InputError(
+            f"run.wandb_project is {config.run.wandb_project!r}, but wandb isn't installed: pip install wandb, or leave"
+            " it out: metrics.jsonl and TensorBoard have the same values"
+        )
+
+
+def check_values(config: Config) -> None:
+    """The part of it that holds on any machine: InputError for the first value that is out of its range."""
+    check_data_values(config.data)
     for key, (expected, holds) in RANGES.items():
         value = attrgetter(key)(config)
         if not holds(value):
@@ -79,13 +94,6 @@ def check_config(config: Config, world_size: int) -> None:
     name = config.run.name
     if name in {"", ".", ".."} or "/" in name or "\0" in name:
         raise InputError(f"run.name is {name!r}, expected the name of one folder; run.root says where it lies")
-    deepspeed_config(config, world_size)
-    _check_implementations(config)
-    if config.run.wandb_project and find_spec("wandb") is None:
-        raise InputError(
-            f"run.wandb_project is {config.run.wandb_project!r}, but wandb isn't installed: pip install wandb, or leave"
-            " it out: metrics.jsonl and TensorBoard have the same values"
-        )
 
 
 def _check_implementations(config: Config) -> None:

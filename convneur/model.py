@@ -62,6 +62,8 @@ VARIANTS = {
     "m9": Variant((3, 3, 27, 3), 256),
 }
 
+LARGEST = 10**9
+WIDEST, DEEPEST = 9998, 999  # of a free shape: what is larger is a slip, and would take hours to be looked at
 FREE_SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)-([1-9]\d*)-([1-9]\d*)-([1-9]\d*)")
 
 
@@ -74,12 +76,14 @@ def variant_named(name: str, key: str = "model.variant") -> Variant:
     if name in VARIANTS:
         return VARIANTS[name]
     match = FREE_SHAPE.fullmatch(name)
-    if match is None or int(match[1]) % 2:
+    if match is None or int(match[1][-1]) % 2:
         raise ValueError(
             f"{key} is {name!r}, expected one of {', '.join(map(repr, VARIANTS))}, or an even first width and"
             " the blocks of the four stages, such as '24x2-2-6-2'"
         )
-    base_width, *depths = map(int, match.groups())
+    base_width, *depths = (int(number[:9]) for number in match.groups())
+    if base_width > WIDEST or max(depths) > DEEPEST:
+        raise ValueError(f"{key} is {name!r}, expected a width of at most {WIDEST} and depths of at most {DEEPEST}")
     return Variant((depths[0], depths[1], depths[2], depths[3]), base_width)
 
 
@@ -143,6 +147,8 @@ class ModelConfig:
         for key, least in {"num_classes": 0, "in_chans": 1, "memory.chunk_length": 1, "memory.inner_lr": 0}.items():
             if not least <= (value := attrgetter(key)(self)) < inf:
                 raise ValueError(f"model.{key} is {value}, expected at least {least}")
+            if value > LARGEST:
+                raise ValueError(f"model.{key} is {value}, expected at most {LARGEST:,}")
         for key in ("drop_rate", "drop_path"):
             if not 0 <= (value := getattr(self, key)) < 1:
                 raise ValueError(f"model.{key} is {value}, expected a rate in [0, 1)")

@@ -10,10 +10,12 @@ Names: P parameters, N ranks.
 import math
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from convneur.config import Config
 from convneur.data.errors import InputError
+from convneur.data.shards import MANIFEST
 from convneur.data.store import open_store
 from convneur.deepspeed_config import deepspeed_config
 from convneur.footprint import FLOAT, HALF, Memory, host_bytes, largest_micro_batch, layout, peak
@@ -316,6 +318,8 @@ def _images(config: Config) -> tuple[int, int, tuple[str, ...]]:
     try:
         return len(open_store(data, data.train_split)), len(open_store(data, data.val_split)), ()
     except InputError:
+        if (Path(data.root) / MANIFEST).exists():  # it is there, and can't be used like this
+            raise
         images = data.subset or IMAGENET[0]
         return images, IMAGENET[1], (f"{data.root} isn't there: it is reckoned with {images:,} images of ImageNet-1k",)
 

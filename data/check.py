@@ -1,5 +1,7 @@
 """Checks of the data settings that need nothing but the dataset's manifest and index."""
 
+from math import inf
+
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
 from convneur.data.store import open_store
@@ -17,8 +19,7 @@ def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumul
     Raises:
         InputError: the first setting that is wrong, and what to do.
     """
-    _check_values(config)
-    _check_augment(config.augment)
+    check_values(config)
     if config.engine == "ffcv":
         _check_ffcv(config)
     _check_batches(config, world_size, accumulation)
@@ -36,15 +37,19 @@ def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumul
         )
 
 
-def _check_values(config: DataConfig) -> None:
+def check_values(config: DataConfig) -> None:
+    """Check the settings that can be judged without the dataset; InputError for the first that is impossible."""
     for name in ("image_size", "global_batch_size", "lanes", "window", "repeats", "eval_batch_size"):
         _require(getattr(config, name) >= 1, f"data.{name}", getattr(config, name), "at least 1")
+    for name, most in (("image_size", 1 << 16), ("global_batch_size", 10**7), ("workers", 4096)):
+        _require(getattr(config, name) <= most, f"data.{name}", getattr(config, name), f"at most {most}")
     _require(config.subset >= 0, "data.subset", config.subset, "at least 0")
     _require(config.workers >= 0, "data.workers", config.workers, "at least 0")
-    _require(config.cache_gb > 0, "data.cache_gb", config.cache_gb, "above 0")
+    _require(0 < config.cache_gb < inf, "data.cache_gb", config.cache_gb, "a finite number above 0")
     _require(config.bad_limit >= 0, "data.bad_limit", config.bad_limit, "at least 0")
     _require(0 < config.eval_crop <= 1, "data.eval_crop", config.eval_crop, "above 0 and at most 1")
     _require(min(config.std) > 0, "data.std", config.std, "above 0")
+    _check_augment(config.augment)
 
 
 def _check_augment(augment: AugmentConfig) -> None:

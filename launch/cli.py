@@ -7,11 +7,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from convneur.data.errors import InputError
 from convneur.errors import TrainingError
 from convneur.launch import commands, data_commands, plan_commands, study_commands
+from convneur.launch.arguments import COUNT, PIXELS, PROCESSES, RANKS, TASKS, Parser, check_words, positive, whole
 from convneur.launch.commands import Command
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -22,6 +23,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status: 2 for bad input, 1 for training that can't go on."""
     try:
         words, overrides = _split_overrides(sys.argv[1:] if words is None else words)
+        check_words(words, "convneur")
         args, unknown = _parser().parse_known_args(words)
         if unknown:
             raise _unknown(unknown[0], args)
@@ -31,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return command(args, overrides)
     except (InputError, TrainingError) as error:
         if "RANK" not in os.environ or not _report(error):
-            print(f"convneur: error: {error}", file=sys.stderr)
+            print(f"convneur: error: {_one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except OSError as error:
         if error.errno not in NO_ROOM:
@@ -50,10 +52,16 @@ def _unknown(word: str, args: argparse.Namespace) -> InputError:
     if not word.startswith("--"):
         return InputError(f"{word!r} belongs to no flag; see `convneur {args.command} --help`")
     flags = re.findall(r"--([\w-]+)", args.parser.format_usage())
-    flags += config_keys() if args.takes_overrides else ()
+    if args.takes_overrides:
+        flags += (key for key in config_keys() if "." in key)  # the sections themselves are no flags
     nearest = nearest_key(word[2:].partition("=")[0], flags)
     hint = f"did you mean --{nearest}?" if nearest else f"see `convneur {args.command} --help`"
     return InputError(f"{word} is not a flag of `convneur {args.command}`; {hint}")
+
+
+def _one_line(message: str) -> str:
+    """A message as it is, with what would break its line, or act on a terminal, in escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
 
 
 def _report(error: Exception) -> bool:
@@ -76,14 +84,6 @@ class _TrainHelp(argparse.Action):
         parser.exit()
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes in one line, as everything else does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises InputError."""
-        raise InputError(f"{message}; see `{self.prog} --help`")
-
-
 def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Sets configuration overrides, which are the flags with a dot, apart from the words that argparse knows."""
     rest, overrides = [], []
@@ -99,13 +99,13 @@ def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="convneur", description="Distributed training of ConvNeur vision backbones.", allow_abbrev=False
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Command, summary: str, takes_overrides: bool = False, **kwargs: Any) -> _Parser:
+    def add(name: str, run: Command, summary: str, takes_overrides: bool = False, **kwargs: Any) -> Parser:
         return _add_command(subparsers, name, run, summary, takes_overrides, **kwargs)
 
     _add_prepare(subparsers)
@@ -142,7 +142,10 @@ def _parser() -> _Parser:
     )
     train.add_argument("--allow-differences", action="store_true", help="with --reproduce: say what differs, and go on")
     train.add_argument(
-        "--check", type=int, metavar="RANKS", help="only check configuration and data, for a run of that many ranks"
+        "--check",
+        type=RANKS,
+        metavar="RANKS",
+        help="only check configuration and data, for a run of that many ranks",
     )
     _add_json(train, "with --check, print the run's folder and whether the run is finished, as JSON")
     train.add_argument("--run-dir", type=Path, help=argparse.SUPPRESS)  # how a launcher tells its ranks the folder
@@ -157,13 +160,15 @@ def _parser() -> _Parser:
         "--config", action="append", default=[], metavar="FILE", help="YAML file; of several, later ones win"
     )
     _add_resources(submit)
-    submit.add_argument("--array", type=int, metavar="N", help="an array of N runs, with seeds 0 to N-1")
+    submit.add_argument("--array", type=TASKS, metavar="N", help="an array of N runs, with seeds 0 to N-1")
     submit.add_argument("--dry-run", action="store_true", help="print the text for sbatch; write and submit nothing")
 
     runs = add("runs", commands.runs, "List runs: state, epoch, accuracy, speed, time left, restarts, ETTR.")
     runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
     runs.add_argument("--watch", action="store_true", help="refresh until interrupted")
-    runs.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between refreshes (default: 10)")
+    runs.add_argument(
+        "--every", type=positive(1e6), default=10.0, metavar="SECONDS", help="between refreshes (default: 10)"
+    )
 
     evaluate = add("eval", commands.evaluate, "Measure a checkpoint's accuracy.")
     evaluate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN", help="folder of a checkpoint, or of a run")
@@ -176,11 +181,14 @@ def _parser() -> _Parser:
         help="lines CLASS_OF_THE_DATASET tab CLASS_OF_THE_MODEL (default: classes are called the same)",
     )
     evaluate.add_argument(
-        "--image-size", type=int, metavar="PIXELS", help="side of the images (default: as in training)"
+        "--image-size",
+        type=PIXELS,
+        metavar="PIXELS",
+        help="side of the images (default: as in training)",
     )
     evaluate.add_argument(
         "--crop",
-        type=float,
+        type=positive(1),
         metavar="FRACTION",
         help="part of the resized image's side that is cut out (default: the run's data.eval_crop)",
     )
@@ -238,8 +246,8 @@ def _parser() -> _Parser:
     plan.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="YAML file; of several, later ones win"
     )
-    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
-    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    plan.add_argument("--nodes", type=COUNT, default=1, metavar="N", help="nodes (default: 1)")
+    plan.add_argument("--gpus-per-node", type=COUNT, default=8, metavar="N", help="GPUs of a node (default: 8)")
     _add_gpu(plan)
     _add_json(plan)
 
@@ -250,7 +258,13 @@ def _parser() -> _Parser:
         takes_overrides=True,
     )
     info.add_argument("variant", help="n1 to n3, m1 to m9, or a shape such as 24x2-2-6-2")
-    info.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="side of the image (default: 224)")
+    info.add_argument(
+        "--image-size",
+        type=PIXELS,
+        default=224,
+        metavar="PIXELS",
+        help="side of the image (default: 224)",
+    )
     _add_json(info)
 
     doctor = add("doctor", commands.doctor, "Show what this machine has, and what each missing part costs.")
@@ -260,8 +274,8 @@ def _parser() -> _Parser:
 
 def _add_command(
     among: Any, name: str, run: Command, summary: str, takes_overrides: bool = False, **kwargs: Any
-) -> _Parser:
-    command: _Parser = among.add_parser(name, help=summary, description=summary, allow_abbrev=False, **kwargs)
+) -> Parser:
+    command: Parser = among.add_parser(name, help=summary, description=summary, allow_abbrev=False, **kwargs)
     full_name = command.prog.partition(" ")[2]
     command.set_defaults(run=run, takes_overrides=takes_overrides, parser=command, command=full_name)
     return command
@@ -272,7 +286,7 @@ def _add_prepare(subparsers: Any) -> None:
     prepare = subparsers.add_parser("prepare", help=summary, description=summary, allow_abbrev=False)
     datasets = prepare.add_subparsers(dest="dataset", required=True, metavar="DATASET")
 
-    def add(name: str, run: Command, summary: str) -> _Parser:
+    def add(name: str, run: Command, summary: str) -> Parser:
         dataset = _add_command(datasets, name, run, summary)
         dataset.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
         return dataset
@@ -290,7 +304,10 @@ def _add_prepare(subparsers: Any) -> None:
         " or with train/nXXXXXXXX/*.JPEG and val/nXXXXXXXX/*.JPEG",
     )
     imagenet.add_argument(
-        "--max-side", type=int, metavar="PIXELS", help="scale larger images down to this longer side, and encode anew"
+        "--max-side",
+        type=COUNT,
+        metavar="PIXELS",
+        help="scale larger images down to this longer side, and encode anew",
     )
     imagenet.add_argument(
         "--part",
@@ -301,8 +318,8 @@ def _add_prepare(subparsers: Any) -> None:
     _add_processes(imagenet)
 
     synthetic = add("synthetic", data_commands.prepare_synthetic, "Natural-looking images, for benchmarks.")
-    synthetic.add_argument("--classes", type=int, default=1000, metavar="K", help="classes (default: 1000)")
-    synthetic.add_argument("--images", type=int, default=10000, metavar="N", help="training images (default: 10000)")
+    synthetic.add_argument("--classes", type=COUNT, default=1000, metavar="K", help="classes (default: 1000)")
+    synthetic.add_argument("--images", type=COUNT, default=10000, metavar="N", help="training images (default: 10000)")
     synthetic.add_argument("--size", default="375x500", metavar="HxW", help="pixels (default: 375x500)")
     _add_format(synthetic)
     _add_processes(synthetic)
@@ -348,7 +365,7 @@ def _add_study(subparsers: Any) -> None:
     study = subparsers.add_parser("study", help=summary, description=summary, allow_abbrev=False)
     actions = study.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    def add(name: str, run: Command, summary: str) -> _Parser:
+    def add(name: str, run: Command, summary: str) -> Parser:
         action = _add_command(actions, name, run, f"{summary}; takes --section.key VALUE.", takes_overrides=True)
         action.add_argument("config", type=Path, metavar="FILE", help="YAML file with the recipe and the study's axes")
         return action
@@ -356,11 +373,11 @@ def _add_study(subparsers: Any) -> None:
     run = add("run", study_commands.run, "Train the runs of a study that aren't finished")
     run.add_argument(
         "--jobs",
-        type=int,
+        type=PROCESSES,
         metavar="N",
         help="runs at a time (default: 1; with --launch slurm, as many as Slurm starts)",
     )
-    run.add_argument("--nproc", type=int, metavar="N", help="processes a run here (default: one a GPU, or one)")
+    run.add_argument("--nproc", type=PROCESSES, metavar="N", help="processes a run here (default: one a GPU, or one)")
     run.add_argument(
         "--launch",
         choices=["local", "slurm", "print"],
@@ -387,12 +404,12 @@ def _add_study(subparsers: Any) -> None:
 
 
 def _add_resources(parser: Any) -> None:
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
-    parser.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks a node (default: one a GPU, or one)")
-    parser.add_argument("--cpus-per-task", type=int, default=12, metavar="N", help="CPUs a rank (default: 12)")
+    parser.add_argument("--nodes", type=COUNT, default=1, metavar="N", help="nodes (default: 1)")
+    parser.add_argument("--gpus-per-node", type=whole(0), default=8, metavar="N", help="GPUs of a node (default: 8)")
+    parser.add_argument("--tasks-per-node", type=COUNT, metavar="N", help="ranks a node (default: one a GPU, or one)")
+    parser.add_argument("--cpus-per-task", type=COUNT, default=12, metavar="N", help="CPUs a rank (default: 12)")
     parser.add_argument(
-        "--timeout-min", type=int, default=1440, metavar="M", help="minutes of a time slice (default: 1440)"
+        "--timeout-min", type=COUNT, default=1440, metavar="M", help="minutes of a time slice (default: 1440)"
     )
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="another option of sbatch, without --"
@@ -416,7 +433,9 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", type=int, metavar="N", help="how many at a time (default: one a processor)")
+    parser.add_argument(
+        "--processes", type=PROCESSES, metavar="N", help="how many at a time (default: one a processor)"
+    )
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
@@ -442,7 +461,7 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
         help="local: start processes on this machine; env: be the process that RANK, LOCAL_RANK, WORLD_SIZE,"
         " MASTER_ADDR and MASTER_PORT describe; auto: env where RANK is set, else local (default)",
     )
-    parser.add_argument("--nproc", type=int, metavar="N", help="processes to start (default: one a GPU, or one)")
+    parser.add_argument("--nproc", type=PROCESSES, metavar="N", help="processes to start (default: one a GPU, or one)")
 
 
 def _add_json(parser: argparse.ArgumentParser, help: str = "print JSON") -> None:

@@ -6,6 +6,7 @@ They import what they need when they run: loading PyTorch, timm and DeepSpeed ta
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,8 +39,6 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
 
     config = _repeated(args, overrides) if args.reproduce else load_config(args.config, overrides)
     if args.check is not None:
-        if args.check < 1:
-            raise InputError(f"--check is {args.check}, expected the number of ranks, at least 1")
         check(config, args.check)
         if args.json:
             folder = Path(config.run.root) / config.run.name
@@ -183,11 +182,10 @@ def asked_resources(args: argparse.Namespace, at_once: int | None = None) -> "Re
     """What the flags ask for that `convneur submit` shares with others."""
     from convneur.launch.submit import Resources
 
-    for flag in ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "timeout_min"):
-        value, least = getattr(args, flag), 0 if flag == "gpus_per_node" else 1
-        if value is not None and value < least:
-            raise InputError(f"--{flag.replace('_', '-')} is {value}, expected at least {least}")
     tasks = args.tasks_per_node or max(1, args.gpus_per_node)
+    for option in args.sbatch:
+        if not re.fullmatch(r"[A-Za-z][\w-]*(=[^\n\r]*)?", option):
+            raise InputError(f"--sbatch is {option!r}, expected OPTION=VALUE of sbatch, without --, on one line")
     options = dict(option.partition("=")[::2] for option in args.sbatch)
     return Resources(args.nodes, args.gpus_per_node, tasks, args.cpus_per_task, args.timeout_min, options, at_once)
 
@@ -305,10 +303,12 @@ def plot(args: argparse.Namespace, _: Overrides) -> int:
 def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur ablate`: trains the rows of the ablation table that are missing, and prints and saves the table."""
     from convneur.ablate import AblationConfig, run_configs, train_rows
+    from convneur.check import check_values
     from convneur.config import load_as, save_config
     from convneur.series import standing
 
     config = load_as(AblationConfig, args.config, overrides)
+    check_values(config)
     if args.dry_run:
         import torch
 

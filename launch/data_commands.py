@@ -29,8 +29,6 @@ def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
     from convneur.data.imagenet import prepare_imagenet
 
     part = part_of(args.part)
-    if args.max_side is not None:
-        _at_least_1("--max-side", args.max_side)
     with _disk_errors():
         written = prepare_imagenet(
             args.source,
@@ -52,8 +50,6 @@ def prepare_synthetic(args: argparse.Namespace, _: Overrides) -> int:
     from convneur.data.synthetic import prepare_synthetic
 
     height, width = _size(args.size)
-    _at_least_1("--classes", args.classes)
-    _at_least_1("--images", args.images)
     with _disk_errors():
         written = prepare_synthetic(
             args.out,
@@ -95,11 +91,13 @@ def verify(args: argparse.Namespace, _: Overrides) -> int:
 
 def show(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur data show`: counts, sizes and class balance, and a picture of what training sees."""
+    from convneur.check import check_values
     from convneur.config import load_config
     from convneur.data.show import contact_sheet, summarize
     from convneur.launch.tables import show_table
 
     config = load_config(args.config, [*overrides, "--data.root", str(args.folder)])
+    check_values(config)
     manifest, summaries = summarize(args.folder)
     print(f"{args.folder}: {manifest.source}, {len(manifest.classes):,} classes")
     headings = ("split", "shards", "images", "denied", "GB", "kB an image", "images a class", "empty")
@@ -145,13 +143,7 @@ def _tell(out: Path, written: bool) -> int:
 def _processes(given: int | None) -> int:
     from convneur.data.parallel import processors
 
-    return processors() if given is None else _at_least_1("--processes", given)
-
-
-def _at_least_1(flag: str, value: int) -> int:
-    if value < 1:
-        raise InputError(f"{flag} is {value}, expected at least 1")
-    return value
+    return processors() if given is None else given
 
 
 def part_of(text: str | None) -> "Part | None":
@@ -161,13 +153,17 @@ def part_of(text: str | None) -> "Part | None":
     if text is None:
         return None
     number, _, of = text.partition("/")
-    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+    if not (_is_count(number) and _is_count(of) and 1 <= int(number) <= int(of)):
         raise InputError(f"--part is {text}, expected I/N with I from 1 to N, such as 3/64")
     return Part(int(number), int(of))
 
 
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
+
+
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+    if not (_is_count(height) and _is_count(width) and int(height) and int(width)):
         raise InputError(f"--size is {text}, expected HEIGHTxWIDTH in pixels, such as 375x500")
     return int(height), int(width)

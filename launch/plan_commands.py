@@ -14,10 +14,13 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from convneur.world import name_accelerator
 
     name_accelerator()
+    from convneur.check import check_values
     from convneur.config import load_config
     from convneur.plan import make_plan
 
-    made = make_plan(load_config(args.config, overrides), cluster(args))
+    config = load_config(args.config, overrides)
+    check_values(config)
+    made = make_plan(config, cluster(args))
     if args.json:
         print(json.dumps(made.as_json(), indent=2))
         return 0

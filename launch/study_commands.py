@@ -30,8 +30,6 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.series import series_folder, standing
     from convneur.study import study_runs
 
-    if args.jobs is not None and args.jobs < 1:
-        raise InputError(f"--jobs is {args.jobs}, expected at least 1")
     runs, folder = study_runs(config), series_folder(config)
     if args.plan:
         return _plan(args, config, runs, folder)
@@ -201,10 +199,14 @@ def _load(args: argparse.Namespace, overrides: Overrides) -> "StudyConfig":
     from convneur.world import name_accelerator
 
     name_accelerator()
+    from convneur.check import check_values
     from convneur.config import load_as
-    from convneur.study import StudyConfig
+    from convneur.study import StudyConfig, study_runs
 
-    return load_as(StudyConfig, [args.config], overrides)
+    config = load_as(StudyConfig, [args.config], overrides)
+    for one in study_runs(config).values():
+        check_values(one)
+    return config
 
 
 def _some(points: "list[Point]", config: "StudyConfig", damaged: list[str]) -> "list[Point]":
