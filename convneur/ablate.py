@@ -153,7 +153,8 @@ def train_rows(config: AblationConfig, world: World) -> None:
             continue
         if world.is_main:
             print(f"[{number}/{len(runs)}] {row}, seed {seed}", flush=True)
-        train(run, world, run_folder(run), resume="auto")
+        if train(run, world, run_folder(run), resume="auto") is None:
+            return  # told to stop
 
 
 def tabulate(config: AblationConfig, device: torch.device) -> list[Result]:

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 
 # A scheduler sends TERM when it takes a machine away, and, asked to, USR2 ahead of a time limit. USR1 is NCCL's.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+# INT is Ctrl-C's; HUP comes when a terminal is closed, unless nohup has it ignored.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Remembers the first of `SIGNALS` that this process gets, instead of dying of it.
+    """Remembers the first signal to stop that this process gets, instead of dying of it.
 
     The ranks talk about it in a group of their own on the CPU, and while they make the next step, so that no step waits
     for the GPU or for a slower rank on its account.
@@ -37,7 +38,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         """Starts to listen for the signals."""
-        self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._remember) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -523,11 +523,11 @@ def _loader(
 
 
 def _ignore_stop_signals(_: int) -> None:
-    """Keeps a worker alive when a scheduler signals all processes of a job: the rank still has a step to finish.
+    """Keeps a worker alive when all processes of a job or a terminal are signalled: the rank has a step to finish.
 
     A worker whose rank has ended ends by itself; one whose rank is about to end is killed by `_end_workers`.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

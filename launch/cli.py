@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from convneur.errors import TrainingError
 from convneur.launch import commands, data_commands, plan_commands, study_commands
 from convneur.launch.arguments import COUNT, PIXELS, PROCESSES, RANKS, TASKS, Parser, check_words, positive, whole
 from convneur.launch.commands import Command
+from convneur.launch.signals import StoppedError
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-"""What anything that writes may meet: a disk that is full, a quota that is used up, a disk nobody may write to."""
+DENIED = {errno.EACCES, errno.EPERM}
+ENVIRONMENT = DENIED | {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""What anything that reads and writes may meet: another user's files, a disk that is full or read-only, a quota."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -32,15 +35,18 @@ def main(words: Sequence[str] | None = None) -> int:
         command: Command = args.run
         return command(args, overrides)
     except (InputError, TrainingError) as error:
-        if "RANK" not in os.environ or not _report(error):
-            print(f"convneur: error: {_one_line(str(error))}", file=sys.stderr)
+        _say(error)
         return 2 if isinstance(error, InputError) else 1
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in ENVIRONMENT:
             raise
-        where = f"{error.filename} can't be written: " if error.filename else ""
-        print(f"convneur: error: {where}{error.strerror}", file=sys.stderr)
+        what = "used" if error.errno in DENIED else "written"
+        where = f"{error.filename} can't be {what}: " if error.filename else ""
+        _say(TrainingError(f"{where}{error.strerror}"))
         return 1
+    except StoppedError as error:
+        _say(TrainingError(f"{error} before anything was begun; there was nothing to save"))
+        return error.status
     except KeyboardInterrupt:
         return 130
 
@@ -64,10 +70,16 @@ def _one_line(message: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
 
 
-def _report(error: Exception) -> bool:
-    from convneur.launch.local import report_failure
+def _say(error: Exception) -> None:
+    """Prints an error, or leaves it to the launcher, if there is one, to print that once for all ranks."""
+    line = _one_line(str(error))
+    if "RANK" in os.environ:
+        from convneur.launch.local import report_failure
 
-    return report_failure(error)
+        if report_failure(type(error)(line)):
+            return
+    with suppress(OSError):
+        print(f"convneur: error: {line}", file=sys.stderr)
 
 
 class _TrainHelp(argparse.Action):

@@ -35,7 +35,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 
 def train(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur train`: as a launcher, checks everything that needs no ranks, then starts them; as a rank, trains."""
-    from convneur.config import load_config, save_config
+    from convneur.config import load_config
 
     config = _repeated(args, overrides) if args.reproduce else load_config(args.config, overrides)
     if args.check is not None:
@@ -47,6 +47,14 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     if _is_rank(args):
         return _train_rank(config, args)
 
+    from convneur.launch.signals import stoppable
+
+    with stoppable():
+        return _launch(config, args)
+
+
+def _launch(config: "Config", args: argparse.Namespace) -> int:
+    from convneur.config import save_config
     from convneur.launch.folder import run_folder
     from convneur.launch.local import rank_count, run_ranks
 
@@ -54,12 +62,28 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
         return 0
     nproc = rank_count(args.nproc)
     check(config, nproc)
-    with run_folder(config.run, args.resume) as folder, TemporaryDirectory(prefix="convneur-config-") as temporary:
+    with (
+        run_folder(config.run, args.resume) as (folder, lock),
+        TemporaryDirectory(prefix="convneur-config-") as temporary,
+    ):
         resolved = Path(temporary) / "config.yaml"  # one file for all ranks, whatever happens to the user's
         save_config(config, resolved)
         words = ["train", "--config", str(resolved), "--resume", args.resume, "--run-dir", str(folder)]
         words += ["--profile"] if args.profile else []
-        return run_ranks(words, nproc)
+        before = _finish_mark(folder)
+        status = run_ranks(words, nproc, lock)
+        # A signal that came when all was done has stopped nothing.
+        return 0 if status > 128 and _finish_mark(folder) not in (None, before) else status
+
+
+def _finish_mark(folder: Path) -> int | None:
+    """Changes when a run ends."""
+    from convneur.summary import SUMMARY_FILE
+
+    try:
+        return (folder / SUMMARY_FILE).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _repeated(args: argparse.Namespace, overrides: Overrides) -> "Config":
@@ -106,6 +130,7 @@ def _train_rank(config: "Config", args: argparse.Namespace) -> int:
 def _agreed_folder(config: "Config", args: argparse.Namespace, world: "World") -> Iterator[Path]:
     """The run's folder: what the launcher has chosen, else what rank 0 chooses now."""
     if args.run_dir:
+        _keep_lock(args.run_dir)
         yield args.run_dir
         return
     from torch.distributed import broadcast_object_list
@@ -114,7 +139,7 @@ def _agreed_folder(config: "Config", args: argparse.Namespace, world: "World") -
 
     check(config, world.size)
     if world.is_main:
-        with run_folder(config.run, args.resume) as folder:
+        with run_folder(config.run, args.resume) as (folder, _):
             broadcast_object_list([folder])
             yield folder
     else:
@@ -305,7 +330,7 @@ def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.ablate import AblationConfig, run_configs, train_rows
     from convneur.check import check_values
     from convneur.config import load_as, save_config
-    from convneur.series import standing
+    from convneur.series import series_folder, standing
 
     config = load_as(AblationConfig, args.config, overrides)
     check_values(config)
@@ -316,6 +341,7 @@ def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
         return 0
     if _is_rank(args):
         with _joined_world() as world:
+            _keep_lock(series_folder(config))
             train_rows(config, world)
             if world.is_main:
                 _print_ablation(config, world.device)
@@ -323,15 +349,20 @@ def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
 
     from convneur.launch.folder import run_folder
     from convneur.launch.local import rank_count, run_ranks
+    from convneur.launch.signals import stoppable
 
     nproc = rank_count(args.nproc)
     check(next(iter(run_configs(config).values())), nproc)  # the others differ in the model and the seed alone
     for line in standing(run_configs(config), "ablation").damaged_lines():
         print(line, flush=True)
-    with run_folder(config.run, resume="auto"), TemporaryDirectory(prefix="convneur-config-") as temporary:
+    with (
+        stoppable(),
+        run_folder(config.run, resume="auto") as (_, lock),
+        TemporaryDirectory(prefix="convneur-config-") as temporary,
+    ):
         resolved = Path(temporary) / "config.yaml"
         save_config(config, resolved)
-        return run_ranks(["ablate", "--config", str(resolved)], nproc)
+        return run_ranks(["ablate", "--config", str(resolved)], nproc, lock)
 
 
 def _print_ablation(config: "AblationConfig", device: "torch.device", costs_only: bool = False) -> None:
@@ -408,14 +439,36 @@ def doctor(args: argparse.Namespace, _: Overrides) -> int:
 
 
 def _is_rank(args: argparse.Namespace) -> bool:
-    """Whether this process is one of several that a launcher has started."""
-    if args.launch == "auto":
-        return "RANK" in os.environ
-    if args.launch == "env":
-        missing = [name for name in RANK_VARIABLES if name not in os.environ]
-        if missing:
-            raise InputError(f"--launch env needs {', '.join(missing)} in the environment; torchrun sets them")
-    return bool(args.launch == "env")
+    """Whether this process is one of several that a launcher has started.
+
+    Raises InputError where it should be, or might be, and the environment doesn't say which one.
+    """
+    if args.launch == "local" or (args.launch == "auto" and "RANK" not in os.environ):
+        os.environ.pop("RANK", None)  # left over
+        return False
+    missing = [name for name in RANK_VARIABLES if name not in os.environ]
+    if missing and args.launch == "env":
+        raise InputError(f"--launch env needs {', '.join(missing)} in the environment; torchrun sets them")
+    if missing:
+        raise InputError(
+            f"RANK is set in the environment, as for one of several processes, but not {', '.join(missing)}: unset it,"
+            " or pass --launch local"
+        )
+    for name in RANK_VARIABLES:
+        if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
+            raise InputError(f"{name} in the environment is {os.environ[name]!r}, expected a number; torchrun sets it")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise InputError(f"RANK is {rank} and WORLD_SIZE {size} in the environment, expected RANK below WORLD_SIZE")
+    return True
+
+
+def _keep_lock(folder: Path) -> None:
+    """Has this rank, if it is a launcher's, keep the launcher's lock alive for as long as it writes."""
+    from convneur.launch import leash
+    from convneur.launch.lock import held_lock
+
+    leash.keep(held_lock(folder))
 
 
 @contextmanager

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from convneur.config import RunConfig
 from convneur.data.errors import InputError
-from convneur.launch.lock import locked
+from convneur.launch.lock import Lock, locked
 
 
 @contextmanager
-def run_folder(run: RunConfig, resume: str) -> Iterator[Path]:
-    """The folder of a run, made so that no other run takes it, and removed again if it is still empty at the end.
+def run_folder(run: RunConfig, resume: str) -> Iterator[tuple[Path, Lock]]:
+    """The folder of a run and the lock on it. No other run takes it; still empty at the end, it is removed again.
 
     With resume "auto" it is root/name, whatever is in it. Otherwise it is the first of root/name, root/name-2, ...
     that is free or empty.
@@ -30,8 +30,8 @@ def run_folder(run: RunConfig, resume: str) -> Iterator[Path]:
     if folder != wanted:
         print(f"convneur: {wanted} holds another run, so this one goes to {folder}", flush=True)
     try:
-        with locked(folder):
-            yield folder
+        with locked(folder) as lock:
+            yield folder, lock
     finally:
         for path in absent:
             with suppress(OSError):  # it isn't empty

@@ -128,16 +128,16 @@ def test_prepare_is_quick_when_done_before(tmp_path: Path, capsys: pytest.Captur
 def test_folders_of_other_runs_are_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = small_config(folder, 1).run
     for expected in ("runs/small", "runs/small-2", "runs/small-3"):
-        with run_folder(run, "never") as chosen:
+        with run_folder(run, "never") as (chosen, _):
             assert chosen == Path(expected)
             assert chosen.is_dir()
             (chosen / "config.yaml").touch()
     assert capsys.readouterr().out.endswith(
         "convneur: runs/small holds another run, so this one goes to runs/small-3\n"
     )
-    with run_folder(run, "auto") as chosen:
+    with run_folder(run, "auto") as (chosen, _):
         assert chosen == Path("runs/small")
-    with run_folder(run, "runs/small") as chosen:
+    with run_folder(run, "runs/small") as (chosen, _):
         assert chosen == Path("runs/small-4")
     assert not Path("runs/small-4").exists(), "a folder that nothing was written to"
 
