@@ -174,7 +174,7 @@ class Display:
         self._console = Console(soft_wrap=True, highlight=False)
         self._total_steps = total_steps
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.is_dumb_terminal:  # which can't move its cursor
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),

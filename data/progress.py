@@ -41,7 +41,7 @@ def progress(task: str, total: int, unit: str) -> Iterator[Advance]:
         left = timedelta(seconds=round((total - done) / rate())) if done else "?"
         console.print(f"{task}: {done:,} of {total:,} {unit}, {rate():,.0f} {unit}/s, {left} left")
 
-    if console.is_terminal:
+    if console.is_terminal and not console.is_dumb_terminal:  # which can't move its cursor
         columns = (TextColumn(task), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[rate]}"))
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
             number = bar.add_task(task, total=total, rate="")

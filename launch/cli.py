@@ -16,6 +16,7 @@ from convneur.launch import commands, data_commands, plan_commands, study_comman
 from convneur.launch.arguments import COUNT, PIXELS, PROCESSES, RANKS, TASKS, Parser, check_words, positive, whole
 from convneur.launch.commands import Command
 from convneur.launch.signals import StoppedError
+from convneur.launch.streams import close_output, escape_output
 
 DENIED = {errno.EACCES, errno.EPERM}
 ENVIRONMENT = DENIED | {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -24,6 +25,13 @@ ENVIRONMENT = DENIED | {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status: 2 for bad input, 1 for training that can't go on."""
+    escape_output()
+    status = _run(words)
+    lost = close_output(quiet=status != 0)
+    return status or lost
+
+
+def _run(words: Sequence[str] | None) -> int:
     try:
         words, overrides = _split_overrides(sys.argv[1:] if words is None else words)
         check_words(words, "convneur")
@@ -37,6 +45,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except (InputError, TrainingError) as error:
         _say(error)
         return 2 if isinstance(error, InputError) else 1
+    except BrokenPipeError:
+        return 1  # nobody reads what is printed any more
     except OSError as error:
         if error.errno not in ENVIRONMENT:
             raise

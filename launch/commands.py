@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from convneur.data.errors import InputError
+from convneur.launch.streams import outlast_output
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 
 def train(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur train`: as a launcher, checks everything that needs no ranks, then starts them; as a rank, trains."""
+    outlast_output()
     from convneur.config import load_config
 
     config = _repeated(args, overrides) if args.reproduce else load_config(args.config, overrides)
@@ -327,6 +329,7 @@ def plot(args: argparse.Namespace, _: Overrides) -> int:
 
 def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur ablate`: trains the rows of the ablation table that are missing, and prints and saves the table."""
+    outlast_output()
     from convneur.ablate import AblationConfig, run_configs, train_rows
     from convneur.check import check_values
     from convneur.config import load_as, save_config
