@@ -24,10 +24,10 @@ import numpy as np
 import simplejpeg
 import torch
 
+from convneur.data.addresses import is_remote
 from convneur.data.errors import InputError, SampleError
 from convneur.data.files import atomic_write, fsync
 from convneur.data.parallel import in_parallel
-from convneur.data.remote import is_remote
 from convneur.data.retry import retrying
 from convneur.data.shards import Beton, Manifest, Sample, Shard, Split, file_crc32c, read_index
 from convneur.data.store import IndexedStore, Subset

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from convneur.data.addresses import public, redact
 from convneur.data.errors import InputError
 
 DELAYS = (0.2, 1.0, 5.0, 15.0)
@@ -33,6 +34,6 @@ def retrying(attempt: Callable[[], T], what: str, errors: type[Exception]) -> T:
     except errors as error:
         reason = (getattr(error, "strerror", None) or str(error) or repr(error)).splitlines()[0]
         raise InputError(
-            f"{what} can't be read ({reason}), and {len(DELAYS) + 1} attempts in {sum(DELAYS):.0f} s made no "
-            "difference: see to the disk or the server, then resume"
+            f"{public(what)} can't be read ({redact(reason)}), and {len(DELAYS) + 1} attempts in {sum(DELAYS):.0f} s "
+            "made no difference: see to the disk or the server, then resume"
         ) from error

@@ -10,10 +10,11 @@ from tempfile import TemporaryDirectory
 import google_crc32c
 import numpy as np
 
+from convneur.data.addresses import is_remote, public
 from convneur.data.beton import BetonStore
 from convneur.data.errors import InputError
 from convneur.data.parallel import in_parallel
-from convneur.data.remote import download, is_remote
+from convneur.data.remote import download
 from convneur.data.retry import retrying
 from convneur.data.shards import Denied, Manifest, Shard, content_hash, file_crc32c, read_index
 from convneur.data.transforms import decoding_fault
@@ -105,7 +106,8 @@ def _check_shard(
         size = path.stat().st_size if path.is_file() else None
         if size != shard.size:
             what = "is missing" if size is None else f"has {size} bytes, not {shard.size}"
-            raise InputError(f"{folder / shard.name} {what}: restore it, or prepare the dataset again")
+            where = public(shard.name) if is_remote(shard.name) else path
+            raise InputError(f"{where} {what}: restore it, or prepare the dataset again")
         denied = []
         with path.open("rb") as file:
             for row in range(edges[number], edges[number + 1]):
@@ -113,7 +115,7 @@ def _check_shard(
                 if reason := _fault(image, int(index[row]["crc32c"])):
                     denied.append(Denied(row, index[row]["key"].decode(), reason))
         differs = file_crc32c(path) != shard.crc32c
-    return denied, f"{shard.name}: not the bytes that were indexed" if differs else ""
+    return denied, f"{public(shard.name)}: not the bytes that were indexed" if differs else ""
 
 
 def _check_block(store: BetonStore, index: np.ndarray, edges: np.ndarray, number: int) -> tuple[list[Denied], str]:
@@ -124,7 +126,7 @@ def _check_block(store: BetonStore, index: np.ndarray, edges: np.ndarray, number
 
 def _fetch(shard: Shard, path: Path) -> None:
     with path.open("wb") as file:
-        size, _ = download(shard.name, file)
+        size, _ = download(shard.name, file, shard.size)
     if size < shard.size:
         raise OSError(f"it ends after {size} of {shard.size} bytes")
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from convneur.data.addresses import redact
 from convneur.data.errors import InputError
 from convneur.errors import TrainingError
 from convneur.launch import commands, data_commands, plan_commands, study_commands
@@ -82,7 +83,7 @@ def _one_line(message: str) -> str:
 
 def _say(error: Exception) -> None:
     """Prints an error, or leaves it to the launcher, if there is one, to print that once for all ranks."""
-    line = _one_line(str(error))
+    line = redact(_one_line(str(error)))
     if "RANK" in os.environ:
         from convneur.launch.local import report_failure
 
