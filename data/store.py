@@ -12,11 +12,11 @@ from typing import NamedTuple, Protocol
 import google_crc32c
 import numpy as np
 
+from convneur.data.addresses import is_remote, public
 from convneur.data.cache import ShardCache
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError, SampleError
 from convneur.data.keys import permutation, raw_bits
-from convneur.data.remote import is_remote
 from convneur.data.retry import retrying
 from convneur.data.shards import MANIFEST, Manifest, Sample, file_crc32c, read_index
 
@@ -77,7 +77,8 @@ def open_store(config: DataConfig, split: str) -> Store:
 
         return BetonStore(config.root, split, subset)
     default = Path(tempfile.gettempdir()) / f"convneur-cache-{os.getuid()}"
-    cache = ShardCache(Path(config.cache_dir) if config.cache_dir else default, round(config.cache_gb * 1e9))
+    budget = round(config.cache_gb * 1e9)
+    cache = ShardCache(Path(config.cache_dir or default), budget, private=not config.cache_dir)
     return TarStore(config.root, split, cache, subset)
 
 
@@ -257,7 +258,7 @@ class TarStore(IndexedStore):
 
     def _place(self, shard: int) -> str:
         name = self._shards[shard].name
-        return name if is_remote(name) else str(self._root / name)
+        return public(name) if is_remote(name) else str(self._root / name)
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         if self._cache and is_remote(self._shards[shard].name):
