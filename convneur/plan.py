@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from convneur.config import Config
+from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.data.shards import MANIFEST
 from convneur.data.store import open_store
 from convneur.deepspeed_config import deepspeed_config
-from convneur.footprint import FLOAT, HALF, Memory, host_bytes, largest_micro_batch, layout, peak
+from convneur.footprint import FLOAT, HALF, Layout, Memory, host_bytes, largest_micro_batch, layout, peak
 from convneur.gpu import Gpu
 from convneur.model import ModelConfig
 from convneur.trace import Group, Kernel, Precision, Trace, trace_step
@@ -189,7 +190,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     layouts = {s: layout(section, s, ranks, precision, averages) for s in stages}
     memory = {s: peak(trace, how) for s, how in layouts.items()}
     sizes = (micro_batch, trace), (2 * micro_batch, twice)
-    largest = {s: largest_micro_batch(*sizes, how, capacity) for s, how in layouts.items()}
+    largest = {s: _largest(*sizes, how, capacity) for s, how in layouts.items()}
 
     state_share = params / (ranks if stage else 1)
     average_share = params / (ranks if stage == 3 else 1) * averages
@@ -204,7 +205,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     seconds["communication"] = _communication(sent, cluster, overlaps=stage == 3)
     step = Range(sum(s.low for s in seconds.values()), sum(s.high for s in seconds.values()))
 
-    images, eval_images, assumed = _images(config)
+    images, eval_images, assumed = _images(config.data)
     batch = config.data.global_batch_size
     steps = images // batch * config.schedule.epochs
     forward = [_kernel_seconds(kernel, gpu) for kernel in trace.kernels if kernel.forward]
@@ -256,6 +257,17 @@ def _precision(section: dict[str, Any]) -> Precision:
     if section.get("fp16", {}).get("enabled", False):
         return "fp16"
     return "autocast" if section.get("torch_autocast", {}).get("enabled", False) else "fp32"
+
+
+def _largest(small: tuple[int, Trace], large: tuple[int, Trace], how: Layout, capacity: int) -> int:
+    """`largest_micro_batch`, once for all runs that share traces, which `_trace` makes once and keeps."""
+    key = id(small[1]), id(large[1]), how, capacity
+    if key not in _LARGEST:
+        _LARGEST[key] = largest_micro_batch(small, large, how, capacity)
+    return _LARGEST[key]
+
+
+_LARGEST: dict[tuple[int, int, Layout, int], int] = {}
 
 
 def _traced(config: Config, images: int, precision: Precision) -> Trace:
@@ -312,9 +324,9 @@ def _communication(sent: int, cluster: Cluster, *, overlaps: bool) -> Range:
     return Range(0 if overlaps else seconds, seconds / SLOW_LINKS)
 
 
-def _images(config: Config) -> tuple[int, int, tuple[str, ...]]:
+@cache  # the index of a large dataset takes its time
+def _images(data: DataConfig) -> tuple[int, int, tuple[str, ...]]:
     """Images to train and to evaluate on, and what was assumed about them."""
-    data = config.data
     try:
         return len(open_store(data, data.train_split)), len(open_store(data, data.val_split)), ()
     except InputError:

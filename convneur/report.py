@@ -19,8 +19,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 
 from convneur.config import config_text
 from convneur.data.files import atomic_write
-from convneur.metrics import read_metrics
 from convneur.model import variant_named
+from convneur.saved import DamagedError, read_metrics
 from convneur.scaling_law import LARGEST_EXPONENT, Difference, Interval
 from convneur.series import series_folder
 from convneur.study import LOCAL_ONLY, Place, Point, StudyConfig, study_runs
@@ -295,12 +295,15 @@ def _refusals(findings: Findings) -> Iterator[str]:
 
 
 def _cost_rows(config: StudyConfig, findings: Findings) -> Iterator[tuple[str, ...]]:
-    planned = read_study_plan(series_folder(config))
+    try:
+        planned, unplanned = read_study_plan(series_folder(config)), "not planned"
+    except DamagedError as error:
+        planned, unplanned = {}, f"not known: {error}"
     places = [place for place in study_runs(config) if place.name in planned]
 
     def predicted(of: Iterable[Place]) -> str:
         spans = [planned[place.name] for place in of]
-        return f"{total(spans).low:.3g} to {total(spans).high:.3g} GPU h" if spans else "not planned"
+        return f"{total(spans).low:.3g} to {total(spans).high:.3g} GPU h" if spans else unplanned
 
     for size in [*config.study.sizes, *config.study.held_out]:
         for placement in config.study.placements:
@@ -436,16 +439,17 @@ def _isoflop(findings: Findings) -> Figure | None:
     figure, axes = plt.subplots(1, len(drawn), figsize=(5 * len(drawn), 4), layout="constrained", squeeze=False)
     for axis, (placement, curves) in zip(axes[0], drawn.items(), strict=True):
         for number, curve in enumerate(curves):
+            color = plt.get_cmap("viridis")(number / max(len(curves) - 1, 1))  # budgets have an order
             axis.plot(
                 curve.sizes,
                 curve.losses,
                 marker="o",
                 linestyle="-" if curve.best_size else "--",
-                color=f"C{number}",
+                color=color,
                 label=f"{EngFormatter(places=1, sep='')(curve.budget)} MACs",
             )
             if curve.best_size:
-                axis.axvline(curve.best_size, color=f"C{number}", linestyle=":", linewidth=1)
+                axis.axvline(curve.best_size, color=color, linestyle=":", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="parameters", ylabel="loss", title=_name(placement))
         _tidy(axis)
     return figure

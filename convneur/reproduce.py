@@ -126,7 +126,7 @@ def _code() -> Record:
 
 def _sources() -> dict[str, Path]:
     """Every file of code of the project, however deep, by the name that it is installed under."""
-    files = {}
+    files: dict[str, Path] = {}
     for package in ("convneur", "convneur.data", "convneur.launch"):
         spec = find_spec(package)
         for folder in map(Path, (spec.submodule_search_locations if spec else None) or ()):

@@ -63,7 +63,7 @@ def _plan(args: argparse.Namespace, config: "StudyConfig", runs: "Mapping[Place,
     from convneur.data.progress import progress
     from convneur.launch.plan_commands import cluster, words
     from convneur.launch.tables import show_table
-    from convneur.study_plan import plan_study, save_study_plan, total
+    from convneur.study_plan import plan_study, said_once, save_study_plan, total
 
     machines = cluster(args)
     with progress("planning", len(runs), "runs") as advance:
@@ -79,11 +79,10 @@ def _plan(args: argparse.Namespace, config: "StudyConfig", runs: "Mapping[Place,
     show_table(("size", "placement", "runs", "GB a GPU", "images/s", "GPU hours"), rows, text=("size", "placement"))
     everything = total([plan.gpu_hours for plan in plans.values()])
     print(f"{len(plans)} runs on {machines.ranks} x {machines.gpu.name}: {words(everything, 'GPU hours')}")
-    for line in dict.fromkeys(line for plan in plans.values() for line in plan.assumed):
+    for line in said_once(("", line) for plan in plans.values() for line in plan.assumed):
         print(f"assumed: {line}")
-    worst = {(plan.variant, line.split()[0]): line for plan in plans.values() for line in plan.warnings}
-    for (variant, _), line in worst.items():
-        print(f"warning: {variant}: {line}")
+    for line in said_once((plan.variant, line) for plan in plans.values() for line in plan.warnings):
+        print(f"warning: {line}")
     folder.mkdir(parents=True, exist_ok=True)
     print(f"written     {save_study_plan(plans, folder)}")
     return 0

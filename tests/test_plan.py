@@ -16,7 +16,7 @@ from convneur.launch.cli import main
 from convneur.model import ModelConfig
 from convneur.plan import Cluster, Plan, Range, make_plan
 from convneur.study import StudyConfig, StudySettings, study_runs
-from convneur.study_plan import plan_study, read_study_plan, save_study_plan
+from convneur.study_plan import plan_study, read_study_plan, said_once, save_study_plan
 from convneur.trace import Trace, trace_step
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +177,40 @@ def test_gpus_are_told_apart(tmp_path: Path) -> None:
         load_gpu("h1000")
 
 
+def test_runs_that_differ_in_nothing_a_plan_depends_on_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the seed and the learning rate counts: each plan equals that of its own run."""
+    axes = {
+        "sizes": ["4x1-1-1-1"],
+        "unique_images": [0, 2048],
+        "epochs": [1, 2],
+        "lrs": [0.001, 0.002],
+        "seeds": [0, 1],
+    }
+    config = StudyConfig(**vars(n1()), study=StudySettings(placements=["none"], **axes))
+    planned: list[Config] = []
+
+    def counted(run: Config, cluster: Cluster) -> Plan:
+        planned.append(run)
+        return make_plan(run, cluster)
+
+    monkeypatch.setattr("convneur.study_plan.make_plan", counted)
+    runs, cluster = study_runs(config), Cluster(load_gpu("h100"), 1, 8)
+    plans = plan_study(runs, cluster)
+    assert (len(plans), len(planned)) == (16, 4)
+    assert all(plans[place] == make_plan(run, cluster) for place, run in runs.items())
+
+
+def test_what_differs_in_its_numbers_alone_is_said_once() -> None:
+    lines = [
+        ("n1", "8 workers, 103 needed"),
+        ("n1", "8 workers, 103 needed"),
+        ("n2", "8 workers, 60 needed"),
+        ("n2", "x"),
+    ]
+    assert [*said_once(lines)] == ["n1: 8 workers, 103 needed (likewise n2)", "n2: x"]
+    assert [*said_once([("", "a 1,281,167 b"), ("", "a 3 b")])] == ["a 1,281,167 b (likewise 1 others)"]
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "convneur/gpus").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_gpu_names_its_source(config: Path) -> None:
     assert "data sheet" in config.read_text().partition("name:")[0]
@@ -211,4 +245,7 @@ def test_a_study_is_the_sum_of_its_runs(tmp_path: Path) -> None:
     memory, local = (next(p for place, p in plans.items() if place.placement == kind) for kind in ("per_stage", "none"))
     assert memory.gpu_hours.low > local.gpu_hours.low
     assert read_study_plan(tmp_path / "elsewhere") == {}
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(InputError, match=r"plan\.json: holds no GPU hours; `convneur study run --plan` writes it anew"):
+        read_study_plan(tmp_path)
     assert isinstance(next(iter(kept.values())), Range)

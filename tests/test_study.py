@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,40 @@ def test_a_small_study_goes_on_where_it_stopped(digits: Path, tmp_path: Path) ->
     assert first.place.name not in out
     assert finished_points(config)[1].loss == second.loss
     assert "resuming from" in (series_folder(config) / "logs" / f"{second.place.name}.log").read_text()
+
+
+def test_damaged_runs_hide_no_others_and_are_not_counted(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # without Slurm
+    config = study(digits, tmp_path / "runs", sizes=LADDER, seeds=[0])
+    save_config(config, tmp_path / "study.yaml")
+    finish(config)
+    cut, stale, unknown, *_ = map(run_folder, study_runs(config).values())
+    (cut / "summary.json").write_text('{"top1": 0.')
+    (stale / "metrics.jsonl").write_text((stale / "metrics.jsonl").read_text().replace('"epoch": 1.0', '"epoch": 0.5'))
+    (unknown / "reproduce.json").write_bytes(b"\xff")
+    reasons = (
+        f"{cut}/summary.json: is no valid JSON",
+        f"{stale}/metrics.jsonl: end at epoch 0.5, but summary.json tells of 1 epochs",
+        f"{unknown}/reproduce.json: is no valid JSON",
+    )
+    for command in ("fit", "report"):
+        assert main(["study", command, str(tmp_path / "study.yaml")]) == 0
+        said = capsys.readouterr().out
+        page = unescape((series_folder(config) / "report.html").read_text()) if command == "report" else said
+        assert "7 of 10 runs are finished" in page or "7 runs are finished" in page
+        for reason in reasons:
+            assert f"left out, for it is damaged: {reason}" in page
+    assert main(["study", "status", str(tmp_path / "study.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert f"damaged: {reasons[0]}" in said
+    assert "9 of 10 runs are finished" in said  # what the others lack is only of their results
+    (cut / "config.yaml").write_text("")
+    assert main(["study", "run", str(tmp_path / "study.yaml"), "--launch", "print"]) == 0
+    output = capsys.readouterr()
+    assert output.out == "\n"
+    assert output.err.startswith(f"warning: left out, for it is damaged: {cut}/config.yaml: has no run, model, data")
 
 
 def test_runs_that_diverged_are_named_and_left_out(finished: StudyConfig) -> None:
