@@ -16,15 +16,20 @@ These fit every stage and world size, and each rank reads of the files what it n
 
 All is written under a temporary name, flushed and hashed; the manifest is written; only then the folder gets its name.
 A kill at any instant leaves the previous checkpoints as they were. A rank that fails doesn't leave the others waiting:
-all of them raise, and the run may go on.
+all of them raise, and the run may go on. What has another name beside them, such as a copy that somebody keeps, is no
+checkpoint of the run and is left alone.
 """
 
 import hashlib
 import json
+import logging
+import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +45,7 @@ from convneur.ema import Ema
 from convneur.engine import Weights
 from convneur.engine_state import gather, gather_scalars, moment_names, restore
 from convneur.errors import NonFiniteError, SaveError
-from convneur.retention import Best, Retention
+from convneur.retention import BEST, Best, Retention
 from convneur.world import World
 
 CHECKPOINTS = "checkpoints"
@@ -55,8 +60,10 @@ EMA_FILE = "ema.safetensors"
 MOMENTS = "optimizer"
 OPTIMIZER_FILE = "optimizer.json"
 LATEST = "LATEST"
-_PREFIX = "step-"
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 _TEMPORARY = "tmp-"
+_log = logging.getLogger(__name__)
+_NEEDED = {CONFIG_FILE, STATE_FILE, MODEL_FILE, OPTIMIZER_FILE}
 
 
 def _versions() -> dict[str, str]:
@@ -115,29 +122,48 @@ def read_classes(checkpoint: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints in a folder, newest first; unfinished ones are not among them.
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of the checkpoint of a step."""
+    return f"step-{step:08d}"
 
-    A folder with such a name was whole when it got it. What it has lost since, `newest_intact` finds.
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints in a folder, newest first; unfinished ones and other names are not among them.
+
+    A folder with such a name was whole when it got it. What it has lost since, `newest_intact` finds. InputError where
+    the folder is there but can't be read.
     """
-    return sorted((path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()), reverse=True)
+    try:
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise InputError(f"{folder} can't be read ({error.strerror}), expected a run's checkpoints") from error
+    return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
     """The step in the name of a checkpoint's folder."""
-    return int(checkpoint.name.removeprefix(_PREFIX))
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def find_checkpoint(path: Path) -> Path:
     """A checkpoint given as its own folder or as a run's, whose newest is taken; InputError where there is none."""
     if (path / MANIFEST).is_file():
         return path
-    found = [checkpoint for checkpoint in list_checkpoints(path / CHECKPOINTS) if (checkpoint / MANIFEST).is_file()]
+    found = list_checkpoints(path / CHECKPOINTS)
     if not found:
         raise InputError(
             f"no checkpoint in {path}: expected a folder step-<number> with a {MANIFEST}, or a run's folder"
         )
     return found[0]
+
+
+def check_files(checkpoint: Path, *names: str) -> None:
+    """Raises InputError where one of these files of a checkpoint is not as it was written, or is missing."""
+    faults = _damage(checkpoint, lambda written: [name for name in names if name in written])
+    if fault := next(faults, None):
+        raise InputError(f"{checkpoint} is damaged: {fault}; restore it, or name another checkpoint")
 
 
 def save_checkpoint(
@@ -149,6 +175,7 @@ def save_checkpoint(
     state: TrainState,
     retention: Retention,
     classes: Sequence[str] = (),
+    warn: Callable[[str], None] = _log.warning,
 ) -> Path:
     """Writes, flushes, hashes and only then names a checkpoint; then removes those that need not be kept. Collective.
 
@@ -161,6 +188,7 @@ def save_checkpoint(
         state: position of the run.
         retention: which checkpoints stay.
         classes: names of the classes, in the order of the logits.
+        warn: is told on rank 0 what else couldn't be done once the checkpoint was committed, such as removing others.
 
     Returns:
         The folder of the new checkpoint.
@@ -170,16 +198,19 @@ def save_checkpoint(
         SaveError: a rank couldn't write or read back its part, such as on a full disk. The previous checkpoints are
             untouched, and what had been written is removed.
     """
-    final = folder / f"{_PREFIX}{state.step:08d}"
+    final = folder / checkpoint_name(state.step)
     temporary = folder / f"{_TEMPORARY}{final.name}"
     files = _gather_files(engine, ema, world, state)
     scalars = gather_scalars(engine)
     try:
         with together(world, SaveError, "making a folder for the checkpoint"):
             if world.is_main:
-                for left_over in folder.glob(f"{_TEMPORARY}*"):
-                    shutil.rmtree(left_over)
+                _remove_leftovers(folder)
+                temporary = _free(temporary)
                 (temporary / MOMENTS).mkdir(parents=True)
+        agreed = [temporary]
+        dist.broadcast_object_list(agreed, group=world.control)
+        (temporary,) = agreed
         digests: dict[str, dict[str, Any]] = {}
         with together(world, SaveError, "writing the checkpoint"):
             for name, weights in files.items():
@@ -197,24 +228,62 @@ def save_checkpoint(
             if world.is_main:
                 _write_json({name: digest for part in entries for name, digest in part.items()}, temporary / MANIFEST)
                 _publish(temporary, final)
-                _write_text(f"{final.name}\n", folder / LATEST)
-        with together(world, SaveError, "removing old checkpoints"):
-            if world.is_main:
-                remove_obsolete(folder, state.step, retention, state.best)
     except SaveError:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if world.is_main:
+        _account(final, retention, state.best, warn)
     return final
 
 
-def remove_obsolete(folder: Path, current: int, retention: Retention, best: Best | None) -> None:
-    """Removes the checkpoints that need not stay beside that of step `current`, just written. One rank does it."""
-    if best:
-        best.write(folder)
+def _account(final: Path, retention: Retention, best: Best | None, warn: Callable[[str], None]) -> None:
+    """What follows a commit: it stands, whatever becomes of this, which is made up for after the next one."""
+    try:
+        _write_text(f"{final.name}\n", final.parent / LATEST)
+    except OSError as error:
+        warn(f"{final} is saved, but {LATEST} can't say so ({error})")
+    remove_obsolete(final.parent, checkpoint_step(final), retention, best, warn)
+    _remove_leftovers(final.parent)
+    for left_over in final.parent.glob(f"{_TEMPORARY}*"):
+        warn(f"{left_over} can't be removed; it is of no use to the run")
+
+
+def remove_obsolete(
+    folder: Path, current: int, retention: Retention, best: Best | None, warn: Callable[[str], None]
+) -> None:
+    """Removes the checkpoints that need not stay beside that of step `current`, which is intact. One rank does it.
+
+    `BEST` names a checkpoint that is there, or there is none. What can't be written or removed goes to `warn`.
+    """
     by_step = {checkpoint_step(path): path for path in list_checkpoints(folder)}
+    if current not in by_step:
+        return
+    try:
+        if retention.best and best and best.step in by_step:
+            best.write(folder)
+        else:
+            (folder / BEST).unlink(missing_ok=True)
+    except OSError as error:
+        warn(f"{folder / BEST} can't be written ({error})")
+        return  # what it names stays
     for step in retention.obsolete(list(by_step), current, best.step if best else None):
-        _remove(by_step[step])
+        try:
+            _remove(by_step[step])
+        except OSError as error:
+            warn(f"{by_step[step]} is no longer needed, but can't be removed wholly ({error})")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what interrupted saves have left. What can't be, such as an open file on NFS, is tried the next time."""
+    for left_over in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _free(path: Path) -> Path:
+    """The first of PATH, PATH-2, PATH-3, ... at which there is nothing."""
+    names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def newest_intact(checkpoints: list[Path], world: World) -> tuple[Path | None, list[str]]:
@@ -227,7 +296,8 @@ def newest_intact(checkpoints: list[Path], world: World) -> tuple[Path | None, l
     dist.broadcast_object_list(agreed, group=world.control)
     for checkpoint in agreed[0]:
         found: list[list[str]] = [[] for _ in range(world.size)]
-        dist.all_gather_object(found, list(_damage(checkpoint, world.rank, world.size)), world.control)
+        mine = list(_damage(checkpoint, lambda names: names[world.rank :: world.size]))
+        dist.all_gather_object(found, mine, world.control)
         damage = [fault for part in found for fault in part]
         if not damage:
             return checkpoint, faults
@@ -251,11 +321,19 @@ def load_checkpoint(checkpoint: Path, engine: DeepSpeedEngine, ema: Ema | None) 
 
 
 def load_weights(checkpoint: Path, averaged: bool) -> Weights:
-    """Whole float32 weights of a checkpoint, raw or averaged; InputError where they are not there."""
-    path = checkpoint / (EMA_FILE if averaged else MODEL_FILE)
+    """Whole float32 weights of a checkpoint, raw or averaged; InputError where they are not there.
+
+    They are mapped, and not compared with the manifest: `newest_intact` or `check_files` has done that before.
+    """
+    path = checkpoint / weights_file(averaged)
     if not path.is_file():
         raise InputError(f"{path} is missing: the run kept no {'average of its weights' if averaged else 'weights'}")
     return load_file(path)
+
+
+def weights_file(averaged: bool) -> str:
+    """Name of the file with the raw or the averaged weights."""
+    return EMA_FILE if averaged else MODEL_FILE
 
 
 def _gather_files(engine: DeepSpeedEngine, ema: Ema | None, world: World, state: TrainState) -> dict[str, Weights]:
@@ -295,32 +373,38 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Gives a complete checkpoint its name; one that is there already was found damaged, or it would not be redone."""
+    """Gives a complete checkpoint its name; what has that name already was found damaged, or it would not be redone."""
     for folder in (temporary / MOMENTS, temporary):
         fsync(folder)
-    if final.exists():
-        _remove(final)
+    if os.path.lexists(final):
+        final.rename(_free(final.with_name(f"{_TEMPORARY}removed-{final.name}")))  # the next save clears it away
     temporary.rename(final)
     fsync(final.parent)
 
 
 def _remove(checkpoint: Path) -> None:
     """Removes a checkpoint; killed in the middle, it leaves nothing that looks like one."""
-    unnamed = checkpoint.with_name(f"{_TEMPORARY}removed-{checkpoint.name}")
+    if checkpoint.is_symlink():
+        checkpoint.unlink()  # what it points to is somebody else's
+        return
+    unnamed = _free(checkpoint.with_name(f"{_TEMPORARY}removed-{checkpoint.name}"))
     checkpoint.rename(unnamed)
     shutil.rmtree(unnamed)
 
 
-def _damage(checkpoint: Path, rank: int, size: int) -> Iterator[str]:
-    """What is wrong with this rank's share of a checkpoint's files."""
+def _damage(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[str]:
+    """What is wrong with a checkpoint's manifest, and with those of its files, in order of name, that are chosen."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         yield f"{MANIFEST} can't be read ({error})"
         return
-    for name in sorted(manifest)[rank::size]:
+    if not isinstance(manifest, dict) or not manifest.keys() >= _NEEDED:
+        yield f"{MANIFEST} doesn't name the files of a checkpoint"
+        return
+    for name in choose(sorted(manifest)):
         try:
             if _digest(checkpoint / name) != manifest[name]:
                 yield f"{name} is not as it was written"
-        except OSError as error:
+        except (OSError, ValueError) as error:
             yield f"{name} can't be read ({error})"

@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from convneur.checkpoint import CONFIG_FILE, find_checkpoint, load_weights, read_classes
-from convneur.config import Config, load_config
+from convneur.checkpoint import read_classes
+from convneur.config import Config
 from convneur.data.classes import map_classes, read_class_map
 from convneur.data.errors import InputError
 from convneur.data.loader import EvalBatch, EvalLoader
@@ -20,7 +20,8 @@ from convneur.data.mixing import Normalize
 from convneur.data.shards import Manifest
 from convneur.data.store import Store, open_store
 from convneur.engine import autocast
-from convneur.model import SMALLEST_IMAGE, ConvNeur
+from convneur.model import SMALLEST_IMAGE
+from convneur.trained import open_trained
 from convneur.world import World
 
 
@@ -144,8 +145,8 @@ def evaluate_checkpoint(
         raise InputError(f"--image-size is {image_size}, expected at least {SMALLEST_IMAGE}")
     if crop is not None and not 0 < crop <= 1:
         raise InputError(f"--crop is {crop}, expected a number above 0 and at most 1")
-    checkpoint = find_checkpoint(path)
-    config = load_config([checkpoint / CONFIG_FILE])
+    trained = open_trained(path, averaged)
+    config = trained.config
     # The engine is training's: left out, it doesn't ask for a format that other data may not have.
     data = replace(
         config.data,
@@ -156,14 +157,8 @@ def evaluate_checkpoint(
         engine="webdataset",
     )
     store = open_store(data, data.val_split)
-    targets, among, notes = _targets(checkpoint, config, store, data.root, class_map)
-    model = ConvNeur(config.model).to(world.device)
-    missing, unknown = model.load_state_dict(load_weights(checkpoint, averaged), strict=False)
-    if missing or unknown:
-        raise InputError(
-            f"{checkpoint} is of another version of {config.model.variant}: {len(missing)} parameters are missing and "
-            f"{len(unknown)} unknown, such as {[*missing, *unknown][0]}; evaluate it with the version that wrote it"
-        )
+    targets, among, notes = _targets(trained.checkpoint, config, store, data.root, class_map)
+    model = trained.model(world.device)
     loader = EvalLoader(data, store, rank=world.rank, world_size=world.size)
     batches = (batch._replace(labels=targets[batch.labels]) for batch in loader)
     precision = autocast(config.deepspeed, world.device)

@@ -18,14 +18,14 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from convneur.branches import MemoryMixer
-from convneur.checkpoint import CONFIG_FILE, find_checkpoint, load_weights, read_classes
-from convneur.config import load_config
+from convneur.checkpoint import read_classes
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.data.mixing import Normalize
 from convneur.data.transforms import decode, eval_transform, in_one_line
 from convneur.memory import MemoryState, NeuralMemory, recurrence, update_factors
 from convneur.model import ConvNeur, GlobalBranch
+from convneur.trained import open_trained
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def explain(path: Path, image: Path, averaged: bool = False) -> Explanation:
     Raises:
         InputError: the checkpoint or the image can't be read, or the model has no gates.
     """
-    checkpoint = find_checkpoint(path)
-    config = load_config([checkpoint / CONFIG_FILE])
+    trained = open_trained(path, averaged)
+    checkpoint, config = trained.checkpoint, trained.config
     for key, value, needed in (("fusion", config.model.fusion, "gate"), ("placement", config.model.placement, None)):
         if value == "none" or (needed and value != needed):
             raise InputError(f"{checkpoint} has model.{key} = {value}, so there are no gates to look at")
@@ -93,8 +93,7 @@ def explain(path: Path, image: Path, averaged: bool = False) -> Explanation:
     except (ValueError, MemoryError) as error:
         raise InputError(f"{image} can't be read ({in_one_line(error)}), expected an image file") from error
 
-    model = ConvNeur(config.model).eval()
-    model.load_state_dict(load_weights(checkpoint, averaged))
+    model = trained.model()
     pixels = eval_transform(config.data)(picture)
     logits, stages = look(model, Normalize(config.data, torch.device("cpu"))(pixels[None]))
     return Explanation(pixels.permute(1, 2, 0), logits[0].softmax(-1), stages, read_classes(checkpoint))

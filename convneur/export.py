@@ -19,20 +19,13 @@ from torch import Tensor
 from torch.export import Dim
 
 from convneur.branches import Titans
-from convneur.checkpoint import (
-    CLASSES_FILE,
-    CONFIG_FILE,
-    EMA_FILE,
-    MODEL_FILE,
-    find_checkpoint,
-    load_weights,
-    read_classes,
-)
-from convneur.config import config_text, load_config
+from convneur.checkpoint import CLASSES_FILE, CONFIG_FILE, read_classes, weights_file
+from convneur.config import config_text
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.memory import NeuralMemory
 from convneur.model import ConvNeur
+from convneur.trained import open_trained
 
 Format = Literal["safetensors", "onnx", "torch"]
 Texts = dict[str, str]  # "config" in YAML and, if they are known, "classes" in JSON
@@ -74,11 +67,8 @@ def export_checkpoint(path: Path, kind: Format, out: Path | None = None, average
         InputError: the checkpoint can't be read or the file can't be written.
         RuntimeError: the file gives other logits than the checkpoint; it is not kept.
     """
-    checkpoint = find_checkpoint(path)
-    config = load_config([checkpoint / CONFIG_FILE])
-    with torch.device("meta"):
-        model = ConvNeur(config.model).eval()
-    model.load_state_dict(load_weights(checkpoint, averaged), assign=True)  # mapped from the file, not copied
+    trained = open_trained(path, averaged)
+    checkpoint, config, model = trained.checkpoint, trained.config, trained.model()
 
     side = config.data.image_size
     unrolled = any(isinstance(module, Titans) for module in model.modules())
@@ -97,7 +87,7 @@ def export_checkpoint(path: Path, kind: Format, out: Path | None = None, average
     write = {"safetensors": _write_safetensors, "onnx": _write_onnx, "torch": _write_program}[kind]
     with TemporaryDirectory(prefix="convneur-export-") as folder:
         file = Path(folder) / f"model{SUFFIXES[kind]}"
-        run = write(model, example, any_size, checkpoint / (EMA_FILE if averaged else MODEL_FILE), texts, file)
+        run = write(model, example, any_size, checkpoint / weights_file(averaged), texts, file)
         difference = max((run(x) - y).abs().max().item() for x, y in zip(inputs, expected, strict=True))
         if not difference <= TOLERANCE * max(y.abs().max().item() for y in expected):
             raise RuntimeError(f"the {kind} file gives logits that differ from the checkpoint's by {difference:.2g}")

@@ -14,6 +14,7 @@ from convneur.bad_samples import BadSampleCount
 from convneur.checkpoint import (
     CHECKPOINTS,
     TrainState,
+    checkpoint_name,
     checkpoint_step,
     list_checkpoints,
     load_checkpoint,
@@ -48,9 +49,28 @@ A batch job has 5 between the notice and the loss of its nodes.
 """
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of the weights after a number of steps."""
+
+    step: int
+    raw: Scores
+    averaged: Scores | None
+
+    @property
+    def best(self) -> Best:
+        """The better of the two accuracies."""
+        if self.averaged and self.averaged.top1 > self.raw.top1:
+            return Best(self.step, self.averaged.top1, "averaged")
+        return Best(self.step, self.raw.top1, "raw")
+
+
 @dataclass
 class Run:
-    """What one rank holds of a run in progress."""
+    """What one rank holds of a run in progress.
+
+    `best` is the best evaluation among those whose weights a checkpoint holds, `evaluated` the newest of all.
+    """
 
     config: Config
     world: World
@@ -77,6 +97,8 @@ class Run:
     best: Best | None
     went_back: bool
     started: float
+    evaluated: Evaluation | None = None
+    save_at_once: bool = False
 
     @property
     def total_steps(self) -> int:
@@ -156,7 +178,7 @@ class Run:
             f"ALARM: {bad}: back to the weights of {checkpoint}; the samples of steps {checkpoint_step(checkpoint)} "
             f"to {done - 1} are passed over"
         )
-        self.checkpoint_if_due(done, at_once=True)
+        self.save_at_once = True
 
     def checkpoint_if_due(self, done: int, at_once: bool = False) -> None:
         """Saves a checkpoint every `checkpoint_every_steps` steps, where one shall be kept, at the end and at once.
@@ -167,26 +189,18 @@ class Run:
         Raises:
             SaveError: the one at the run's end can't be written.
         """
-        best = self.config.run.keep_best and self.best is not None and self.best.step == done
-        due = done % self.config.run.checkpoint_every_steps == 0 or self.retention.for_good(done) or best
+        best = self._best_with(done)
+        at_once, self.save_at_once = at_once or self.save_at_once, False
+        due = done % self.config.run.checkpoint_every_steps == 0 or self.retention.for_good(done) or best != self.best
         if not due and done < self.total_steps and not at_once:
             return
         data, engine = self.loader.state(done), engine_settings(self.engine)
-        state = TrainState(done, self.seconds, data, engine, self.best, self.went_back)
+        state = TrainState(done, self.seconds, data, engine, best, self.went_back)
         last = done == self.total_steps
         with self.log.paused(), self.watchdog.paused():
             for left in reversed(range(LAST_TRIES if last or at_once else 1)):
                 try:
-                    save_checkpoint(
-                        self.folder / CHECKPOINTS,
-                        self.config,
-                        self.world,
-                        self.engine,
-                        self.ema,
-                        state,
-                        self.retention,
-                        self.classes,
-                    )
+                    self._save(state)
                     return
                 except SaveError as error:
                     if last and not left:
@@ -195,23 +209,51 @@ class Run:
                     self.log.say(f"ALARM: after {done} steps {error}; the checkpoints before stay{then}")
                     time.sleep(TRY_SECONDS if left else 0)
 
+    def _save(self, state: TrainState) -> None:
+        save_checkpoint(
+            self.folder / CHECKPOINTS,
+            self.config,
+            self.world,
+            self.engine,
+            self.ema,
+            state,
+            self.retention,
+            self.classes,
+            self._warn,
+        )
+        self.best = state.best
+
+    def _best_with(self, done: int) -> Best | None:
+        """The best evaluation if the weights after `done` steps are saved; always None where it isn't to be kept."""
+        if not self.config.run.keep_best:
+            return None
+        now = self.evaluated.best if self.evaluated and self.evaluated.step == done else None
+        return now if now and (self.best is None or now.top1 > self.best.top1) else self.best
+
+    def _warn(self, line: str) -> None:
+        self.log.say(f"warning: {line}")
+
     def evaluate_if_due(self, done: int) -> None:
-        """Evaluates the weights after every `eval_every_epochs` epochs; those of the last step are `finish`'s."""
-        if done % (self.config.run.eval_every_epochs * self.loader.steps_per_epoch) == 0 and done < self.total_steps:
+        """Evaluates the weights after every `eval_every_epochs` epochs, and after the last step."""
+        if done % (self.config.run.eval_every_epochs * self.loader.steps_per_epoch) == 0 or done == self.total_steps:
             self._evaluate(done)
 
     def finish(self) -> Summary:
-        """Evaluates the final weights, draws the curves and writes the summary. Collective."""
-        raw, averaged = self._evaluate(self.total_steps)
+        """Draws the curves and writes the summary, of weights whose checkpoint is there. Collective."""
+        if self.evaluated is None or self.evaluated.step != self.total_steps:  # a start that had no step left to make
+            self._evaluate(self.total_steps)
+        assert self.evaluated is not None
+        self.best = self._best_with(self.total_steps)
         if self.world.is_main:
-            remove_obsolete(self.folder / CHECKPOINTS, self.total_steps, self.retention, self.best)
+            remove_obsolete(self.folder / CHECKPOINTS, self.total_steps, self.retention, self.best, self._warn)
+        raw, averaged = self.evaluated.raw, self.evaluated.averaged
         summary = Summary(
             top1=raw.top1,
             top1_ema=averaged.top1 if averaged else None,
             epochs=self.config.schedule.epochs,
             images=self.total_steps * self.config.data.global_batch_size,
             seconds=round(self.seconds, 1),
-            checkpoint=str(list_checkpoints(self.folder / CHECKPOINTS)[0]),
+            checkpoint=str(self.folder / CHECKPOINTS / checkpoint_name(self.total_steps)),
         )
         if self.world.is_main:
             plot_run(self.folder)
@@ -219,19 +261,14 @@ class Run:
         dist.barrier()
         return summary
 
-    def _evaluate(self, done: int) -> tuple[Scores, Scores | None]:
+    def _evaluate(self, done: int) -> None:
         with self.log.paused(), self.watchdog.paused():
             raw, gates = self._score(gather(self.engine))
             averaged = self._score(self.ema.full_weights())[0] if self.ema else None
         self.log.scores(done, raw, averaged, gates)
-        now = Best(done, raw.top1, "raw")
-        if averaged and averaged.top1 > raw.top1:
-            now = Best(done, averaged.top1, "averaged")
-        if self.best is None or now.top1 > self.best.top1:
-            self.best = now
+        self.evaluated = Evaluation(done, raw, averaged)
         for line in raw.bad:
             self.log.say(f"warning: left out of the evaluation: {line}")
-        return raw, averaged
 
     def _score(self, weights: Weights) -> tuple[Scores, dict[str, float]]:
         """Scores whole weights in a model of its own, so that evaluation can't touch the one in training.

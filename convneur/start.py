@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from timm.scheduler.scheduler import Scheduler
 
 from convneur.bad_samples import BadSampleCount
-from convneur.checkpoint import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    LATEST,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    newest_intact,
-    read_classes,
-    read_state,
-)
-from convneur.config import Config, load_config, save_config
+from convneur.checkpoint import CONFIG_FILE, load_checkpoint, read_classes, read_state
+from convneur.config import Config, save_config
 from convneur.data.classes import check_same_classes
 from convneur.data.engine import build_train_loader
 from convneur.data.errors import InputError
@@ -41,6 +30,7 @@ from convneur.model import ConvNeur
 from convneur.optim import Implementation, build_optimizer, build_schedule, choose_implementation
 from convneur.profiling import Profiler
 from convneur.reproduce import REPRODUCE_FILE, differences, read_record, record, write_record
+from convneur.resume import best_so_far, check_fit, check_length, choose_checkpoint
 from convneur.run import Run
 from convneur.saved import salvage_metrics
 from convneur.stopping import StopRequest
@@ -111,6 +101,12 @@ def _start(
     made = [record["step"] for record in salvage_metrics(folder)[0]] if resume == "auto" and not state else []
     lost = max(made, default=0)
     start_step, total_steps = state.step if state else 0, config.schedule.epochs * loader.steps_per_epoch
+    if checkpoint:
+        check_length(checkpoint, start_step, config.schedule.epochs, loader.steps_per_epoch)
+    best = None
+    if config.run.keep_best and checkpoint and state:
+        best, missed = best_so_far(folder, checkpoint, state, world)
+        faults += missed
 
     changed = _write_records(config, world, folder, resumed=state is not None) if world.is_main else []
     if world.is_main and start_step < total_steps:
@@ -172,7 +168,7 @@ def _start(
         watchdog=watchdog,
         start_step=start_step,
         seconds_before=state.seconds if state else 0.0,
-        best=state.best if state else None,
+        best=best,
         went_back=state.went_back if state else False,
         started=started,
     )
@@ -206,40 +202,6 @@ def _write_records(config: Config, world: World, folder: Path, resumed: bool) ->
         return differences(read_record(folder), made_with) if (folder / REPRODUCE_FILE).exists() else []
     except InputError as error:  # no reason not to go on
         return [str(error)]
-
-
-def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | None, list[str]]:
-    """The intact checkpoint that `resume` asks for, and what is wrong with newer ones. Collective.
-
-    Raises:
-        InputError: the checkpoint asked for is absent or damaged, or all of a run's checkpoints are damaged; a run
-            never starts afresh in silence where it has made steps before.
-    """
-    if resume == "never":
-        return None, []
-    if resume == "auto":
-        found, latest = list_checkpoints(folder / CHECKPOINTS), folder / CHECKPOINTS / LATEST
-        checkpoint, faults = newest_intact(found, world)
-        if not found and latest.is_file():
-            faults = [f"{latest} names {latest.read_text().strip()}, which is not there"]
-    else:
-        checkpoint, faults = newest_intact([find_checkpoint(Path(resume))], world)
-    if checkpoint is None and faults:
-        raise InputError(
-            f"no intact checkpoint to resume from ({' | '.join(faults)}); restore one, or start with --resume never"
-        )
-    return checkpoint, faults
-
-
-def check_fit(checkpoint: Path, config: Config) -> None:
-    """Raises InputError where a checkpoint is of another model."""
-    saved = asdict(load_config([checkpoint / CONFIG_FILE]).model)
-    for name, value in asdict(config.model).items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"{checkpoint} has model.{name} = {saved.get(name)}, the run is configured with {value}; "
-                "use the checkpoint's setting, or start another run with --resume never"
-            )
 
 
 def _in_words(settings: dict[str, Any]) -> str:

@@ -5,12 +5,13 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from small_run import STEPS, small_config
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
@@ -20,6 +21,7 @@ from convneur import checkpoint as checkpoints
 from convneur.checkpoint import (
     CHECKPOINTS,
     CLASSES_FILE,
+    LATEST,
     MANIFEST,
     find_checkpoint,
     list_checkpoints,
@@ -34,12 +36,17 @@ from convneur.data.shards import Manifest, write_split
 from convneur.data.store import TarStore, open_store
 from convneur.data.transforms import decode, eval_transform
 from convneur.errors import NonFiniteError, SaveError
-from convneur.evaluate import evaluate_checkpoint, trained_classes
+from convneur.evaluate import Scores, evaluate_checkpoint, trained_classes
+from convneur.explain import explain
+from convneur.export import export_checkpoint
 from convneur.guards import GuardConfig
 from convneur.metrics import read_metrics
 from convneur.model import ConvNeur
+from convneur.resume import best_so_far
+from convneur.retention import BEST, Best
 from convneur.run import LAST_TRIES
 from convneur.train import train
+from convneur.trained import open_trained
 from convneur.world import World
 
 
@@ -132,6 +139,153 @@ def test_lamb_which_counts_steps_otherwise_is_resumed_to_the_bit(world: World, c
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, byte for byte."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fewer_epochs_than_are_made_are_refused_and_nothing_is_touched(run: Path, world: World, config: Config) -> None:
+    """Steps that a run doesn't reach any more would be taken for those of a course that it has left."""
+    longer = replace(config, schedule=replace(config.schedule, epochs=2))
+    train(longer, world, run, resume="auto")
+    before = contents(run)
+    assert f"checkpoints/step-{2 * STEPS:08d}/manifest.json" in before
+    with pytest.raises(InputError, match=r"step-00000022 has 22 steps made, .* ends after 11; give at least 2 epochs"):
+        train(config, world, run, resume="auto")
+    assert contents(run) == before
+
+
+def test_the_best_of_a_whole_history_is_kept(trained: Path, run: Path, world: World, config: Config) -> None:
+    """The last step's evaluation counts, also when the run is made longer and never gets as good again."""
+    summary = json.loads((run / "summary.json").read_text())
+    best = max(summary["top1"], summary["top1_ema"])
+    state = read_state(find_checkpoint(run))
+    assert state.best is not None
+    assert (state.best.step, state.best.top1) == (STEPS, best)
+    assert json.loads((run / CHECKPOINTS / BEST).read_text())["step"] == STEPS
+
+    # Versions that saved the last step before they evaluated it didn't know; the metrics do.
+    unknowing = replace(state, best=None)
+    checkpoint = find_checkpoint(run)
+    assert best_so_far(run, checkpoint, unknowing, world) == (state.best, [])
+
+    # Weights that go nowhere: the learning rate is 0 from here on, so the second epoch can't be better than the first.
+    worse = replace(config, schedule=replace(config.schedule, epochs=2), run=replace(config.run, keep_checkpoints=1))
+    train(replace(worse, optimizer=replace(config.optimizer, lr=1e-12)), world, run, resume="auto")
+    assert [path.name for path in list_checkpoints(run / CHECKPOINTS)] == ["step-00000022", f"step-{STEPS:08d}"]
+    assert json.loads((run / CHECKPOINTS / BEST).read_text())["step"] == STEPS
+    assert read_state(find_checkpoint(run)).best == state.best
+    assert json.loads((run / "summary.json").read_text())["checkpoint"].endswith("step-00000022")
+
+    # A damaged one is no longer the best.
+    flip_a_byte(run / CHECKPOINTS / f"step-{STEPS:08d}" / "ema.safetensors")
+    newest = find_checkpoint(run)
+    again, faults = best_so_far(run, newest, read_state(newest), world)
+    assert again is not None
+    assert again.step == 22
+    assert faults == [f"{run / CHECKPOINTS / 'step-00000011'}: ema.safetensors is not as it was written"]
+
+
+def test_a_best_evaluation_that_could_not_be_saved_is_not_the_best(
+    world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are gone, so BEST goes on naming those that are there."""
+    accuracies = iter([0.5, 0.9, 0.7])  # after each of the three epochs
+    monkeypatch.setattr("convneur.run.evaluate", lambda *_: Scores(next(accuracies), 1.0, 0.0, 360))
+    short = replace(
+        config,
+        run=replace(config.run, checkpoint_every_steps=100, eval_every_epochs=1),
+        schedule=replace(config.schedule, epochs=3),
+        data=replace(config.data, subset=256),
+        train=replace(config.train, ema_decay=0.0),
+    )
+    real = checkpoints._publish
+
+    def failing(temporary: Path, final: Path) -> None:
+        if final.name == "step-00000004":
+            raise OSError(28, "No space left on device")
+        real(temporary, final)
+
+    monkeypatch.setattr(checkpoints, "_publish", failing)
+    train(short, world, tmp_path)
+    assert "ALARM: after 4 steps" in capfd.readouterr().out
+    best = Best(6, 0.7, "raw")
+    assert json.loads((tmp_path / CHECKPOINTS / BEST).read_text()) == asdict(best)
+    assert read_state(find_checkpoint(tmp_path)).best == best
+
+
+@pytest.mark.parametrize("name", ["step-00000011.bak", "step-00000012-keep", "step-best", "step-12", "step-0000000x"])
+def test_other_names_beside_checkpoints_are_left_alone(run: Path, world: World, config: Config, name: str) -> None:
+    copy = run / CHECKPOINTS / name
+    shutil.copytree(find_checkpoint(run), copy)
+    (run / CHECKPOINTS / "step-00000099").touch()
+    before = contents(copy)
+    assert copy not in list_checkpoints(run / CHECKPOINTS)
+    assert [path.name for path in list_checkpoints(run / CHECKPOINTS)] == [f"step-{STEPS:08d}", "step-00000008"]
+    if name == "step-00000011.bak":  # one training run for all of them
+        longer = replace(
+            config, schedule=replace(config.schedule, epochs=2), run=replace(config.run, keep_checkpoints=1)
+        )
+        train(longer, world, run, resume="auto")
+        assert find_checkpoint(run).name == "step-00000022"
+    assert contents(copy) == before
+    assert open_trained(copy).checkpoint == copy  # unless it is asked for
+
+
+def test_checkpoints_are_in_order_of_their_steps(tmp_path: Path) -> None:
+    for name in ("step-99999999", "step-100000000", "step-00000001", "step-000000002"):
+        (tmp_path / name).mkdir()
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["step-100000000", "step-99999999", "step-00000001"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.yaml", "classes.json", "manifest.json"])
+def test_damage_is_named_by_whoever_reads(run: Path, world: World, tmp_path: Path, name: str) -> None:
+    checkpoint = find_checkpoint(run)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (32, 32)).save(image)
+    readers = (
+        lambda: evaluate_checkpoint(run, world),
+        lambda: export_checkpoint(run, "safetensors", tmp_path / "out.safetensors"),
+        lambda: explain(run, image),
+    )
+    whole = (checkpoint / name).read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"{}", b"[]", bytes(len(whole)), whole[:-9] + b"\0" + whole[-8:]):
+        (checkpoint / name).write_bytes(damaged)
+        for read in readers:
+            with pytest.raises(InputError, match=rf"^{checkpoint} is damaged: (\w|\.)+ .*; restore it") as error:
+                read()
+            assert name in str(error.value) or "is not as it was written" in str(error.value)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_cleaning_up_is_not_saving(
+    world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A leftover and old checkpoints that can't be removed, a link, and a LATEST that can't be written: warnings."""
+    folder, elsewhere = tmp_path / CHECKPOINTS, tmp_path / "elsewhere"
+    (folder / "tmp-step-00000004").mkdir(parents=True)
+    elsewhere.mkdir()
+    (folder / "step-00000002").symlink_to(elsewhere)
+    (folder / LATEST).mkdir()
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
+    train(replace(config, run=replace(config.run, keep_checkpoints=1, keep_best=False)), world, tmp_path)
+    said = capfd.readouterr().out
+    assert "ALARM" not in said
+    assert "step-00000004 is saved, but LATEST can't say so" in said
+    assert "step-00000004 is no longer needed, but can't be removed wholly" in said
+    assert "tmp-step-00000004 can't be removed; it is of no use to the run" in said
+    assert [path.name for path in list_checkpoints(folder)] == [f"step-{STEPS:08d}"]
+    assert newest_intact(list_checkpoints(folder), world)[1] == []
+    assert elsewhere.is_dir()
+    assert not (folder / "step-00000002").is_symlink()
+
+
 def test_never_starts_afresh_in_silence(run: Path, world: World, config: Config) -> None:
     for damaged in list_checkpoints(run / "checkpoints"):
         (damaged / "optimizer.json").unlink()
@@ -143,8 +297,10 @@ def test_a_lost_manifest_is_damage(run: Path, world: World) -> None:
     newest, previous = list_checkpoints(run / "checkpoints")
     (newest / "manifest.json").unlink()
     found, (fault,) = newest_intact(list_checkpoints(run / "checkpoints"), world)
-    assert found == find_checkpoint(run) == previous
+    assert found == previous
     assert fault.startswith(f"{newest}: manifest.json can't be read (")
+    with pytest.raises(InputError, match=rf"{newest} is damaged: manifest.json can't be read \("):
+        open_trained(run)
 
 
 def test_lost_checkpoints_are_missed(
