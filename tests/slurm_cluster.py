@@ -50,7 +50,7 @@ class Cluster:
     def run(self, *words: str | Path, cwd: Path | None = None) -> str:
         """Runs one of Slurm's commands and returns what it prints."""
         return subprocess.run(
-            [*map(str, words)], env=self.env, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True, timeout=30
+            [*map(str, words)], env=self.env, cwd=cwd, check=True, stdout=subprocess.PIPE, text=True, timeout=1200
         ).stdout.strip()
 
     def submit(self, *words: str | Path, cwd: Path) -> str:
@@ -72,7 +72,7 @@ class Cluster:
         with suppress(subprocess.CalledProcessError):  # it has started meanwhile, or isn't pending yet
             self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
 
-    def wait(self, number: str, *states: str, timeout: float = 300) -> dict[str, str]:
+    def wait(self, number: str, *states: str, timeout: float = 1200) -> dict[str, str]:
         """Waits until a job is in one of some states, by default those of a job that has ended."""
         deadline = time.monotonic() + timeout
         while (job := self.job(number))["JobState"] not in (states or ENDED):

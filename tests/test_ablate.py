@@ -157,7 +157,7 @@ def test_a_small_ablation_goes_on_where_it_stopped(digits: Path, tmp_path: Path)
     words = [sys.executable, "-P", "-m", "convneur.launch", "ablate", "--config", "study.yaml", "--nproc", "1"]
 
     def run() -> str:
-        result = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=1200)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 

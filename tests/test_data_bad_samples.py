@@ -355,7 +355,7 @@ def test_a_run_with_too_many_bad_samples_stops_with_the_list(tmp_path: Path) -> 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=1200,
     )
     errors = [line for line in result.stderr.splitlines() if line.startswith("convneur: error:")]
     assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-2000:]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from PIL import Image
@@ -199,7 +200,7 @@ def test_an_array_job_and_a_job_after_it_do_the_same(archives: Path, tmp_path: P
 
     def job(**env: str) -> subprocess.CompletedProcess[str]:
         words = ["bash", script, archives, tmp_path / "out", "--max-side", "50"]
-        return subprocess.run(words, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        return subprocess.run(words, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
 
     array = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
     for task in ("2", "1"):
@@ -240,12 +241,13 @@ def test_killed_and_repeated_it_goes_on(prepared: Path, archives: Path, tmp_path
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(delay)
+        orphans = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
         for name, content in contents(out).items() if out.exists() else ():
             assert name.endswith(".tmp") or name == "preparing" or content == expected[name]
-    time.sleep(1.2)  # orphans notice that their parent is gone
+    assert not psutil.wait_procs(orphans, timeout=600)[1], "they notice that their parent is gone"
     prepare_imagenet(archives, out, processes=2, shard_samples=10)
     assert contents(out) == expected
 

@@ -44,7 +44,7 @@ def run(modes: list[str], timeout: int) -> Results:
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    return run([*FP32, *AUTOCAST, *BF16, *OFFLOAD, *RECOMPUTE, "fp32-0-lamb"], timeout=400)
+    return run([*FP32, *AUTOCAST, *BF16, *OFFLOAD, *RECOMPUTE, "fp32-0-lamb"], timeout=1200)
 
 
 @pytest.mark.parametrize("mode", [*FP32, *AUTOCAST, *BF16, *OFFLOAD])

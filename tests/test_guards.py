@@ -35,7 +35,7 @@ def said(digits: Path, out: Path) -> dict[str, str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = ENV | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])}
     command = [*torchrun, str(TESTS / "ranks" / "faults.py"), str(digits), str(out)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return {path.stem: path.read_text() for path in out.glob("*.txt")}
 

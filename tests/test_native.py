@@ -66,7 +66,7 @@ def test_other_vector_lengths(processor: str, monkeypatch: pytest.MonkeyPatch, t
 def one_call(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process of its own with an empty cache."""
     env = os.environ | {"XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([sys.executable, "-c", ONE_CALL], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", ONE_CALL], env=env, capture_output=True, text=True, timeout=1200)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_an_old_run_is_listed_and_goes_on(old: Path, capsys: pytest.CaptureFixtu
     words = ["train", "--config", "old/run/config.yaml", "--resume", "auto", "--launch", "local", "--nproc", "1"]
     command = [sys.executable, "-P", "-m", "convneur.launch", *words]
     env = {name: value for name, value in os.environ.items() if name != "RANK"} | {"OMP_NUM_THREADS": "1"}
-    resumed = subprocess.run(command, env=env, cwd=old.parent, capture_output=True, text=True, timeout=400)
+    resumed = subprocess.run(command, env=env, cwd=old.parent, capture_output=True, text=True, timeout=1200)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
 
     now = [line for line in read_metrics(old / "run") if line["step"] > 5]

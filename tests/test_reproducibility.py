@@ -25,7 +25,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def train(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-m", "convneur.launch", "train", *map(str, words), "--launch", "local"]
-    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=1200)
 
 
 def losses(run: Path) -> list[float]:

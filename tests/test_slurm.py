@@ -208,7 +208,7 @@ def test_a_rank_that_dies_takes_the_others_along_and_is_started_again(cluster: C
     number, log = submit(program, "--nodes=2", "--ntasks-per-node=2")
     started = time.monotonic()
     assert cluster.wait(number)["JobState"] == "COMPLETED", log.read_text()
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300  # the others would sleep for 600
     assert "attempt 1 of start 1 failed; rank 1 on n1 failed first: killed by SIGKILL" in log.read_text()
     first, second = attempts(log, "end")
     assert (first["outcome"], first["action"], first["rank"], first["node"]) == ("failed", "restart", 1, "n1")

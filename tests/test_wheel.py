@@ -69,7 +69,7 @@ def test_every_module_imports_from_the_wheel(wheel: Path, tmp_path: Path) -> Non
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         # -I: no PYTHONPATH, no current folder.
-        return subprocess.run([python, "-I", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return subprocess.run([python, "-I", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=1200)
 
     modules = modules_in_source()
     modules -= {name for name, package in OPTIONAL.items() if importlib.util.find_spec(package) is None}
