@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,9 +95,9 @@ def examine() -> list[Finding]:
         torch,
         *(examine_package(package, required=True) for package in REQUIRED_PACKAGES[1:]),
         examine_package(_FFCV, required=False),
-        examine_apex(),
+        _survived("packages", "apex", examine_apex),
         *(_examine_accelerators() if torch.status == "ok" else ()),
-        examine_slurm(),
+        _survived("cluster", "slurm", examine_slurm),
         *(_examine_tool("compilers", name, cost) for name, cost in _COMPILERS.items()),
     ]
 
@@ -113,14 +114,27 @@ def examine_package(package: Package, required: bool) -> Finding:
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return Finding("packages", distribution, "missing", None, f"{cost}; pip install {distribution}", required)
+    except Exception as error:
+        return Finding("packages", distribution, "broken", None, f"{cost}: {_reason(error)}", required)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import_module(module)
-    except Exception as error:  # extensions fail to load with all kinds of exceptions
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Finding("packages", distribution, "broken", version, f"{cost}: {reason}", required)
+    except (Exception, SystemExit) as error:  # extensions fail to load with all kinds of exceptions
+        return Finding("packages", distribution, "broken", version, f"{cost}: {_reason(error)}", required)
     return Finding("packages", distribution, "ok", version, required=required)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _survived(group: str, name: str, examine_it: Callable[[], Finding]) -> Finding:
+    """What an examination finds; where it fails itself, that: one broken thing hides no other."""
+    try:
+        return examine_it()
+    except Exception as error:
+        return Finding(group, name, "broken", None, _reason(error))
 
 
 def examine_apex() -> Finding:
@@ -157,15 +171,20 @@ def _examine_accelerators() -> Iterator[Finding]:
         yield Finding("accelerators", "NCCL", "missing", None, "ranks talk through gloo")
         return
     for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        memory_gib = device.total_memory / 2**30
-        version = f"{device.name}, {memory_gib:.0f} GiB, compute {device.major}.{device.minor}"
-        yield Finding("accelerators", f"cuda:{index}", "ok", version)
+        yield _survived("accelerators", f"cuda:{index}", partial(_examine_gpu, index))
     yield Finding("accelerators", "CUDA", "ok", f"{torch.version.cuda}, driver {driver or 'of unknown version'}")
     if torch.distributed.is_nccl_available():
         yield Finding("accelerators", "NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
         yield Finding("accelerators", "NCCL", "missing", None, "no training on several GPUs")
+
+
+def _examine_gpu(index: int) -> Finding:
+    import torch
+
+    device = torch.cuda.get_device_properties(index)
+    version = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute {device.major}.{device.minor}"
+    return Finding("accelerators", f"cuda:{index}", "ok", version)
 
 
 def examine_slurm() -> Finding:
@@ -200,7 +219,7 @@ def _first_line(*command: str) -> str | None:
 def _output(*command: str) -> str | None:
     """What a command prints; None where it isn't there, fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

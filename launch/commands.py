@@ -163,12 +163,12 @@ def _conclude_finished(config: "Config") -> bool:
 
 def _finished(config: "Config") -> "Summary | None":
     """How this very run has ended, if it has."""
-    from convneur.config import load_config
+    from convneur.config import saved_config
     from convneur.summary import read_summary
 
     folder = Path(config.run.root) / config.run.name
     summary = read_summary(folder)
-    return summary if summary and load_config([folder / "config.yaml"]) == config else None
+    return summary if summary and saved_config(folder / "config.yaml") == config else None
 
 
 def _conclude(summary: "Summary", folder: Path) -> None:

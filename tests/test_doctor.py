@@ -1,6 +1,7 @@
 """`convneur doctor`: what is there, what isn't, and what that costs."""
 
 import json
+import os
 import re
 import sys
 from configparser import ConfigParser
@@ -14,6 +15,8 @@ from convneur.doctor import (
     REQUIRED_PACKAGES,
     Finding,
     Package,
+    _examine_tool,
+    _survived,
     examine_apex,
     examine_package,
     examine_slurm,
@@ -72,6 +75,26 @@ def test_installed_package_that_does_not_import(tmp_path: Path, monkeypatch: pyt
     assert (finding.status, finding.version) == ("broken", metadata.version("rich"))
     assert finding.note == "no tea: RuntimeError: operator torchvision::nms does not exist"
     assert not is_healthy([finding])
+
+
+def test_what_ends_the_interpreter_or_says_nonsense_hides_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaves.py").write_text("import sys; sys.exit(3)")
+    (tmp_path / "ninja").write_text("#!/bin/sh\nprintf '\\377 1.2.3\\n'\n")
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    finding = examine_package(Package("rich", "leaves", "no tea"), required=True)
+    assert (finding.status, finding.note) == ("broken", "no tea: SystemExit: 3")
+    assert _examine_tool("compilers", "ninja", "slow").version == "1.2.3"
+
+    def fails() -> Finding:
+        raise ValueError("apex.__spec__ is\nNone")
+
+    assert _survived("packages", "apex", fails) == Finding(
+        "packages", "apex", "broken", None, "ValueError: apex.__spec__ is None"
+    )
 
 
 def test_only_what_is_required_makes_a_machine_unfit() -> None:
