@@ -23,7 +23,7 @@ from convneur.checkpoint import (
     save_checkpoint,
 )
 from convneur.config import Config
-from convneur.data.loader import Batch, EvalLoader, TrainLoader
+from convneur.data.loader import Batch, EvalBatch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform, Normalize
 from convneur.ema import Ema
 from convneur.engine import Weights, engine_settings
@@ -32,7 +32,7 @@ from convneur.errors import NonFiniteError, SaveError
 from convneur.evaluate import Scores, evaluate
 from convneur.gauges import Gauges, watched_gates
 from convneur.guards import Guards
-from convneur.metrics import TrainingLog
+from convneur.metrics import TrainingLog, read_metrics
 from convneur.model import ConvNeur
 from convneur.plot import plot_run
 from convneur.profiling import Profiler
@@ -97,6 +97,8 @@ class Run:
     best: Best | None
     went_back: bool
     started: float
+    done: int
+    saved: int
     evaluated: Evaluation | None = None
     save_at_once: bool = False
 
@@ -137,7 +139,9 @@ class Run:
         loaded = self.loader.iterate(self.start_step, self.total_steps)
         while True:
             start = time.perf_counter()
-            if (batches := next(loaded, None)) is None:
+            with self.stop_request.waiting():
+                batches = next(loaded, None)
+            if batches is None:
                 return
             waited = time.perf_counter() - start
             self.gauges.add_wait(waited)
@@ -221,7 +225,7 @@ class Run:
             self.classes,
             self._warn,
         )
-        self.best = state.best
+        self.best, self.saved = state.best, state.step
 
     def _best_with(self, done: int) -> Best | None:
         """The best evaluation if the weights after `done` steps are saved; always None where it isn't to be kept."""
@@ -235,8 +239,32 @@ class Run:
 
     def evaluate_if_due(self, done: int) -> None:
         """Evaluates the weights after every `eval_every_epochs` epochs, and after the last step."""
-        if done % (self.config.run.eval_every_epochs * self.loader.steps_per_epoch) == 0 or done == self.total_steps:
+        if self._is_evaluated(done) or done == self.total_steps:
             self._evaluate(done)
+
+    def evaluate_if_missed(self) -> None:
+        """Makes the evaluation that this run was stopped or killed in, after the steps that it starts from."""
+        if not self.start_step or not self._is_evaluated(self.start_step):
+            return
+        records = read_metrics(self.folder) if self.world.is_main else []
+        at_start = [record for record in records if record["step"] == self.start_step and "eval/top1" in record]
+        missed = [bool(records) and not at_start]
+        dist.broadcast_object_list(missed, group=self.world.control)
+        if missed[0]:
+            self._evaluate(self.start_step)
+            self.best = self._best_with(self.start_step)  # whose checkpoint is there
+
+    def _is_evaluated(self, done: int) -> bool:
+        return done % (self.config.run.eval_every_epochs * self.loader.steps_per_epoch) == 0 and done < self.total_steps
+
+    def stop(self, signal: str) -> None:
+        """Saves where the run stands, if it has made steps since it was saved, and says so. Collective."""
+        if self.saved != self.done:
+            self.checkpoint_if_due(self.done, at_once=True)
+        line = f"stopped by {signal} after {self.done} of {self.total_steps} steps; --resume auto goes on"
+        if self.saved != self.done:
+            line += f" from step {self.saved}: the steps since could NOT be saved"
+        self.log.say(line)
 
     def finish(self) -> Summary:
         """Draws the curves and writes the summary, of weights whose checkpoint is there. Collective."""
@@ -278,5 +306,17 @@ class Run:
         model = ConvNeur(self.config.model).to(self.world.device)
         model.load_state_dict(weights)
         with watched_gates(model) as gates:
-            scores = evaluate(model, self.eval_loader, self.normalize, self.autocast, self.eval_images)
+            scores = evaluate(model, self._eval_batches(), self.normalize, self.autocast, self.eval_images)
         return scores, gates
+
+    def _eval_batches(self) -> Iterator[EvalBatch]:
+        """What is evaluated, as many batches on every rank. A signal ends it, and each has the watchdog's time."""
+        batches = iter(self.eval_loader)
+        while True:
+            with self.stop_request.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+            self.watchdog.step()
+            self.stop_request.check()

@@ -171,6 +171,8 @@ def _start(
         best=best,
         went_back=state.went_back if state else False,
         started=started,
+        done=start_step,
+        saved=start_step if checkpoint is None or checkpoint.parent == folder / CHECKPOINTS else -1,
     )
 
 

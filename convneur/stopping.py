@@ -1,6 +1,8 @@
 """Stopping on a signal: noticed by any rank, agreed on by all between two steps."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Self, cast
 
@@ -10,6 +12,18 @@ import torch.distributed as dist
 # A scheduler sends TERM when it takes a machine away, and, asked to, USR2 ahead of a time limit. USR1 is NCCL's.
 # INT is Ctrl-C's; HUP comes when a terminal is closed, unless nohup has it ignored.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+
+
+class StopNow(Exception):  # noqa: N818 - not an error
+    """Raised where what is under way is given up, because a signal has asked the run to stop.
+
+    Attributes:
+        signal: its name.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.signal = name
 
 
 class StopRequest:
@@ -23,11 +37,13 @@ class StopRequest:
         self._received = 0
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # every rank is in it
         self._answer: tuple[torch.Tensor, dist.Work] | None = None
+        self._waiting = False
 
     def agreed(self) -> str | None:
         """The name of a signal that some rank had got by the last call, on all of them alike, or None. Collective."""
         answer = self._answer
-        received = torch.tensor(self._received)
+        with torch.inference_mode(False):  # in an evaluation it is on
+            received = torch.tensor(self._received)
         work = dist.all_reduce(received, dist.ReduceOp.MAX, self._group, async_op=True)
         self._answer = received, work
         if answer is None:
@@ -35,6 +51,25 @@ class StopRequest:
         number, asked = answer
         asked.wait()
         return signal.Signals(int(number)).name if number else None
+
+    def check(self) -> None:
+        """Raises StopNow, on all ranks alike, once some rank has got a signal. Collective."""
+        if name := self.agreed():
+            raise StopNow(name)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that waits for something that may never come: a signal ends it by StopNow, if there is one rank.
+
+        Of several, others may be in the middle of the step by now, and can't leave it.
+        """
+        self._waiting = dist.get_world_size() == 1
+        try:
+            if self._waiting and self._received:
+                raise StopNow(signal.Signals(self._received).name)
+            yield
+        finally:
+            self._waiting = False
 
     def __enter__(self) -> Self:
         """Starts to listen for the signals."""
@@ -49,3 +84,6 @@ class StopRequest:
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self._received = self._received or number
+        if self._waiting:
+            self._waiting = False
+            raise StopNow(signal.Signals(number).name)

@@ -11,12 +11,14 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 
 from convneur.config import Config
+from convneur.data.errors import WorkerError
 from convneur.data.keys import key, seed_libraries
 from convneur.data.loader import Batch
 from convneur.data.mixing import DeviceTransform
 from convneur.ema import Ema
 from convneur.guards import Guards
 from convneur.start import started_run
+from convneur.stopping import StopNow
 from convneur.summary import Summary
 from convneur.world import World
 
@@ -58,26 +60,34 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never", pr
         profile: whether to trace a few steps; `convneur.profiling` says what becomes of it.
 
     Returns:
-        The summary of the finished run; None where TERM or USR2 stopped it, after saving a checkpoint.
+        The summary of the finished run; None where a signal stopped it, after saving a checkpoint.
 
     Raises:
         InputError: configuration, data and checkpoint don't fit each other; nothing has been written then.
         TrainingError: gradients stay bad, ranks disagree, or the last checkpoint can't be written; those that exist
             are good.
+        WorkerError: a process that decodes images was killed.
     """
     with started_run(config, world, run_dir, resume, profile) as run:
-        for step, batches in run.steps():
-            # Drop path draws from (seed, step, rank) alone, so a resumed run needs no saved generators.
-            seed_libraries(key(config.run.seed, "step", step, world.rank), world.device)
-            run.schedule.step_update(step)
-            loss = train_step(run.engine, batches, run.prepare, run.ema, run.guards)
-            run.guards.observe(step, batches, loss)
-            run.log.step(step + 1, loss, run.learning_rate, run.gauges)
-            run.guard_if_due(step + 1)
-            run.evaluate_if_due(step + 1)
-            stopping = run.stop_request.agreed()
-            run.checkpoint_if_due(step + 1, at_once=stopping is not None)
-            if stopping:
-                run.log.say(f"stopped by {stopping} after {step + 1} of {run.total_steps} steps; --resume auto goes on")
-                return None
-        return run.finish()
+        try:
+            run.evaluate_if_missed()
+            for step, batches in run.steps():
+                # Drop path draws from (seed, step, rank) alone, so a resumed run needs no saved generators.
+                seed_libraries(key(config.run.seed, "step", step, world.rank), world.device)
+                run.schedule.step_update(step)
+                loss = train_step(run.engine, batches, run.prepare, run.ema, run.guards)
+                run.done = step + 1
+                run.guards.observe(step, batches, loss)
+                run.log.step(step + 1, loss, run.learning_rate, run.gauges)
+                run.guard_if_due(step + 1)
+                run.evaluate_if_due(step + 1)
+                run.stop_request.check()
+                run.checkpoint_if_due(step + 1)
+            return run.finish()
+        except StopNow as stop:
+            run.stop(stop.signal)
+            return None
+        except WorkerError:
+            if world.size == 1 and run.saved != run.done:  # of several ranks, others are in the middle of the step
+                run.checkpoint_if_due(run.done, at_once=True)
+            raise

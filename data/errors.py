@@ -1,4 +1,4 @@
-"""The one exception for bad input; it lives in the lowest room so that every room can raise it."""
+"""What every room can raise: the exception for bad input, and another for a process that is gone."""
 
 
 class InputError(Exception):
@@ -11,3 +11,7 @@ class InputError(Exception):
 
 class SampleError(InputError):
     """One sample's bytes are damaged or not an image; the rest of the dataset may well be usable."""
+
+
+class WorkerError(Exception):
+    """A process that decodes images has ended before its time. Nobody's input is to blame."""

@@ -11,6 +11,7 @@ import atexit
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from convneur.data.config import DataConfig
-from convneur.data.errors import InputError, SampleError
+from convneur.data.errors import InputError, SampleError, WorkerError
 from convneur.data.keys import key, libraries_restored, seed_libraries, view_key
 from convneur.data.order import LaneOrder
 from convneur.data.shards import Sample
@@ -154,13 +155,14 @@ class TrainLoader:
 
         Raises:
             InputError: the storage fails time and again, or hardly a sample can be read.
+            WorkerError: a worker was killed.
         """
         workers, size = self._config.workers, self._config.image_size
         batch_size = self._config.global_batch_size // self._config.lanes * len(self._micro_lanes[0])
         # One more than are under way would do; as many for each worker, and a slot is always the same worker's.
         slots = _Slots(max((PREFETCH_BATCHES + 1) * workers, 1), batch_size, size)
         dataset = _TrainDataset(self._store, self._transform, self._seed, slots)
-        batches = iter(_loader(dataset, enumerate(self._requests(start_step, stop_step)), workers))
+        batches = _made(_loader(dataset, enumerate(self._requests(start_step, stop_step)), workers))
         try:
             with self._prefetching(start_step, stop_step) as reached:
                 for step in range(start_step, stop_step):
@@ -245,9 +247,12 @@ class EvalLoader:
         samples = np.arange(rank, len(store), world_size)
         largest = -(-len(store) // world_size)
         requests = [samples[first : first + batch_size] for first in range(0, largest, batch_size)]
-        dataset = _EvalDataset(store, eval_transform(config), batch_size, config.image_size)
+        # Not more memory than there are batches; a slot is always the same worker's, in one evaluation.
+        slots = max((PREFETCH_BATCHES + 1) * config.workers, 1)
+        self._slots = _Slots(min(slots, max(len(requests), 1)), batch_size, config.image_size)
+        dataset = _EvalDataset(store, eval_transform(config), self._slots)
         self._batches = len(requests)
-        self._loader = _loader(dataset, requests, config.workers, persistent=True)
+        self._loader = _loader(dataset, list(enumerate(requests)), config.workers, persistent=True)
 
     def __len__(self) -> int:
         """Batches on each rank."""
@@ -258,8 +263,10 @@ class EvalLoader:
 
         Raises:
             InputError: the storage fails time and again.
+            WorkerError: a worker was killed.
         """
-        return map(_unwrap, self._loader)
+        for made in _made(self._loader):
+            yield _unwrap(made).batch(self._slots)
 
 
 class Request(NamedTuple):
@@ -290,10 +297,10 @@ def _prefetch(store: Store, requests: Iterable[Request], reached: Reached, paren
 
 
 class _Slots:
-    """Memory for the images of some micro-batches, shared with the workers that are forked later.
+    """Memory for the images of some batches, shared with the workers that are forked later.
 
-    New memory for each batch would cost a page fault every 4 KiB, in the worker and in the training process. So does,
-    once, every slot that a worker writes to.
+    It takes no room in /dev/shm, which containers keep small. New memory for each batch would cost a page fault
+    every 4 KiB, in the worker and in the training process. So does, once, every slot that a worker writes to.
     """
 
     def __init__(self, slots: int, batch_size: int, image_size: int):
@@ -450,18 +457,31 @@ def read_or_replace(
     )
 
 
-class _EvalDataset(Dataset[EvalBatch | InputError]):
+class _EvalMade(NamedTuple):
+    """What a worker says of a batch to evaluate whose images it has left in the slot of request `number`."""
+
+    number: int
+    labels: list[int]
+    mask: list[bool]
+    bad: tuple[BadSample, ...]
+
+    def batch(self, slots: _Slots) -> EvalBatch:
+        """The batch, its images copied: into page-locked memory where there is a GPU."""
+        images = torch.empty_like(slots[self.number], pin_memory=torch.cuda.is_available())
+        images.copy_(slots[self.number])
+        return EvalBatch(images, torch.tensor(self.labels), torch.tensor(self.mask), self.bad)
+
+
+class _EvalDataset(Dataset[_EvalMade | InputError]):
     """Reads a batch of samples, fewer than its size perhaps, and pads it."""
 
-    def __init__(self, store: Store, transform: Transform, batch_size: int, image_size: int):
-        self._store, self._transform = store, transform
-        self._batch_size, self._image_size = batch_size, image_size
+    def __init__(self, store: Store, transform: Transform, slots: _Slots):
+        self._store, self._transform, self._slots = store, transform, slots
 
-    def __getitem__(self, indices: np.ndarray) -> EvalBatch | InputError:
-        images = torch.zeros(self._batch_size, self._image_size, self._image_size, 3, dtype=torch.uint8)
-        images = images.permute(0, 3, 1, 2)
-        labels = torch.zeros(self._batch_size, dtype=torch.int64)
-        mask = torch.zeros(self._batch_size, dtype=torch.bool)
+    def __getitem__(self, numbered: tuple[int, np.ndarray]) -> _EvalMade | InputError:
+        number, indices = numbered
+        images = self._slots[number].zero_()
+        labels, mask = [0] * len(images), [False] * len(images)
         bad = []
         for position, index in enumerate(indices.tolist()):
             try:
@@ -473,7 +493,7 @@ class _EvalDataset(Dataset[EvalBatch | InputError]):
                 bad.append(BadSample(index, str(error)))
             except InputError as error:
                 return error
-        return EvalBatch(images, labels, mask, tuple(bad))
+        return _EvalMade(number, labels, mask, tuple(bad))
 
 
 def _read(store: Store, index: int, sample: Sample | None = None) -> tuple[np.ndarray, int]:
@@ -514,12 +534,37 @@ def _loader(
         sampler=requests,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,  # `_Slots` are inherited
-        pin_memory=persistent and torch.cuda.is_available(),  # training's batches are when they leave their slots
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         persistent_workers=persistent and workers > 0,
         worker_init_fn=_ignore_stop_signals,
         generator=torch.Generator(),
     )
+
+
+def _made(loader: DataLoader[T]) -> Iterator[T]:
+    """What the workers make; WorkerError where one of them is gone.
+
+    torch's handler for that would raise at once, wherever the process is: in the middle of a step, or of a save.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            gone = [worker for worker in getattr(batches, "_workers", []) if worker.exitcode]
+            if not gone:
+                raise
+            code = gone[0].exitcode
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+            raise WorkerError(
+                f"decoding process {gone[0].pid} {how}; if memory was short, lower data.workers; --resume auto goes on"
+            ) from error
+        if batch is None:
+            return
+        yield batch
 
 
 def _ignore_stop_signals(_: int) -> None:

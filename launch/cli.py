@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convneur.data.addresses import redact
-from convneur.data.errors import InputError
+from convneur.data.errors import InputError, WorkerError
 from convneur.errors import TrainingError
 from convneur.launch import commands, data_commands, plan_commands, study_commands
 from convneur.launch.arguments import COUNT, PIXELS, PROCESSES, RANKS, TASKS, Parser, check_words, positive, whole
@@ -43,7 +43,7 @@ def _run(words: Sequence[str] | None) -> int:
             raise InputError(f"{overrides[0]} is a configuration key, and `convneur {args.command}` takes none")
         command: Command = args.run
         return command(args, overrides)
-    except (InputError, TrainingError) as error:
+    except (InputError, TrainingError, WorkerError) as error:
         _say(error)
         return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:

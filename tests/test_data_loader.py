@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from convneur.data.config import AugmentConfig, DataConfig
-from convneur.data.errors import InputError
+from convneur.data.errors import InputError, WorkerError
 from convneur.data.keys import libraries_restored, seed_libraries, view_key
 from convneur.data.loader import EvalBatch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform
@@ -295,3 +295,28 @@ def test_every_view_is_that_of_its_sample_decoded_and_augmented_alone(
                 expected = transform(decode(sample.image))
             assert torch.equal(image, expected)
             assert label == sample.label
+
+
+def test_a_worker_that_is_killed_is_named(config: DataConfig) -> None:
+    """Where its batch is waited for, and not in the middle of whatever else the process does."""
+    loader = EvalLoader(
+        replace(config, workers=2, eval_batch_size=1), TarStore(config.root, "val"), rank=0, world_size=1
+    )
+    batches = iter(loader)
+    next(batches)
+    worker = multiprocessing.active_children()[0]
+    worker.kill()
+    worker.join()
+    with pytest.raises(WorkerError, match=f"decoding process {worker.pid} was killed by SIGKILL"):
+        list(batches)
+
+
+def test_what_workers_evaluate_takes_no_shared_memory(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers have little of it, and a worker that finds none leaves its reader waiting for ever."""
+
+    def full(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    loader = EvalLoader(replace(config, workers=1), TarStore(config.root, "val"), rank=0, world_size=1)
+    assert sum(int(batch.mask.sum()) for batch in loader) == len(TarStore(config.root, "val"))
