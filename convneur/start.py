@@ -11,7 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from timm.scheduler.scheduler import Scheduler
 
 from convneur.bad_samples import BadSampleCount
-from convneur.checkpoint import CONFIG_FILE, load_checkpoint, read_classes, read_state
+from convneur.checkpoint import CHECKPOINTS, CONFIG_FILE, load_checkpoint, read_classes, read_state
 from convneur.config import Config, save_config
 from convneur.data.classes import check_same_classes
 from convneur.data.engine import build_train_loader

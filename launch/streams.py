@@ -19,7 +19,7 @@ class LastingOutput(io.TextIOWrapper):
 
     def __init__(self, stream: TextIO) -> None:
         file = io.FileIO(stream.fileno(), "w", closefd=False)  # no buffer: it would keep what can't be written
-        super().__init__(file, encoding=stream.encoding, errors=ESCAPED, write_through=True)  # type: ignore[arg-type]
+        super().__init__(file, encoding=stream.encoding, errors=ESCAPED, write_through=True)
 
     def write(self, text: str) -> int:
         """Writes what can be written."""
