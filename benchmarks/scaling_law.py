@@ -23,23 +23,39 @@ SEEDS = 3
 SIZES = np.geomspace(1e5, 1e7, 7)
 LENGTHS = np.geomspace(1e6, 3e7, 4)
 FLOORS = (0.2, 1.0)
-Noise = Callable[[np.random.Generator, int], np.ndarray]
+RATIO = 8  # between the largest noise and the smallest
+Noise = Callable[[np.random.Generator, np.ndarray], np.ndarray]  # of runs at places 0, the smallest size, to 1
 OUTLIERS = 5  # of the published runs
 
 
-def normal(generator: np.random.Generator, runs: int) -> np.ndarray:
+def normal(generator: np.random.Generator, places: np.ndarray) -> np.ndarray:
     """2 % between runs."""
-    return generator.normal(0, 0.02, runs)
+    return generator.normal(0, 0.02, len(places))
 
 
-def heavy(generator: np.random.Generator, runs: int) -> np.ndarray:
+def rising(generator: np.random.Generator, places: np.ndarray) -> np.ndarray:
+    """0.5 % of the smallest size, 4 % of the largest."""
+    return generator.normal(0, 0.04 / RATIO * RATIO**places)
+
+
+def falling(generator: np.random.Generator, places: np.ndarray) -> np.ndarray:
+    """4 % of the smallest size, 0.5 % of the largest."""
+    return generator.normal(0, 0.04 * RATIO**-places)
+
+
+def jumping(generator: np.random.Generator, places: np.ndarray) -> np.ndarray:
+    """1 %, but 4 % of the two largest sizes in seven: no power of the size."""
+    return generator.normal(0, np.where(places > 0.8, 0.04, 0.01))
+
+
+def heavy(generator: np.random.Generator, places: np.ndarray) -> np.ndarray:
     """1.5 %, and now and then far more: Student's t of 3 degrees."""
-    return 0.015 * generator.standard_t(3, runs)
+    return 0.015 * generator.standard_t(3, len(places))
 
 
-def outliers(generator: np.random.Generator, runs: int) -> np.ndarray:
+def outliers(generator: np.random.Generator, places: np.ndarray) -> np.ndarray:
     """2 %, and a run in twenty that ended a fifth too high."""
-    return normal(generator, runs) + 0.2 * (generator.random(runs) < 0.05)
+    return normal(generator, places) + 0.2 * (generator.random(len(places)) < 0.05)
 
 
 def coverage(
@@ -51,6 +67,7 @@ def coverage(
     """
     held: dict[str, list[bool]] = {}
     widths: dict[str, list[float]] = {}
+    places = np.log(design[:, 0] / SIZES[0]) / np.log(SIZES[-1] / SIZES[0])
     beyond = 10 * design.max(axis=0)[None]  # ten times as large, and as long, as any run
     for draw in range(draws):
         generator = np.random.default_rng(draw)
@@ -58,9 +75,9 @@ def coverage(
         center = np.exp(np.log(design).mean(axis=0))
         floor, scaled = generator.uniform(*floors), generator.uniform(0.3, 1.0, design.shape[1])
         law = Law(floor, tuple(scaled * center**exponents), tuple(exponents))
-        loss = law(design) * np.exp(noise(generator, len(design)))
+        loss = law(design) * np.exp(noise(generator, places))
         fit = bootstrap(design, loss, level=LEVEL, replicates=replicates, seed=draw)
-        runs = law(beyond)[0] * np.exp(noise(generator, SEEDS)).mean()
+        runs = law(beyond)[0] * np.exp(noise(generator, np.ones(SEEDS))).mean()
         checks = {
             "floor E": (fit.floor, law.floor),
             **{f"exponent {k + 1}": (fit.exponent(k), exponents[k]) for k in range(design.shape[1])},
@@ -101,14 +118,24 @@ def main() -> None:
     started = time.process_time()
     single = np.repeat(SIZES, SEEDS)[:, None]
     few = np.geomspace(1e5, 1e7, 5)[:, None]  # each run once
+    twice = np.repeat(few, 2, axis=0)
     joint = np.array([(size, images) for size in SIZES for images in LENGTHS])
     designs = (
         ("7 sizes, 3 seeds, normal noise", single, normal, FLOORS, args.replicates),
+        ("7 sizes, 3 seeds, rising noise", single, rising, FLOORS, args.replicates),
+        ("7 sizes, 3 seeds, falling noise", single, falling, FLOORS, args.replicates),
+        ("7 sizes, 3 seeds, jumping noise", single, jumping, FLOORS, args.replicates),
         ("7 sizes, 3 seeds, heavy tails", single, heavy, FLOORS, args.replicates),
         ("7 sizes, 3 seeds, outliers", single, outliers, FLOORS, args.replicates),
         ("7 sizes, 3 seeds, no floor", single, normal, (0.0, 0.0), args.replicates),
         ("5 sizes, 1 seed, normal noise", few, normal, FLOORS, args.replicates),
+        ("5 sizes, 1 seed, rising noise", few, rising, FLOORS, args.replicates),
+        ("5 sizes, 1 seed, falling noise", few, falling, FLOORS, args.replicates),
+        ("5 sizes, 2 seeds, rising noise", twice, rising, FLOORS, args.replicates),
+        ("5 sizes, 2 seeds, falling noise", twice, falling, FLOORS, args.replicates),
         ("7 sizes x 4 lengths, joint law", joint, normal, FLOORS, args.replicates // 2),
+        ("7 sizes x 4 lengths, rising noise", joint, rising, FLOORS, args.replicates // 2),
+        ("7 sizes x 4 lengths, falling noise", joint, falling, FLOORS, args.replicates // 2),
     )
     print(f"intervals of {LEVEL:.0%}, {args.draws} draws")
     print("| runs | quantity | laws within | of the draws | median width of the interval |\n|---|---|---:|---:|---:|")

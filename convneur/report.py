@@ -19,9 +19,10 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 
 from convneur.config import config_text
 from convneur.data.files import atomic_write
+from convneur.equal_compute import Difference
 from convneur.model import variant_named
 from convneur.saved import DamagedError, read_metrics
-from convneur.scaling_law import LARGEST_EXPONENT, Difference, Interval
+from convneur.scaling_law import LARGEST_EXPONENT, Interval
 from convneur.series import series_folder
 from convneur.study import LOCAL_ONLY, Place, Point, StudyConfig, study_runs
 from convneur.study_fit import LEVEL, METRICS, Findings, StudyFit

@@ -5,12 +5,14 @@ of arXiv 2203.15556). Residuals are r = log L_measured - log L(x), their cost is
 OLMo (arXiv 2412.04403). What made the published intervals of that law implausible (arXiv 2404.10102) was an optimizer
 that stopped early and rounded results; hence a sum, no mean, exact derivatives, many starts and full precision.
 That a law needs its floor E, and must be judged by what it predicts outside its range: arXiv 2305.13035, 2106.04560.
+Runs count by the spread of the noise at their size (`convneur.noise`), and the intervals draw noise of that spread.
 
-Legend: n runs, k terms, p = 1 + 2 k parameters, R replicates of the bootstrap.
+Legend: n runs, k terms, p = 1 + 2 k parameters, R replicates of the bootstrap, s the spread of the noise at a run's
+size, in units of that at the middle of the sizes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -18,12 +20,15 @@ import numpy as np
 from scipy.optimize import least_squares, nnls
 from scipy.stats import norm, t
 
+from convneur.noise import Places, estimate_slopes
+
 FEWEST_SIZES = 5
 SHORTEST_RANGE = 10.0  # largest over smallest size: a decade
 FEWEST_LENGTHS = 3  # different numbers of images that a joint law needs
 SMALLEST_DELTA = 1e-3  # Huber's threshold in arXiv 2203.15556
 EXPONENTS = np.geomspace(0.03, 3.0, 14)
 STARTS = 4
+SPREAD_TURNS = 2
 SMALLEST_FLOOR = 1e-6  # of the smallest loss; a fit can't tell a lower floor from none
 LARGEST_EXPONENT = 10.0  # where noise makes a step of the law, its exponent would grow without end
 
@@ -68,7 +73,9 @@ class Fit:
         law: the fit itself.
         replicates: the same fitted to R resampled sets of runs.
         residuals: log of measured over fitted losses, (n,).
-        drawn: residuals as the bootstrap draws them, (n,): centred, and widened for the p parameters spent.
+        drawn: residuals / s as the bootstrap draws them, (n,): centred, and widened for the parameters spent.
+        places: of sizes, for their s.
+        slopes: of log s, (R, k), as each replicate has drawn them.
         level: of the intervals.
     """
 
@@ -76,6 +83,8 @@ class Fit:
     replicates: tuple[Law, ...]
     residuals: np.ndarray
     drawn: np.ndarray
+    places: Places
+    slopes: np.ndarray
     level: float
 
     @property
@@ -88,10 +97,14 @@ class Fit:
         return self._interval(self.law.exponents[term], [law.exponents[term] for law in self.replicates])
 
     def predict(self, x: np.ndarray, runs: int = 0, seed: int = 0) -> list[Interval]:
-        """The law at x (n, k): intervals of the law itself, or of the mean of as many new runs as asked for."""
+        """The law at x (n, k): intervals of the law itself, or of the mean of as many new runs as asked for.
+
+        Beyond the sizes that were run, new runs are taken to be as noisy as those at the end.
+        """
         values = np.stack([law(x) for law in self.replicates])
         if runs:
-            noise = np.random.default_rng(seed).choice(self.drawn, (runs, *values.shape))
+            spread = np.exp(self.slopes @ self.places.of(x).T)  # (R, n)
+            noise = spread * np.random.default_rng(seed).choice(self.drawn, (runs, *values.shape))
             values = values * np.exp(noise).mean(axis=0)
         return [self._interval(value, column) for value, column in zip(self.law(x), values.T, strict=True)]
 
@@ -130,8 +143,9 @@ def check_falls(x: np.ndarray, loss: np.ndarray, axes: Sequence[str]) -> None:
 def fit_law(x: np.ndarray, loss: np.ndarray, delta: float | None = None) -> Law:
     """Fits a law to x (n, k) and losses (n,) by multi-start least squares of Huber's cost in log.
 
-    delta: Huber's threshold; None for 1.345 robust standard deviations of the residuals, at which the estimate keeps
-    95 % of the efficiency of least squares if the noise is normal.
+    delta: Huber's threshold, where all runs are to count alike. With None they count by 1/s, and the threshold is 1.345
+    robust standard deviations of what r / s leaves, at which the estimate keeps 95 % of the efficiency of least squares
+    if the noise is normal.
 
     For given exponents the other parameters enter linearly, so non-negative least squares gives them: this variable
     projection over a grid of exponents finds the starts, and the best of them are refined in all p parameters.
@@ -139,12 +153,7 @@ def fit_law(x: np.ndarray, loss: np.ndarray, delta: float | None = None) -> Law:
     Raises RefusedError where there are no more runs than parameters, or a value has no logarithm.
     """
     x, loss = np.asarray(x, float), np.asarray(loss, float)
-    _check_values(x, loss)
-    center = np.exp(np.log(x).mean(axis=0))
-    if delta is None:
-        first = _best(x / center, loss, 10 * SMALLEST_DELTA, _starts(x / center, loss, STARTS))
-        delta = _delta(_residuals(first, np.log(x / center), loss), first.size)
-    return _law(_best(x / center, loss, delta, _starts(x / center, loss, STARTS)), center, loss)
+    return _weighted(x, loss, delta).law
 
 
 def bootstrap(
@@ -158,34 +167,79 @@ def bootstrap(
 ) -> Fit:
     """Fits a law, and its intervals by a bootstrap over runs; see `fit_law` for what it takes and raises.
 
-    Every run of a replicate is given the residual of a run drawn at random, so the design, sizes and seeds, stays what
-    it is. Residuals of few runs are too small, by sqrt((n - p) / n), and their quantiles too near, by Student's t over
-    the normal; both are made good (arXiv 1411.5279, section 4.5, does so by expanding the percentiles). The intervals
-    answer for the noise between runs, not for the law being the wrong one.
+    Every run of a replicate is given r / s of a run drawn at random, times the s of its own size, so the design, sizes
+    and seeds, stays what it is. How s changes with the size is uncertain, too: each replicate draws it anew.
+
+    Residuals of few runs are too small, and their quantiles too near, by Student's t over the normal; both are made
+    good (arXiv 1411.5279, section 4.5, does so by expanding the percentiles). They grow by n over the degrees of freedom,
+    as in the jackknife's estimate of variance (HC3: MacKinnon and White, 1985); its root was too little in draws of
+    known laws. The intervals answer for the noise between runs, and for its spread as a power of the size; not for the
+    law being the wrong one.
     """
     x, loss = np.asarray(x, float), np.asarray(loss, float)
-    law = fit_law(x, loss, delta)
-    fitted = law(x)
+    fit = _weighted(x, loss, delta)
+    fitted = fit.law(x)
     residuals = np.log(loss) - np.log(fitted)
-    runs, parameters = len(loss), 1 + 2 * x.shape[1]
+    runs, terms = x.shape
+    freedom = runs - _parameters(terms)
     quantile = (1 + level) / 2
-    wider = math.sqrt(runs / (runs - parameters)) * t.ppf(quantile, runs - parameters) / norm.ppf(quantile)
-    drawn = (residuals - residuals.mean()) * wider
-    if delta is None:
-        delta = _delta(residuals, parameters)
+    wider = runs / (freedom - terms if freedom - terms > 1 else freedom) * t.ppf(quantile, freedom) / norm.ppf(quantile)
+    scaled = residuals / fit.spread
+    drawn = (scaled - scaled.mean()) * wider
     center = np.exp(np.log(x).mean(axis=0))
-    start = _theta(law, center)
+    start = _theta(fit.law, center)
     generator = np.random.default_rng(seed)
+    slopes = generator.multivariate_normal(fit.slopes, fit.covariance, replicates)
     laws = []
-    for _ in range(replicates):
-        again = fitted * np.exp(generator.choice(drawn, runs))
+    for noise_slopes in slopes:
+        spread = np.exp(fit.places.of(x) @ noise_slopes)
+        again = fitted * np.exp(generator.choice(drawn, runs) * spread)
         starts = [start, *_starts(x / center, again, 1)]
-        laws.append(_law(_best(x / center, again, delta, starts), center, again))
-    return Fit(law, tuple(laws), residuals, drawn, level)
+        laws.append(_law(_best(x / center, again, fit.delta, starts, fit.spread), center, again))
+    return Fit(fit.law, tuple(laws), residuals, drawn, fit.places, slopes, level)
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """A law with what it was fitted by: s (n,), its slopes (k,) and their covariance (k, k), and Huber's threshold."""
+
+    law: Law
+    places: Places
+    spread: np.ndarray
+    slopes: np.ndarray
+    covariance: np.ndarray
+    delta: float
+
+
+def _weighted(x: np.ndarray, loss: np.ndarray, delta: float | None) -> _Weighted:
+    """Fits the law and, unless a threshold is given, the spread of the noise, which want each other, in turns."""
+    _check_values(x, loss)
+    center = np.exp(np.log(x).mean(axis=0))
+    scaled, terms = x / center, x.shape[1]
+    places, spread = Places(x), np.ones(len(loss))
+    slopes, covariance = np.zeros(terms), np.zeros((terms, terms))
+    starts = _starts(scaled, loss, STARTS)
+    if delta is not None:
+        theta = _best(scaled, loss, delta, starts, spread)
+        return _Weighted(_law(theta, center, loss), places, spread, slopes, covariance, delta)
+    theta = _best(scaled, loss, 10 * SMALLEST_DELTA, starts, spread)
+    for _ in range(SPREAD_TURNS):
+        residuals = _residuals(theta, np.log(scaled), loss)
+        leverage = _leverage(theta, np.log(scaled), spread)
+        slopes, covariance = estimate_slopes(places.of(x), residuals, leverage)
+        spread = np.exp(places.of(x) @ slopes)
+        delta = _delta(residuals / spread, _parameters(terms))
+        theta = _best(scaled, loss, delta, [theta, *starts], spread)
+    assert delta is not None
+    return _Weighted(_law(theta, center, loss), places, spread, slopes, covariance, delta)
+
+
+def _parameters(terms: int) -> int:
+    return 1 + 2 * terms
 
 
 def _check_values(x: np.ndarray, loss: np.ndarray) -> None:
-    parameters = 1 + 2 * x.shape[1]
+    parameters = _parameters(x.shape[1])
     if len(loss) <= parameters:
         raise RefusedError(f"{len(loss)} runs for a law of {parameters} parameters, expected at least {parameters + 1}")
     if not (np.isfinite(loss).all() and np.isfinite(x).all() and loss.min() > 0 and x.min() > 0):
@@ -229,6 +283,20 @@ def _residuals(theta: np.ndarray, log_x: np.ndarray, loss: np.ndarray) -> np.nda
     return difference
 
 
+def _derivatives(theta: np.ndarray, log_x: np.ndarray) -> np.ndarray:
+    """Of log L(x) by theta, (n, p)."""
+    log_terms = _log_terms(theta, log_x)
+    shares = np.exp(log_terms - np.logaddexp.reduce(log_terms, axis=1)[:, None])  # d log L / d log term
+    return np.column_stack([shares, -shares[:, 1:] * _exponents(theta, log_x.shape[1]) * log_x])
+
+
+def _leverage(theta: np.ndarray, log_x: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """How much of a run's own noise the weighted fit follows, (n,), 0 to nearly 1."""
+    directions = np.linalg.svd(_derivatives(theta, log_x) / spread[:, None], full_matrices=False)[0]
+    leverage: np.ndarray = np.minimum((directions**2).sum(axis=1), 0.99)
+    return leverage
+
+
 def _delta(residuals: np.ndarray, parameters: int) -> float:
     spread = 1.4826 * np.median(np.abs(residuals - np.median(residuals)))
     freedom = math.sqrt(len(residuals) / (len(residuals) - parameters))
@@ -252,144 +320,28 @@ def _starts(x: np.ndarray, loss: np.ndarray, count: int) -> list[np.ndarray]:
     return starts
 
 
-def _best(x: np.ndarray, loss: np.ndarray, delta: float, starts: Sequence[np.ndarray]) -> np.ndarray:
+def _best(
+    x: np.ndarray, loss: np.ndarray, delta: float, starts: Sequence[np.ndarray], spread: np.ndarray
+) -> np.ndarray:
     """The best theta that Levenberg and Marquardt's method reaches from the starts.
 
-    Huber's cost rho(r) becomes a sum of squares of z = sign(r) sqrt(2 rho(r)).
+    Huber's cost rho(r / s) becomes a sum of squares of z = sign(r) sqrt(2 rho(r / s)).
     """
     log_x = np.log(x)
-    terms = x.shape[1]
 
     def squares(theta: np.ndarray) -> np.ndarray:
-        r = _residuals(theta, log_x, loss)
+        r = _residuals(theta, log_x, loss) / spread
         size = np.abs(r)
         outer = np.sqrt(np.maximum(2 * delta * size - delta**2, delta**2))
         return np.where(size <= delta, r, np.sign(r) * outer)
 
     def derivatives(theta: np.ndarray) -> np.ndarray:
-        log_terms = _log_terms(theta, log_x)
-        total = np.logaddexp.reduce(log_terms, axis=1)
-        size = np.abs(np.log(loss) - total)
+        size = np.abs(_residuals(theta, log_x, loss)) / spread
         slope = np.where(size <= delta, 1.0, delta / np.sqrt(np.maximum(2 * delta * size - delta**2, delta**2)))
-        shares = np.exp(log_terms - total[:, None])  # d log L / d log term
-        inner = -shares[:, 1:] * _exponents(theta, terms) * log_x
-        jacobian: np.ndarray = -slope[:, None] * np.column_stack([shares, inner])
+        jacobian: np.ndarray = -(slope / spread)[:, None] * _derivatives(theta, log_x)
         return jacobian
 
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         results = [least_squares(squares, start, derivatives, method="lm", max_nfev=200) for start in starts]
     best: np.ndarray = min(results, key=lambda result: result.cost).x
     return best
-
-
-# Comparisons at equal compute. A curve maps compute to the losses of the runs that spent it.
-
-Curve = Mapping[float, Sequence[float]]
-
-
-@dataclass(frozen=True)
-class IsoFlop:
-    """Losses of different sizes at one compute budget, interpolated along each size's runs.
-
-    Attributes:
-        budget: compute, in the units of the curves.
-        sizes: parameters, (m,).
-        losses: (m,).
-        best_size: where a parabola in log size is lowest; None where that is not between two measured sizes, so that
-            the minimum lies at the boundary or beyond it.
-    """
-
-    budget: float
-    sizes: tuple[float, ...]
-    losses: tuple[float, ...]
-    best_size: float | None
-
-
-def isoflops(curves: Mapping[float, Curve], count: int = 5) -> list[IsoFlop]:
-    """IsoFLOP curves at `count` budgets, from the runs of each size; at least three sizes have to reach a budget.
-
-    A budget is reached by a size that was trained both shorter and longer, or exactly so long.
-    """
-    ranges = [(min(curve), max(curve)) for curve in curves.values() if len(curve) > 1]
-    if len(ranges) < 3:
-        return []
-    lows, highs = np.sort([low for low, _ in ranges]), np.sort([high for _, high in ranges])
-    found = []
-    for budget in np.geomspace(lows[2], highs[-3], count) if lows[2] < highs[-3] else ():
-        reached = {
-            size: float(np.exp(_interpolated(curve, budget)[0]))
-            for size, curve in sorted(curves.items())
-            if len(curve) > 1 and min(curve) <= budget <= max(curve)
-        }
-        if len(reached) >= 3:
-            sizes, losses = np.array(list(reached)), np.array(list(reached.values()))
-            found.append(IsoFlop(float(budget), tuple(sizes.tolist()), tuple(losses.tolist()), _lowest(sizes, losses)))
-    return found
-
-
-def _lowest(sizes: np.ndarray, losses: np.ndarray) -> float | None:
-    at = int(np.argmin(losses))
-    if at in (0, len(losses) - 1):
-        return None
-    square, slope, _ = np.polyfit(np.log(sizes), losses, 2)
-    if square <= 0:
-        return None
-    best = math.exp(-slope / (2 * square))
-    return best if sizes[0] < best < sizes[-1] else None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Loss of one kind of model minus that of another at a compute budget.
-
-    Attributes:
-        budget: compute, in the units of the curves.
-        first: loss of the first kind.
-        second: loss of the second.
-        difference: first - second, with its interval; None of the latter where no point was run twice.
-    """
-
-    budget: float
-    first: float
-    second: float
-    difference: float
-    interval: Interval | None
-
-
-def differences(first: Curve, second: Curve, level: float = 0.95) -> list[Difference]:
-    """The first curve against the second at every budget that was run of either and both of them span.
-
-    Losses are interpolated in log between neighbouring points. The interval is Student's, from the spread of log loss
-    between runs of the same point, pooled over all points of both curves.
-    """
-    if not first or not second:
-        return []
-    low, high = max(min(first), min(second)), min(max(first), max(second))
-    groups = [np.log(losses) for curve in (first, second) for losses in curve.values()]
-    freedom = sum(len(group) - 1 for group in groups)
-    variance = sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / freedom if freedom else None
-    found = []
-    for budget in sorted(budget for budget in {*first, *second} if low <= budget <= high):
-        (a, a_weight), (b, b_weight) = _interpolated(first, budget), _interpolated(second, budget)
-        loss_a, loss_b = math.exp(a), math.exp(b)
-        interval = None
-        if variance is not None:
-            error = math.sqrt(variance * (loss_a**2 * a_weight + loss_b**2 * b_weight))
-            half = float(t.ppf((1 + level) / 2, freedom)) * error
-            interval = Interval(loss_a - loss_b, loss_a - loss_b - half, loss_a - loss_b + half)
-        found.append(Difference(float(budget), loss_a, loss_b, loss_a - loss_b, interval))
-    return found
-
-
-def _interpolated(curve: Curve, budget: float) -> tuple[float, float]:
-    """Mean log loss at a budget, linear in log compute, and its variance in units of a single run's."""
-    budgets = np.array(sorted(curve))
-    means = np.array([np.log(curve[b]).mean() for b in budgets])
-    above = int(np.clip(np.searchsorted(budgets, budget), 0, len(budgets) - 1))
-    if budgets[above] == budget or len(budgets) == 1:
-        return float(means[above]), 1 / len(curve[budgets[above]])
-    below = above - 1
-    share = math.log(budget / budgets[below]) / math.log(budgets[above] / budgets[below])
-    counts = [len(curve[budgets[i]]) for i in (below, above)]
-    value = (1 - share) * means[below] + share * means[above]
-    return float(value), (1 - share) ** 2 / counts[0] + share**2 / counts[1]

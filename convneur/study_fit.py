@@ -13,18 +13,15 @@ from typing import Any
 import numpy as np
 
 from convneur.data.files import atomic_write
+from convneur.equal_compute import Difference, IsoFlop, differences, isoflops
 from convneur.scaling_law import (
     FEWEST_LENGTHS,
-    Difference,
     Fit,
     Interval,
-    IsoFlop,
     RefusedError,
     bootstrap,
     check_falls,
     check_range,
-    differences,
-    isoflops,
 )
 from convneur.study import LOCAL_ONLY, Point, StudyConfig, best_rates
 

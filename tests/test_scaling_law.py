@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from convneur.scaling_law import Law, RefusedError, bootstrap, check_range, differences, fit_law, isoflops
+from convneur.equal_compute import differences, isoflops
+from convneur.scaling_law import Law, RefusedError, bootstrap, check_range, fit_law
 
 SIZES = np.geomspace(1e5, 1e7, 7)
 
