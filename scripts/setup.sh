@@ -34,7 +34,7 @@ find_missing() {
 fingerprint() {
     {
         echo "$PWD" "$("$python" -c 'import sys; print(sys.base_prefix, sys.version)')" "${missing[@]}"
-        cat "$constraints" constraints/base.txt setup.cfg pyproject.toml scripts/setup.sh
+        cat "$constraints" constraints/base.txt setup.cfg pyproject.toml scripts/setup.sh scripts/prefer_installed.py
     } | sha256sum
 }
 
@@ -79,6 +79,10 @@ say "installing the versions of $constraints into $venv (several GB the first ti
 pip install -qq -c "$constraints" pip setuptools wheel
 # setuptools is pinned above; without isolation the few source packages are built by it and not by the newest one.
 pip install -qq -c "$constraints" --no-build-isolation -e '.[dev]'
+# `import convneur` has to work from the folder that holds this one, too.
+site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+cp scripts/prefer_installed.py "$site/convneur_prefer_installed.py"
+echo 'import convneur_prefer_installed' >"$site/convneur_prefer_installed.pth"
 
 if [ ${#missing[@]} -gt 0 ]; then
     say "$venv is ready, without FFCV"
