@@ -167,12 +167,18 @@ def build_optimizer(
 def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps_per_epoch: int) -> CosineLRScheduler:
     """A schedule without state: `step_update(t)` sets the learning rate of optimizer step t = 0, 1, ...
 
-    A group with an lr_scale gets that multiple of it.
+    A group with an lr_scale gets that multiple of it. Raises InputError where nothing follows the warm-up.
     """
-    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    warmup_steps, total_steps = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
+    if warmup_steps >= total_steps:
+        raise InputError(
+            f"schedule.warmup_epochs is {config.warmup_epochs}, which at {steps_per_epoch} steps an epoch rounds to all"
+            f" {total_steps} steps of the run, expected to leave one to the cosine: take fewer, or a smaller"
+            " data.global_batch_size"
+        )
     return CosineLRScheduler(
         optimizer,
-        t_initial=config.epochs * steps_per_epoch - (warmup_steps if config.warmup_prefix else 0),
+        t_initial=total_steps - (warmup_steps if config.warmup_prefix else 0),
         lr_min=config.min_lr,
         warmup_t=warmup_steps,
         warmup_lr_init=config.warmup_lr,
