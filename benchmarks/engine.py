@@ -84,7 +84,7 @@ def ours(config: Config, world: World, images: Tensor, targets: Tensor) -> Step:
         every_steps=config.run.log_every_steps,
     )
     log.say = lambda _: None  # type: ignore[method-assign]
-    guards = Guards(config.guards, world, engine, ema, str, log.say)
+    guards = Guards(config.guards, world, engine, ema, str, config.data.image_size, log.say)
     gauges = Gauges(world, step_flops(config.model, config.data.image_size), guards.gradient_norm, {})
     stop_request = StopRequest()
     counts = torch.arange(len(images))

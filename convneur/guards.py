@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from convneur.errors import CorruptionError
+from convneur.memory_overflow import overflowing_memory
 from convneur.world import World
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Guards:
         engine: what is watched.
         ema: the averaged weights, if there are any.
         where: the name of a sample, by its number in the store.
+        image_size: pixels a side of what is trained on.
         say: shows a line, on rank 0.
     """
 
@@ -93,10 +95,11 @@ class Guards:
         engine: "DeepSpeedEngine",
         ema: "Ema | None",
         where: Callable[[int], str],
+        image_size: int,
         say: Callable[[str], None],
     ) -> None:
         self._config, self._world, self._engine, self._ema = config, world, engine, ema
-        self._where, self._say = where, say
+        self._where, self._image_size, self._say = where, image_size, say
         self._stage = int(engine.zero_optimization_stage())
         self._steps: list[_Step] = []
         self._stretch: list[int] = []
@@ -202,7 +205,7 @@ class Guards:
             self.skipped += 1
             self._say(
                 f"warning: step {step.number} was skipped: its gradients are not finite; "
-                f"{self.skipped} skipped so far; {self._samples(step, own_finite)}"
+                f"{self.skipped} skipped so far; {self._samples(step, own_finite)}{self._overflow()}"
             )
             return True
         limit = spike_limit(self._losses, self._config.spike)
@@ -214,6 +217,11 @@ class Guards:
             return True
         self._losses.append(loss)
         return False
+
+    def _overflow(self) -> str:
+        """Names a memory that overflows with the present weights whatever it is shown; ZeRO 3 has no whole weights."""
+        memory = overflowing_memory(self._engine.module, self._image_size) if self._stage < 3 else None
+        return f"; {memory} overflows on noise, too: its settings, or its weights, are the reason" if memory else ""
 
     def _samples(self, step: _Step, own_finite: bool) -> str:
         """Names the samples of the ranks whose loss isn't finite, of all ranks if there are none. Collective."""

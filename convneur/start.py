@@ -25,6 +25,7 @@ from convneur.ema import Ema
 from convneur.engine import autocast, build_engine, engine_settings, true_shape, use_apex_norms, zero_stage
 from convneur.gauges import Gauges, step_flops
 from convneur.guards import Guards
+from convneur.memory_overflow import check_memories
 from convneur.metrics import TrainingLog
 from convneur.model import ConvNeur
 from convneur.optim import Implementation, build_optimizer, build_schedule, choose_implementation
@@ -144,7 +145,7 @@ def _start(
         f"{config.optimizer.name} of {implementation}, {len(store):,} training images, "
         f"{loader.steps_per_epoch} steps an epoch, {flops / 1e9:.3g} GFLOPs to train on an image"
     )
-    guards = Guards(config.guards, world, engine, ema, store.where, log.say)
+    guards = Guards(config.guards, world, engine, ema, store.where, config.data.image_size, log.say)
     return Run(
         config=config,
         world=world,
@@ -185,6 +186,7 @@ def _build_engine(
     model.set_grad_checkpointing(config.train.recompute)
     if config.train.norm_implementation == "apex":
         use_apex_norms(model)
+    check_memories(model, config.data.image_size)
     offload = offloads_optimizer(config.deepspeed)
     optimizer = build_optimizer(model, config.optimizer, implementation, config.data.global_batch_size, offload)
     schedule = build_schedule(optimizer, config.schedule, steps_per_epoch)

@@ -110,7 +110,7 @@ def test_gradients_are_clipped_to_the_norm_that_torch_finds(world: World, dtype:
     if dtype == "float16":
         section["torch_autocast"] = {"enabled": True, "dtype": dtype}
     engine = build_engine(model, optimizer, section)
-    guards = Guards(GuardConfig(), world, engine, None, str, print)
+    guards = Guards(GuardConfig(), world, engine, None, str, 32, print)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     engine.backward(engine(images).float().square().mean())
@@ -144,7 +144,7 @@ def test_spikes_in_a_row_are_named_with_their_samples_and_send_a_run_back(world:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     engine = build_engine(model, optimizer, {"train_batch_size": 4, "zero_optimization": {"stage": 0}})
     config = GuardConfig(max_bad_steps=3, spike=10)
-    guards = Guards(config, world, engine, None, lambda sample: f"train/000{sample}", said.append)
+    guards = Guards(config, world, engine, None, lambda sample: f"train/000{sample}", 32, said.append)
     losses = [2.0 + 0.01 * (number % 5) for number in range(40)]
     losses[25] = 7.0
     losses[36:39] = [9.0, 6.0, 8.0]
