@@ -8,6 +8,7 @@ Shape legend: B images, N tokens, M written tokens, U updates, L tokens a chunk,
 """
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any, cast
@@ -248,11 +249,17 @@ def _(
     *_: Any,
     **__: Any,
 ) -> int:
-    """Matrix products only, as for every operator: 8 d^2 multiply-accumulates a token to read it, 20 to write it."""
-    (images, tokens, _), (d, h) = qkv, w1
+    return 2 * macs(qkv[:2], w1, chunk_length, read)
+
+
+def macs(tokens_of: Sequence[int], w1: Sequence[int], chunk_length: int, read: ReadOrder) -> int:
+    """Multiply-accumulates of (images, tokens) in a memory whose W1 is (d, h): 8 d^2 a token read, 20 a token written.
+
+    Matrix products only, as every counter takes them.
+    """
+    (images, tokens), (d, h) = tokens_of, w1
     count, written = updates(read, tokens, chunk_length), written_tokens(read, tokens, chunk_length)
-    macs: int = images * (2 * tokens * d * h + 5 * written * d * h + count * 3 * d * d)
-    return 2 * macs
+    return images * (2 * tokens * d * h + 5 * written * d * h + count * 3 * d * d)
 
 
 @register_flop_formula(torch.ops.convneur.neural_memory_backward)
@@ -277,5 +284,5 @@ def _(
     """20 d^2 multiply-accumulates a token that was read, 48 a token that was written, what is recomputed included."""
     (images, tokens, _), (d, h) = qkv, w1
     count, written = updates(read, tokens, chunk_length), written_tokens(read, tokens, chunk_length)
-    macs: int = images * (5 * tokens * d * h + 12 * written * d * h + count * 6 * d * d)
-    return 2 * macs
+    total: int = images * (5 * tokens * d * h + 12 * written * d * h + count * 6 * d * d)
+    return 2 * total
