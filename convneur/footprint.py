@@ -167,8 +167,11 @@ def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how:
     earlier, held, reducing = _gradients(how, size, params)
     if how.stage == 3:
         others = weights * how.ranks - persisted
-        part = min(1.0, PREFETCH / params)  # of the parameters, gathered at once, into one tensor and from there
-        gathering = at("forward pass", round((1 - part) * forward.high), gathered=others + round(part * others))
+        # The backward pass gathers parameters anew: so many at once, into one tensor, of autocast's precision, and from
+        # there.
+        part = min(1.0, PREFETCH / params) / (2 if how.precision == "autocast" else 1)
+        kept = min(forward.high, backward[0].high)
+        gathering = at("start of the backward pass", kept, gathered=others + round(part * others))
         moved = min(bucket, full) // (1 if how.precision == "fp32" else 2)
         found = [gathering, at("forward pass", forward.high, gathered=others)]
         found.append(at("end of the backward pass", 0, copies=moved, gathered=others))
@@ -176,8 +179,10 @@ def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how:
         others, found = 0, [at("forward pass", forward.high), at("end of the backward pass", 0, *reducing)]
     grown = 0
     for moment in backward:
-        found.append(at("backward pass", moment.high, grads=held(grown), gathered=others))
-        grown += moment.grown
+        before, grown = grown, grown + moment.grown
+        fills = how.stage == 2 and grown // how.bucket > before // how.bucket  # a bucket, which is reduced in a copy
+        copies = size * how.bucket if fills else 0
+        found.append(at("backward pass", moment.high, held(before), copies, others))
     return max(found, key=lambda memory: memory.total)
 
 
