@@ -68,6 +68,7 @@ def update_factors(surprise: Tensor, weight: Tensor, bias: Tensor, inner_lr: flo
 
     Maps (B, d), by a linear layer d -> 3d, to theta in (0, inner_lr), eta in (0, 1) and alpha in (0, 1), each (B, d).
     """
+    weight, bias = weight.to(surprise.dtype), bias.to(surprise.dtype)
     theta, eta, alpha = F.linear(surprise, weight, bias).sigmoid().chunk(3, dim=-1)
     return inner_lr * theta, eta, alpha
 
@@ -135,6 +136,7 @@ def recurrence(qkv: Tensor, state: MemoryState, generator: Generator, chunk_leng
     with own_precision(qkv):
         q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).chunk(3, dim=-1)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        state = MemoryState(*(x if x is None else x.to(q.dtype) for x in state))
         context = []
         for keys, queries in steps(read, qkv.shape[1], chunk_length):
             if queries.stop:
