@@ -171,10 +171,10 @@ def bootstrap(
     and seeds, stays what it is. How s changes with the size is uncertain, too: each replicate draws it anew.
 
     Residuals of few runs are too small, and their quantiles too near, by Student's t over the normal; both are made
-    good (arXiv 1411.5279, section 4.5, does so by expanding the percentiles). They grow by n over the degrees of freedom,
-    as in the jackknife's estimate of variance (HC3: MacKinnon and White, 1985); its root was too little in draws of
-    known laws. The intervals answer for the noise between runs, and for its spread as a power of the size; not for the
-    law being the wrong one.
+    good (arXiv 1411.5279, section 4.5, does so by expanding the percentiles). They grow by n over the degrees of
+    freedom, as in the jackknife's estimate of variance (HC3: MacKinnon and White, 1985); its root was too little in
+    draws of known laws. The intervals answer for the noise between runs, and for its spread as a power of the size; not
+    for the law being the wrong one.
     """
     x, loss = np.asarray(x, float), np.asarray(loss, float)
     fit = _weighted(x, loss, delta)
