@@ -136,7 +136,7 @@ def recurrence(qkv: Tensor, state: MemoryState, generator: Generator, chunk_leng
     with own_precision(qkv):
         q, k, v = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).chunk(3, dim=-1)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        state = MemoryState(*(x if x is None else x.to(q.dtype) for x in state))
+        state = state._replace(w1=state.w1.to(q.dtype), w2=state.w2.to(q.dtype))
         context = []
         for keys, queries in steps(read, qkv.shape[1], chunk_length):
             if queries.stop:

@@ -228,8 +228,8 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
         "<h2>How it was made</h2>",
         "<p>Laws are fitted to the logarithm of the losses by Huber's cost from many starts. Their intervals come from"
         " a bootstrap that gives every run the residual of a run drawn at random, scaled to the spread of the noise at"
-        " its size, which is taken for a power of it; they can't be promised where the noise changes in another way, nor"
-        " do they answer for the law being the wrong one. No fit is made below five sizes or a decade of parameters. What"
+        " its size, taken for a power of it. They can't be promised where the noise changes in another way, and"
+        " don't answer for the law being the wrong one. No fit is made below five sizes or a decade of parameters. What"
         " lies beyond the largest size is extrapolated.</p>",
         "<h2>Runs</h2>",
         _table(POINT_COLUMNS[1:], (_point_cells(point)[1:] for point in findings.points)),
