@@ -12,12 +12,12 @@ from convneur.model import ConvNeur, ModelConfig
 
 @pytest.mark.parametrize("branch", ["neural_memory", "titans"])
 def test_steps_that_are_too_large_are_refused(branch: MixerKind) -> None:
-    model = ConvNeur(ModelConfig("n1", branch=branch, memory=MemoryConfig(4, inner_lr=1e30, read="after_update")))
+    model = ConvNeur(ModelConfig("n1", branch=branch, memory=MemoryConfig(4, inner_lr=1e6, read="after_update")))
     with pytest.raises(InputError) as error:
         check_memories(model, 64)
     message = str(error.value)
     assert "stages.0.blocks.0.global_branch.mixer" in message
-    assert "chunk_length 4, inner_lr 1e+30" in message
+    assert "chunk_length 4, inner_lr 1e+06" in message
     assert "set model.memory.inner_lr lower" in message
     assert "\n" not in message
 
