@@ -13,8 +13,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from convneur.data.beton import BetonStore, Format, Pixels, add_betons
+from convneur.data.claim import claimed
 from convneur.data.prepare import check_files
-from convneur.data.shards import Manifest, Sample, claim_folder, write_split
+from convneur.data.shards import Manifest, Sample, write_split
 from convneur.data.store import TarStore
 
 SOURCE = "digits"
@@ -37,17 +38,24 @@ def prepare_digits(out: Path, format: Format = "tar", pixels: Pixels = "jpg") ->
     Raises:
         InputError: `out` holds something else, or damaged digits.
     """
-    if not claim_folder(out, SOURCE):
-        check_files(out, format)
-        manifest = Manifest.read(out, unfinished=True)
-        for split in manifest.splits:
-            if manifest.has_shards:
-                TarStore(out, split).verify()
-            elif manifest.is_complete:
-                beton = BetonStore(out, split)
-                for sample in range(len(beton)):
-                    beton.read(sample)
-        return add_betons(out, format, pixels, processes=1)
+    with claimed(out, SOURCE) as fresh:
+        return _write(out, format, pixels) if fresh else _check(out, format, pixels)
+
+
+def _check(out: Path, format: Format, pixels: Pixels) -> bool:
+    check_files(out, format)
+    manifest = Manifest.read(out, unfinished=True)
+    for split in manifest.splits:
+        if manifest.has_shards:
+            TarStore(out, split).verify()
+        elif manifest.is_complete:
+            beton = BetonStore(out, split)
+            for sample in range(len(beton)):
+                beton.read(sample)
+    return add_betons(out, format, pixels, processes=1)
+
+
+def _write(out: Path, format: Format, pixels: Pixels) -> bool:
     digits = load_digits()
     numbers = np.arange(len(digits.target))
     train, val = train_test_split(numbers, test_size=VAL_SAMPLES, stratify=digits.target, random_state=0)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from convneur.data.beton import BetonStore, Format, Pixels, add_betons
+from convneur.data.claim import claimed
+from convneur.data.errors import InputError
 from convneur.data.parallel import in_parallel
 from convneur.data.shards import (
     Manifest,
     Sample,
     Scan,
-    claim_folder,
+    Split,
     scan_shard,
     shard_path,
     write_index,
@@ -78,9 +80,26 @@ def prepare(
     Raises:
         InputError: `out` holds something else, or can't be written to; or what was there has lost a file.
     """
-    if not claim_folder(out, source, plan, shared=part is not None):
-        check_files(out, format)
-        return part is None and add_betons(out, format, pixels, processes)
+    with claimed(out, source, plan, shared=part is not None) as fresh:
+        if not fresh:
+            if (there := Manifest.read(out, unfinished=True).splits.keys()) != splits.keys():
+                raise InputError(
+                    f"{out} holds split {' and '.join(sorted(there))}, not {' and '.join(sorted(splits))}: give --out "
+                    "another folder"
+                )
+            check_files(out, format)
+            return part is None and add_betons(out, format, pixels, processes)
+        entries = _write_splits(out, splits, processes, part, shard_samples)
+        if part is None:
+            Manifest(source, classes, entries, has_shards=format != "ffcv").write(out)
+            add_betons(out, format, pixels, processes)
+    return True
+
+
+def _write_splits(
+    out: Path, splits: Mapping[str, Samples], processes: int, part: Part | None, shard_samples: int
+) -> dict[str, Split]:
+    """Write a part of the shards; or what is missing of all, and their indices, whose entries are returned then."""
     entries = {}
     for split, samples in splits.items():
         firsts = range(0, len(samples), shard_samples)
@@ -99,10 +118,7 @@ def prepare(
         if part is None:
             scans = in_parallel(_scan, paths, processes, what=f"indexing {split}", unit="images", sizes=sizes)
             entries[split] = write_index(out, split, scans)
-    if part is None:
-        Manifest(source, classes, entries, has_shards=format != "ffcv").write(out)
-        add_betons(out, format, pixels, processes)
-    return True
+    return entries
 
 
 def check_files(folder: Path, format: Format) -> None:

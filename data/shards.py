@@ -2,7 +2,7 @@
 
 A dataset is a folder:
 
-    train-000000.tar ...   shards in WebDataset's naming: KEY.png (jpg, jpeg, webp) and KEY.cls for each sample
+    train-000000.tar ...   shards in WebDataset's naming: KEY.png (jpg, ...) and KEY.cls for each sample
     train.index.npy        one `INDEX_FIELDS` row a sample, shard by shard
     manifest.json          classes, splits, shards, sizes and checksums; written last, so it vouches for the rest
 
@@ -13,7 +13,6 @@ Offsets are positions in the tar files, so that any sample is one `pread` away.
 """
 
 import json
-import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
@@ -24,18 +23,16 @@ from typing import Any, NamedTuple, TypeVar, get_origin
 import google_crc32c
 import numpy as np
 import webdataset
-from webdataset.tariterators import base_plus_ext
 
 from convneur.data.errors import InputError
-from convneur.data.files import TEMPORARY, atomic_write, fsync
+from convneur.data.files import atomic_write, fsync
+from convneur.data.selection import Tally
+from convneur.data.tars import LABEL_EXTENSION, read_samples
 
 MANIFEST = "manifest.json"
 UNFINISHED = "preparing"
 FORMAT = 1
 CHECKSUM = "crc32c"
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
-LABEL_EXTENSION = "cls"
-MAX_CLASSES = 1 << 20
 INDEX_FIELDS = [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32c", "<u4")]
 
 T = TypeVar("T")
@@ -229,59 +226,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
+def read_source(folder: Path) -> str:
+    """What the manifest in `folder` says that its dataset was prepared from, whatever else it says.
+
+    Raises:
+        InputError: there is no folder, no manifest in it, or it is not an object in JSON.
+    """
+    return str(_read_manifest(folder).get("source"))
+
+
 def _json_crc32c(content: dict[str, Any]) -> int:
     """CRC-32C of what a manifest says, however it is laid out."""
     return int(google_crc32c.value(json.dumps(content, sort_keys=True).encode()))
-
-
-def claim_folder(folder: Path, source: str, plan: str = "", *, shared: bool = False) -> bool:
-    """Make `folder` ready for a dataset prepared from `source`; `Manifest.write` ends what this begins.
-
-    Args:
-        folder: where the dataset goes.
-        source: what it is prepared from, a subcommand of `convneur prepare`.
-        plan: identifies what exactly will be written, so that a later call goes on with nothing else.
-        shared: whether other processes may be writing to the folder; what an interrupted one left then stays.
-
-    Returns:
-        False if the folder holds a complete dataset of `source`; True if it is to be written, or to be continued:
-        shards that have their final names are whole.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
-    other = InputError(f"{folder} holds something else than a dataset of {source}: give --out a new or an empty folder")
-    if folder.exists() and not folder.is_dir():
-        raise other
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MANIFEST).exists():
-        if _read_manifest(folder).get("source") != source:
-            raise other
-        Manifest.read(folder, unfinished=True)
-        return False
-    mark = f"{source} {plan}".strip()
-    marker = folder / UNFINISHED
-    names = [path for path in folder.iterdir() if not path.match(TEMPORARY)]
-    if marker in names:
-        found = marker.read_bytes().decode(errors="replace") if marker.is_file() else ""
-        if found != mark:
-            raise (
-                other
-                if found.partition(" ")[0] != source
-                else InputError(
-                    f"{folder} holds the beginnings of a dataset of {source} from other images or with other options: "
-                    "repeat the command that began it, or give --out another folder"
-                )
-            )
-    elif names:
-        raise other
-    if not shared:
-        for leftover in folder.glob(TEMPORARY):
-            leftover.unlink()
-    if marker not in names:
-        with atomic_write(marker) as file:
-            file.write(mark.encode())
-    return True
 
 
 def index_path(folder: Path, split: str) -> Path:
@@ -300,7 +256,7 @@ def write_shard(path: Path, samples: Iterable[Sample], extension: str) -> None:
     Args:
         path: where to; `shard_path` names it.
         samples: in the order they shall have.
-        extension: file extension of the images, one of `IMAGE_EXTENSIONS`.
+        extension: file extension of the images, one of `convneur.data.selection.IMAGE_EXTENSIONS`.
     """
     with (
         atomic_write(path) as file,
@@ -318,7 +274,7 @@ def write_split(folder: Path, split: str, samples: Iterable[Sample], *, extensio
         folder: the dataset's folder, which exists.
         split: name of the split, the first part of the shards' names.
         samples: in the order they shall have; at least one.
-        extension: file extension of the images, one of `IMAGE_EXTENSIONS`.
+        extension: file extension of the images, one of `convneur.data.selection.IMAGE_EXTENSIONS`.
         shard_samples: samples a shard; the last has the rest.
 
     Returns:
@@ -345,10 +301,11 @@ def index_split(folder: Path, split: str, paths: Sequence[Path]) -> Split:
 
 
 class Scan(NamedTuple):
-    """A shard, and (samples,) rows of its index; their "shard" is still 0."""
+    """A shard, (samples,) rows of its index, whose "shard" is still 0, and what of its files is in them."""
 
     shard: Shard
     rows: np.ndarray
+    tally: Tally
 
 
 def scan_shard(path: Path, name: str) -> Scan:
@@ -363,11 +320,11 @@ def scan_shard(path: Path, name: str) -> Scan:
     """
     if not path.is_file():  # opening a pipe would wait for whoever fills it
         raise InputError(f"{name} is no file: name WebDataset shards")
-    found = _read_rows(path, name)
+    found, tally = read_samples(path, name)
     rows = np.array(
         [(0, *row) for row in found], dtype=[*INDEX_FIELDS, ("key", f"S{max(len(row[-1]) for row in found)}")]
     )
-    return Scan(Shard(name, path.stat().st_size, file_crc32c(path), len(rows)), rows)
+    return Scan(Shard(name, path.stat().st_size, file_crc32c(path), len(rows)), rows, tally)
 
 
 def write_index(folder: Path, split: str, scans: Sequence[Scan]) -> Split:
@@ -428,55 +385,3 @@ def file_crc32c(path: Path) -> int:
         while block := file.read(1 << 20):
             checksum = google_crc32c.extend(checksum, block)
     return checksum
-
-
-def _read_rows(path: Path, name: str) -> list[tuple[int, int, int, int, bytes]]:
-    """Offset, size, label, crc32c and key of every sample in a shard, in the order of the images."""
-    images: dict[str, tuple[int, int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, extension = base_plus_ext(member.name)
-                if not member.isfile() or extension is None:
-                    continue
-                if extension.lower() in IMAGE_EXTENSIONS:
-                    if key in images:
-                        raise ValueError(f"{key} has several images")
-                    images[key] = (member.offset_data, member.size, google_crc32c.value(_content(tar, member)))
-                elif extension == LABEL_EXTENSION:
-                    labels[key] = int(_content(tar, member))
-                    if not 0 <= labels[key] < MAX_CLASSES:
-                        raise ValueError(f"{member.name} holds {labels[key]}, expected 0 to {MAX_CLASSES - 1}")
-            check_tar_end(path, tar.offset)
-    except (tarfile.TarError, ValueError) as error:
-        raise InputError(f"{name} is not a whole WebDataset shard ({error}): write it again") from None
-    if not images or images.keys() != labels.keys():
-        odd = min(images.keys() ^ labels.keys(), default="no sample at all")
-        raise InputError(f"{name} needs an image and a .{LABEL_EXTENSION} file for each sample, but see {odd}")
-    return [(*image[:2], labels[key], image[2], key.encode()) for key, image in images.items()]
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    stream = tar.extractfile(member)
-    assert stream is not None  # it is for a regular file
-    return stream.read()
-
-
-def check_tar_end(path: Path, offset: int, end: int | None = None) -> None:
-    """Check that a tar ends where its reader stopped, as the reader also stops, in silence, at a damaged header.
-
-    Args:
-        path: file that holds the tar.
-        offset: where the reader stopped.
-        end: where the tar ends in the file; at the file's end if None.
-
-    Raises:
-        tarfile.ReadError: it goes on, or it is cut off.
-    """
-    with path.open("rb") as file:
-        end = path.stat().st_size if end is None else end
-        file.seek(offset)
-        rest = file.read(min(max(end - offset, 0), 2 * tarfile.RECORDSIZE))
-    if len(rest) < 2 * tarfile.BLOCKSIZE or any(rest):
-        raise tarfile.ReadError(f"damaged or cut off at byte {offset} of {end}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from convneur.data.addresses import is_remote, public
 from convneur.data.beton import BetonStore
+from convneur.data.claim import folder_locked
 from convneur.data.errors import InputError
 from convneur.data.parallel import in_parallel
 from convneur.data.remote import download
@@ -87,7 +88,11 @@ def verify_dataset(folder: Path, processes: int) -> list[Findings]:
         kept = np.delete(index, [sample.row for sample in denied])
         splits[name] = replace(split, denied=denied, index_hash=content_hash(kept))
     if splits != manifest.splits:
-        replace(manifest, splits=splits).write(folder)
+        with folder_locked(folder):
+            now = Manifest.read(folder)  # another process may have added a split meanwhile
+            if any(now.splits.get(name) != split for name, split in manifest.splits.items()):
+                raise InputError(f"{folder} was prepared anew while it was checked: check it again")
+            replace(now, splits=now.splits | splits).write(folder)
     return findings
 
 

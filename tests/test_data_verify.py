@@ -22,6 +22,7 @@ from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
 from convneur.data.foreign import prepare_index
 from convneur.data.loader import EvalLoader, TrainLoader
+from convneur.data.selection import Tally
 from convneur.data.shards import INDEX_FIELDS, Manifest, Scan, Shard, write_index, write_shard
 from convneur.data.show import contact_sheet, summarize
 from convneur.data.store import TarStore
@@ -417,7 +418,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = folder / f"train-{number:06d}.tar"
         with path.open("wb") as file:
             file.truncate(per_shard * 110_000)
-        scans.append(Scan(Shard(path.name, per_shard * 110_000, 0, per_shard), rows))
+        scans.append(Scan(Shard(path.name, per_shard * 110_000, 0, per_shard), rows, Tally()))
     split = write_index(folder, "train", scans)
     Manifest("test", tuple(map(str, range(1000))), {"train": split}).write(folder)
     return folder
