@@ -44,8 +44,12 @@ class SplitSummary:
     empty_classes: int
 
 
-def summarize(folder: Path) -> tuple[Manifest, list[SplitSummary]]:
+def summarize(folder: Path, damaged: list[str] | None = None) -> tuple[Manifest, list[SplitSummary]]:
     """Describe a dataset from its manifest and index.
+
+    Args:
+        folder: the dataset's.
+        damaged: takes a line for each split whose index is damaged, and which is left out; None to raise instead.
 
     Raises:
         InputError: there is none, or its index is damaged.
@@ -53,7 +57,13 @@ def summarize(folder: Path) -> tuple[Manifest, list[SplitSummary]]:
     manifest = Manifest.read(folder)
     summaries = []
     for name, split in manifest.splits.items():
-        index = np.delete(read_index(folder, name, split), [denied.row for denied in split.denied])
+        try:
+            index = np.delete(read_index(folder, name, split), [denied.row for denied in split.denied])
+        except InputError as error:
+            if damaged is None:
+                raise
+            damaged.append(str(error))
+            continue
         counts = np.bincount(index["label"], minlength=len(manifest.classes))
         summaries.append(
             SplitSummary(

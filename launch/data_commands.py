@@ -90,7 +90,10 @@ def verify(args: argparse.Namespace, _: Overrides) -> int:
 
 
 def show(args: argparse.Namespace, overrides: Overrides) -> int:
-    """`convneur data show`: counts, sizes and class balance, and a picture of what training sees."""
+    """`convneur data show`: counts, sizes and class balance, and a picture of what training sees.
+
+    Status 1 where the index of a split is damaged.
+    """
     from convneur.check import check_values
     from convneur.config import load_config
     from convneur.data.show import contact_sheet, summarize
@@ -98,7 +101,8 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
 
     config = load_config(args.config, [*overrides, "--data.root", str(args.folder)])
     check_values(config)
-    manifest, summaries = summarize(args.folder)
+    damaged: list[str] = []
+    manifest, summaries = summarize(args.folder, damaged)
     print(f"{args.folder}: {manifest.source}, {len(manifest.classes):,} classes")
     headings = ("split", "shards", "images", "denied", "GB", "kB an image", "images a class", "empty")
     rows = [
@@ -116,6 +120,8 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
     ]
     show_table(headings, rows, text=("split",))
     print("kB an image, images a class: least/median/most; empty: classes without any")
+    for line in damaged:
+        print(f"damaged: {line}")
     try:
         bad = contact_sheet(config.data, args.sheet, seed=config.run.seed)
     except OSError as error:
@@ -123,7 +129,7 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
     for reason in bad:
         print(reason)
     print(f"{args.sheet}: what training shows the model, with its labels")
-    return 0
+    return 1 if damaged else 0
 
 
 @contextmanager

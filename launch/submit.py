@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from types import FrameType
@@ -194,8 +195,17 @@ def queued(root: Path) -> dict[str, str]:
         submission = Path(script).parent.parent
         if submission.parent.name == SUBMITTED and submission.parent.resolve() == (root / SUBMITTED).resolve():
             config = submission / f"config-{task if task.isdecimal() else 0}.yaml"  # it is "N/A" of a job alone
-            found[str(yaml.safe_load(config.read_text())["run"]["name"])] = state
+            found[_run_name(config) or str(config)] = state
     return found
+
+
+@cache  # it is written once, and there may be hundreds
+def _run_name(config: Path) -> str | None:
+    """The run that a submitted configuration is of; None where it can't be read."""
+    try:
+        return str(yaml.load(config.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["run"]["name"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
 
 
 def array_limit() -> int:

@@ -117,15 +117,17 @@ def newest_checkpoint(folder: Path) -> int:
 
 
 def read_attempts(folder: Path) -> list[Record]:
-    """The history of a run; a line that a full disk has cut short is left out."""
+    """The history of a run; a line that a full disk has cut short, or anything else has damaged, is left out."""
     try:
-        lines = (folder / ATTEMPTS_FILE).read_text().splitlines()
+        lines = (folder / ATTEMPTS_FILE).read_bytes().splitlines()
     except OSError:
         return []
     found = []
     for line in lines:
         with suppress(ValueError):
-            found.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and {"event", "job"} <= record.keys():
+                found.append(record)
     return found
 
 

@@ -175,3 +175,34 @@ def test_damaged_attempts_leave_the_rest_of_the_row(tmp_path: Path, capsys: pyte
     assert row.split()[:2] == ["run", "not"]
     assert "5.00/8" in row
     assert "attempts.jsonl: line 2 is no record of an attempt" in note
+
+
+@pytest.mark.parametrize(
+    ("squeue", "state"),
+    [
+        ("echo 7 RUNNING; echo 8 PENDING", "RUNNING"),
+        ("echo 8 PENDING", "stopped"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "stopped"),
+        ("echo 'Unable to contact slurm controller' >&2; exit 1", "unknown: Slurm doesn't answer"),
+    ],
+)
+def test_slurm_is_asked_once_for_all_runs(
+    squeue: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program in squeue's place: a cluster that doesn't answer can't be had at will."""
+    (tmp_path / "squeue").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n{squeue}\n')
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(1_700_000_000))
+    for name, job in (("one", "7"), ("two", "9")):
+        run = make_run(tmp_path / "runs" / name, epochs=2, finished=False)
+        lines = [{"event": "start"}, {"event": "end", "outcome": "stopped"}, {"event": "start"}]
+        lines[-1]["outcome"] = "stopped"
+        (run / "attempts.jsonl").write_text(
+            "".join(json.dumps(line | {"time": moment, "job": job}) + "\n" for line in lines)
+        )
+    (one, two), _ = Runs(tmp_path / "runs").look()
+    assert (one.state, one.restarts) == (state, 1)
+    assert two.state == ("stopped" if state == "RUNNING" else state)
+    (asked,) = (tmp_path / "asked").read_text().splitlines()
+    assert "--jobs=7,9" in asked

@@ -1,10 +1,14 @@
 """Tables: numbers are whole at any width, words are wrapped, and a pipe gets a line a row."""
 
+import re
+import shutil
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from convneur.launch.cli import main
 from convneur.launch.tables import show_table
 
 HEADINGS = ("split", "shards", "images", "GB", "kB an image", "images a class")
@@ -41,3 +45,14 @@ def test_a_pipe_gets_a_line_a_row() -> None:
     *_, train, val = shown(40, terminal=False).splitlines()
     assert train.split() == " ".join(ROWS[0]).split()
     assert val.split() == list(ROWS[1])
+
+
+def test_a_damaged_split_hides_no_other(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "digits"
+    shutil.copytree(digits, copy)
+    (index,) = (path for path in copy.iterdir() if "val" in path.name and "index" in path.name)
+    index.write_bytes(index.read_bytes()[:-7])
+    assert main(["data", "show", str(copy), "--sheet", str(tmp_path / "sheet.png"), "--data.image_size", "32"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^train +\d+ +1,437 ", out, re.MULTILINE)
+    assert f"damaged: {index} does not match manifest.json" in out

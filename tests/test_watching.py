@@ -20,7 +20,7 @@ from convneur.data.mixing import Normalize
 from convneur.data.store import open_store
 from convneur.gauges import step_flops
 from convneur.launch.cli import main
-from convneur.metrics import read_metrics
+from convneur.metrics import Records, read_metrics
 from convneur.model import ConvNeur, ModelConfig
 from convneur.train import train
 from convneur.world import World
@@ -117,3 +117,21 @@ def test_weights_and_biases_only_if_installed() -> None:
     config = load_config(overrides=["--run.wandb_project", "mine"])
     with pytest.raises(InputError, match="'mine', but wandb isn't installed: pip install wandb, or leave it out"):
         check_config(config, world_size=1)
+
+
+def test_a_resumed_run_keeps_the_damaged_file_beside_what_is_intact(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "epoch": step / 4, "train/loss": 1.0}).encode() for step in (1, 2, 3, 4)]
+    damaged = b"\n".join([lines[0], b"\0" * 40, lines[2], b"5", lines[3][:9]])
+    (tmp_path / "metrics.jsonl").write_bytes(damaged)
+    records = Records(tmp_path, 3, "")
+    assert [fault.partition(": ")[2].partition(" (")[0] for fault in records.faults] == [
+        "line 2 is no record of metrics",
+        "line 4 is no record of metrics",
+    ]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    records.add(4, 1.0, {"eval/top1": 0.5})
+    records.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3, 4]
+    again = Records(tmp_path, 4, "")
+    again.close()
+    assert again.faults == []
