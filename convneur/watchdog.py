@@ -2,14 +2,15 @@
 
 import faulthandler
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Self
+from typing import IO, Self, cast
 
 EXIT_STATUS = 75
 """Of a rank that its watchdog has ended: try again."""
@@ -17,6 +18,7 @@ EXIT_STATUS = 75
 STACKS = "stacks"
 OTHERS_SECONDS = 3.0  # the others' watchdogs bark at about the same time, and the first to end takes them along
 DEAF_SECONDS = 15.0
+TICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class WatchdogConfig:
 class Watchdog:
     """Ends this process when its time is up, after writing all threads' Python stacks to a file and to stderr.
 
-    A thread does it. Should the main thread hang in a call that lets no other Python code run, the C thread of
-    `faulthandler` does it a little later, to stderr alone.
+    A thread does it. Should the main thread hang in a call that lets no other Python code run, a process beside this
+    one (`convneur.deaf`) does it a little later, to stderr alone. Only time in which this process could run counts: one
+    that was stopped, with the whole run or a laptop's lid, goes on.
     """
 
     def __init__(self, config: WatchdogConfig, folder: Path, rank: int) -> None:
@@ -45,11 +48,16 @@ class Watchdog:
         self._rank = rank
         self._path = folder / STACKS / f"rank-{rank}.txt"
         self._ended = Event()
+        self._left = 0.0
 
     def __enter__(self) -> Self:
         """Starts to watch."""
         if self._config.seconds:
             self._allow(self._config.long_seconds)
+            self._was_enabled = faulthandler.is_enabled()
+            faulthandler.enable()  # shows the stacks at ABRT
+            command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("deaf.py")), str(os.getpid())]
+            self._beside = subprocess.Popen([*command, str(DEAF_SECONDS)], stdin=subprocess.PIPE, bufsize=0)
             self._thread = Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
@@ -57,9 +65,12 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         """Ends watching."""
         if self._config.seconds:
-            faulthandler.cancel_dump_traceback_later()
             self._ended.set()
             self._thread.join()
+            self._beside.kill()
+            self._beside.communicate()
+            if not self._was_enabled:
+                faulthandler.disable()
 
     def step(self) -> None:
         """Says that a step was made."""
@@ -73,17 +84,24 @@ class Watchdog:
         self._allow(self._config.seconds)
 
     def _allow(self, seconds: float) -> None:
-        if self._config.seconds:
-            self._deadline = time.monotonic() + seconds
-            faulthandler.dump_traceback_later(seconds + DEAF_SECONDS, exit=True)
+        self._left = seconds
 
     def _watch(self) -> None:
-        while (left := self._deadline - time.monotonic()) > 0:
-            if self._ended.wait(left):
+        last = time.monotonic()
+        while self._left > 0:
+            with suppress(OSError):
+                cast(IO[bytes], self._beside.stdin).write(b"%.1f\n" % self._left)
+            if self._ended.wait(min(TICK_SECONDS, self._left)):
                 return
-        print(f"convneur: error: rank {self._rank}: no step for too long; its stacks:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.stderr)
+            now = time.monotonic()
+            self._left -= min(now - last, 2 * TICK_SECONDS)  # more than that was no time to run in
+            last = now
+        self._bark()
+
+    def _bark(self) -> None:
         try:
+            print(f"convneur: error: rank {self._rank}: no step for too long; its stacks:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 print(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), file=file, flush=True)

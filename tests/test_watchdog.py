@@ -1,7 +1,9 @@
 """A rank that hangs shows its stacks and ends."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from convneur.watchdog import EXIT_STATUS
@@ -43,8 +45,25 @@ def test_stacks_of_a_rank_that_hangs_are_in_a_file_and_in_the_log(tmp_path: Path
 
 def test_a_call_that_lets_no_python_run_is_ended_too(tmp_path: Path) -> None:
     hung = run(tmp_path, "import ctypes; ctypes.PyDLL(None).sleep(60)", deaf=0.5)
-    assert hung.returncode == 1
+    assert hung.returncode == -signal.SIGABRT
     assert "in stuck" in hung.stderr
+
+
+def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    """For longer than it may hang, by both clocks; a step was due when it was stopped."""
+    program = WATCHED.format(stuck="print('here', flush=True); sys.stdin.readline()", deaf=0.1)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.readline() == "ended well\n"
+        assert process.wait() == 0
 
 
 def test_a_run_that_ends_leaves_nothing(tmp_path: Path) -> None:
