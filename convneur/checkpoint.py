@@ -27,6 +27,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import count
@@ -277,7 +278,8 @@ def remove_obsolete(
 def _remove_leftovers(folder: Path) -> None:
     """Removes what interrupted saves have left. What can't be, such as an open file on NFS, is tried the next time."""
     for left_over in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
+        with suppress(OSError):
+            shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _free(path: Path) -> Path:
