@@ -4,6 +4,7 @@ Sections check themselves where they can (`ModelConfig`), and `convneur.data.che
 data; this is the rest.
 """
 
+import unicodedata
 from collections.abc import Callable
 from importlib.util import find_spec
 from math import inf
@@ -91,9 +92,17 @@ def check_values(config: Config) -> None:
             raise InputError(f"schedule.{key} is {value}, expected at most optimizer.lr{scaled}, {peak}")
     if config.data.image_size < SMALLEST_IMAGE:
         raise InputError(f"data.image_size is {config.data.image_size}, expected at least {SMALLEST_IMAGE}")
+    check_places(config)
+
+
+def check_places(config: Config) -> None:
+    """Raises InputError where a run's name is not that of one folder, or its path can't stand in a line of a script."""
     name = config.run.name
-    if name in {"", ".", ".."} or "/" in name or "\0" in name:
+    if name in {"", ".", ".."} or "/" in name:
         raise InputError(f"run.name is {name!r}, expected the name of one folder; run.root says where it lies")
+    for key, value in {"run.name": name, "run.root": config.run.root}.items():
+        if any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in value):
+            raise InputError(f"{key} is {value!r}, expected no line ends or other control characters in it")
 
 
 def _check_implementations(config: Config) -> None:

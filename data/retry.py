@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from convneur.data.addresses import public, redact
-from convneur.data.errors import InputError
+from convneur.data.errors import StorageError
 
 DELAYS = (0.2, 1.0, 5.0, 15.0)
 """Seconds between one attempt and the next."""
@@ -22,7 +22,7 @@ def retrying(attempt: Callable[[], T], what: str, errors: type[Exception]) -> T:
         errors: exceptions that another attempt may not see.
 
     Raises:
-        InputError: the last attempt failed as well.
+        StorageError: the last attempt failed as well.
     """
     for delay in DELAYS:
         try:
@@ -33,7 +33,7 @@ def retrying(attempt: Callable[[], T], what: str, errors: type[Exception]) -> T:
         return attempt()
     except errors as error:
         reason = (getattr(error, "strerror", None) or str(error) or repr(error)).splitlines()[0]
-        raise InputError(
+        raise StorageError(
             f"{public(what)} can't be read ({redact(reason)}), and {len(DELAYS) + 1} attempts in {sum(DELAYS):.0f} s "
             "made no difference: see to the disk or the server, then resume"
         ) from error

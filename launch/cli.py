@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convneur.data.addresses import redact
-from convneur.data.errors import InputError, WorkerError
+from convneur.data.errors import OUTAGE_STATUS, InputError, StorageError, WorkerError, is_outage
 from convneur.errors import TrainingError
 from convneur.launch import commands, data_commands, plan_commands, study_commands
 from convneur.launch.arguments import COUNT, PIXELS, PROCESSES, RANKS, TASKS, Parser, check_words, positive, whole
@@ -25,7 +25,10 @@ ENVIRONMENT = DENIED | {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit status: 2 for bad input, 1 for training that can't go on."""
+    """Runs a command line and returns its exit status: 2 for bad input, 1 for training that can't go on.
+
+    It is 74 where storage or a server doesn't answer.
+    """
     escape_output()
     status = _run(words)
     lost = close_output(quiet=status != 0)
@@ -42,10 +45,10 @@ def _run(words: Sequence[str] | None) -> int:
         if overrides and not args.takes_overrides:
             raise InputError(f"{overrides[0]} is a configuration key, and `convneur {args.command}` takes none")
         command: Command = args.run
-        return command(args, overrides)
+        return _call(command, args, overrides)
     except (InputError, TrainingError, WorkerError) as error:
         _say(error)
-        return 2 if isinstance(error, InputError) else 1
+        return exit_status(error)
     except BrokenPipeError:
         return 1  # nobody reads what is printed any more
     except OSError as error:
@@ -60,6 +63,21 @@ def _run(words: Sequence[str] | None) -> int:
         return error.status
     except KeyboardInterrupt:
         return 130
+
+
+def exit_status(error: Exception) -> int:
+    """What a process ends with that can't go on for this reason."""
+    return OUTAGE_STATUS if isinstance(error, StorageError) else 2 if isinstance(error, InputError) else 1
+
+
+def _call(command: Command, args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Runs a command; what fails because storage doesn't answer, however that shows, is a StorageError."""
+    try:
+        return command(args, overrides)
+    except (InputError, TrainingError, OSError) as error:
+        if is_outage(error) and not isinstance(error, StorageError):
+            raise StorageError(f"{error}: the storage doesn't answer; see to it, then resume") from error
+        raise
 
 
 def _unknown(word: str, args: argparse.Namespace) -> InputError:
@@ -171,6 +189,8 @@ def _parser() -> Parser:
         help="only check configuration and data, for a run of that many ranks",
     )
     _add_json(train, "with --check, print the run's folder and whether the run is finished, as JSON")
+    # How a batch script, which starts a run again by the same words, says what --resume says to others.
+    train.add_argument("--begin", help=argparse.SUPPRESS)
     train.add_argument("--run-dir", type=Path, help=argparse.SUPPRESS)  # how a launcher tells its ranks the folder
 
     submit = add(
@@ -183,6 +203,9 @@ def _parser() -> Parser:
         "--config", action="append", default=[], metavar="FILE", help="YAML file; of several, later ones win"
     )
     _add_resources(submit)
+    submit.add_argument(
+        "--resume", metavar="PATH", help="begin the run from a checkpoint, or from another run's newest"
+    )
     submit.add_argument("--array", type=TASKS, metavar="N", help="an array of N runs, with seeds 0 to N-1")
     submit.add_argument("--dry-run", action="store_true", help="print the text for sbatch; write and submit nothing")
 

@@ -42,8 +42,10 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
     config = _repeated(args, overrides) if args.reproduce else load_config(args.config, overrides)
     if args.check is not None:
         check(config, args.check)
+        folder = Path(config.run.root) / config.run.name
+        if args.begin:
+            _check_beginnings([config], args.begin)
         if args.json:
-            folder = Path(config.run.root) / config.run.name
             print(json.dumps({"folder": str(folder), "finished": _finished(config) is not None}))
         return 0
     if _is_rank(args):
@@ -119,10 +121,12 @@ def _train_rank(config: "Config", args: argparse.Namespace) -> int:
 
     set_determinism(config.run.determinism)
     with _joined_world() as world:
+        from convneur.beginning import agreed_start
         from convneur.train import train
 
         with _agreed_folder(config, args, world) as folder:
-            summary = train(config, world, folder, args.resume, args.profile)
+            resume = agreed_start(folder, args.begin, world) if args.begin else args.resume
+            summary = train(config, world, folder, resume, args.profile)
         if world.is_main and summary:
             _conclude(summary, folder)
     return 0
@@ -178,6 +182,17 @@ def _conclude(summary: "Summary", folder: Path) -> None:
     print(f"next        convneur eval {folder}")
 
 
+def _check_beginnings(configs: "Sequence[Config]", begin: str) -> None:
+    """Raises InputError where runs can't begin as asked, or have begun otherwise."""
+    from convneur.world import name_accelerator
+
+    name_accelerator()
+    from convneur.beginning import check_beginning
+
+    for config in configs:
+        check_beginning(Path(config.run.root) / config.run.name, begin)
+
+
 def submit(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur submit`: a job, or an array of one job a seed, from a snapshot of code and configuration."""
     from dataclasses import replace
@@ -194,13 +209,15 @@ def submit(args: argparse.Namespace, overrides: Overrides) -> int:
         runs = [replace(config.run, name=f"{config.run.name}-seed{seed}", seed=seed) for seed in range(args.array)]
         configs = [replace(config, run=run) for run in runs]
     check(config, resources.ranks)
+    if args.resume:
+        _check_beginnings(configs, args.resume)
     folder = submission_folder(Path(config.run.root), config.run.name)
     if args.dry_run:
         made = executor(folder / "jobs", config.run.name, resources, sys.executable)
         count = len(configs) if args.array else None
         print(_make_sbatch_string(made._submitit_command_str, made.folder, map_count=count, **made.parameters), end="")
         return 0
-    for job, one in zip(submit(configs, folder, config.run.name, resources), configs, strict=True):
+    for job, one in zip(submit(configs, folder, config.run.name, resources, args.resume), configs, strict=True):
         print(f"job {job.job_id}: {Path(one.run.root) / one.run.name}, log {job.paths.stdout}")
     return 0
 

@@ -139,7 +139,13 @@ def status(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.study import progress
 
     states = progress(config)
-    in_queue = queued(series_folder(config)) if shutil.which("squeue") else {}
+    in_queue: dict[str, str] = {}
+    unknown = ""
+    if shutil.which("squeue"):
+        try:
+            in_queue = queued(series_folder(config))
+        except InputError as error:  # the rest is known
+            unknown = str(error)
     headings = ("size", "placement", "runs", "finished", "begun", "damaged", "in Slurm", "of the operations")
     rows = []
     for size in [*config.study.sizes, *config.study.held_out]:
@@ -150,12 +156,14 @@ def status(args: argparse.Namespace, overrides: Overrides) -> int:
             begun = sum(not state.finished and state.done > 0 for state in mine)
             damaged = sum(state.damaged is not None for state in mine)
             share = sum(state.done * state.weight for state in mine) / sum(state.weight for state in mine)
-            counts = map(str, (len(mine), finished, begun, damaged, held))
+            counts = map(str, (len(mine), finished, begun, damaged, "?" if unknown else held))
             rows.append((size, placement, *counts, f"{share:.0%}"))
     show_table(headings, rows, text=("size", "placement"))
     for state in states.values():
         if state.damaged:
             print(f"damaged: {state.damaged}")
+    if unknown:
+        print(f"note: {unknown}")
     done = sum(state.done * state.weight for state in states.values()) / sum(s.weight for s in states.values())
     finished = sum(state.finished for state in states.values())
     print(f"{finished} of {len(states)} runs are finished, {done:.0%} of the operations made")

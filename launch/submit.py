@@ -11,6 +11,7 @@ task's, and Slurm tells of every job which of them it came from.
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -40,10 +41,12 @@ SUBMITTED = "submitted"
 NOTICE_SECONDS = 300
 TELL_SECONDS = 2.0
 EARLY_NOTICE = "CONVNEUR_EARLY_NOTICE"
+NOTICES = ("HUP", "INT", "QUIT", "ALRM", "TERM", "USR1", "USR2")
+"""Signals that `--signal` may be asked for, and TERM, which comes when the nodes are taken."""
 SETUP = (
-    # A notice that comes before Python listens: to bash, in a file; later, in the signals that are blocked till then.
-    f"export {EARLY_NOTICE}=$(mktemp -u)",
-    f"trap ': >\"${EARLY_NOTICE}\"' USR2 TERM",
+    # A notice that comes before Python listens: to bash, in a variable; later, in signals that are blocked till then.
+    f"export {EARLY_NOTICE}=",
+    f"trap {EARLY_NOTICE}=yes {' '.join(NOTICES)}",
 )
 
 
@@ -82,19 +85,19 @@ class Training:
             sys.exit(status)
 
     def _listen(self) -> None:
-        """Has submitit's handler, which is for USR2, hear of TERM, too, and of a notice that came before."""
+        """Has submitit's handler, which is for USR2, hear of all others, too, and of a notice that came before."""
         handler = signal.getsignal(signal.SIGUSR2)
         assert callable(handler)
 
         def taken(number: int, frame: FrameType | None) -> None:
-            if Job().is_running():  # else it was cancelled, or Slurm queues it again itself
+            if Job().is_running(()) is not False:  # else it was cancelled, or Slurm queues it again itself
                 handler(number, frame)
 
-        signal.signal(signal.SIGTERM, taken)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2, signal.SIGTERM])
-        early = Path(os.environ[EARLY_NOTICE])
-        if early.exists():
-            early.unlink()
+        numbers = [signal.Signals[f"SIG{name}"] for name in NOTICES]
+        for number in numbers:
+            signal.signal(number, taken if number == signal.SIGTERM else handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        if os.environ.pop(EARLY_NOTICE, ""):
             taken(signal.SIGUSR2, None)
 
     def checkpoint(self, *_: Any) -> submitit.helpers.DelayedSubmission:
@@ -142,11 +145,18 @@ class _Executor(SlurmExecutor):
         return 1
 
 
+def _job_name(name: str) -> str:
+    """A run's name as Slurm shows it, in whose scripts a line ends at a line's end, quoted or not."""
+    return re.sub(r"[^\w.+=@%:/ -]", "_", name)
+
+
 def executor(folder: Path, name: str, resources: Resources, python: str) -> SlurmExecutor:
     """submitit's executor with the resources of a job."""
-    made = _Executor(folder, python=f"exec env --block-signal=USR2,TERM {python}", max_num_timeout=1000)
+    made = _Executor(
+        folder, python=f"exec env --block-signal={','.join(NOTICES)} {shlex.quote(python)}", max_num_timeout=1000
+    )
     made.update_parameters(
-        job_name=name,
+        job_name=_job_name(name),
         nodes=resources.nodes,
         ntasks_per_node=resources.tasks_per_node,
         gpus_per_node=resources.gpus_per_node,
@@ -161,8 +171,12 @@ def executor(folder: Path, name: str, resources: Resources, python: str) -> Slur
     return made
 
 
-def submit(configs: Sequence[Config], folder: Path, name: str, resources: Resources) -> list[submitit.Job[None]]:
+def submit(
+    configs: Sequence[Config], folder: Path, name: str, resources: Resources, begin: str | None = None
+) -> list[submitit.Job[None]]:
     """Submits runs from a new snapshot in a folder: one as a job, several as an array of a job each.
+
+    They begin from a checkpoint, or another run's newest, if one is given as `begin`.
 
     Raises InputError where there is no sbatch, or it refuses; nothing is left behind then.
     """
@@ -170,9 +184,10 @@ def submit(configs: Sequence[Config], folder: Path, name: str, resources: Resour
         raise InputError("there is no sbatch here: submit on a login node")
     made = executor(folder / "jobs", name, resources, sys.executable)
     paths = snapshot(configs, folder)
+    script, more = folder / "slurm" / "submitted.sh", [f"--begin={Path(begin).resolve()}"] if begin else []
     try:
         with redirect_stderr(StringIO()), made.batch():  # submitit repeats there what sbatch says
-            return [made.submit(Training(folder / "slurm" / "submitted.sh", [sys.executable, str(p)])) for p in paths]
+            return [made.submit(Training(script, [sys.executable, str(path), *more])) for path in paths]
     except FailedJobError as error:
         shutil.rmtree(folder)
         raise InputError(str(error).strip().splitlines()[-1]) from error
@@ -181,16 +196,12 @@ def submit(configs: Sequence[Config], folder: Path, name: str, resources: Resour
 def queued(root: Path) -> dict[str, str]:
     """The runs below a folder whose submitted jobs Slurm has, waiting or running: their names, and the jobs' states.
 
-    Raises InputError where Slurm can't be asked.
+    Raises InputError where Slurm can't be asked, though something has been submitted from here.
     """
-    command = ["squeue", "--noheader", "--array", "--format=%K %T %o"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip()
-        raise InputError(f"Slurm can't be asked what it has in its queue ({reason}); try on a login node") from error
+    if not (root / SUBMITTED).is_dir():
+        return {}
     found = {}
-    for line in listed.splitlines():
+    for line in _ask("squeue", "--noheader", "--array", "--format=%K %T %o").splitlines():
         task, state, script = line.split(maxsplit=2)
         submission = Path(script).parent.parent
         if submission.parent.name == SUBMITTED and submission.parent.resolve() == (root / SUBMITTED).resolve():
@@ -208,7 +219,15 @@ def _run_name(config: Path) -> str | None:
         return None
 
 
+def _ask(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
+        raise InputError(f"Slurm doesn't answer {command[0]} ({reason}): try later, or on a login node") from error
+
+
 def array_limit() -> int:
     """Most tasks that Slurm takes in an array."""
-    shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=True).stdout
+    shown = _ask("scontrol", "show", "config")
     return int(re.findall(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)[0])

@@ -6,25 +6,33 @@ slurm/common.sh runs this file by itself, outside of any container, so it uses t
 
 What becomes of a job is decided here:
 
-- The run is finished, or the ranks say that the input is bad (exit status 2): that is the end.
-- A notice (FILE appears: Slurm is about to take the nodes away): the ranks are told, save and stop; the job is queued
-  again, unless Slurm has ended or requeued it already.
+- The run is finished, or a rank says that the input is bad (exit status 2): that is the end.
+- A notice (FILE appears, a rank leaves word of a signal, or the time limit is near): the ranks are told, save and
+  stop; the job is queued again, unless Slurm has ended or requeued it already.
 - Slurm makes no job step within `START_SECONDS`, as it takes the nodes for busy: the job is queued again, for only
   another allocation gets it out of that.
+- Storage or servers don't answer (exit status 74), or Slurm itself doesn't: the ranks are started again, after a pause
+  that grows, for as long as the job has its nodes, `OUTAGE_SECONDS` at most.
 - A rank fails: srun ends the others, and is started again, up to `RESTARTS` times in an allocation of the job; then the
   job is queued again. After `FRUITLESS` failures in a row without a new checkpoint it ends. A node on which a rank
   failed first in two attempts in a row is excluded when the job is queued again.
+
+What can't be told, because Slurm or the storage doesn't answer, is asked again; no answer is never a no.
 
 `attempts.jsonl` in the run's folder gets a line when an attempt starts and one when it ends; `faults/` says how ranks
 ended that failed.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -36,23 +44,44 @@ RESTARTS = 3
 FRUITLESS = 3
 START_SECONDS = 120.0
 BAD_INPUT = 2
+STORAGE = 74  # convneur.data.errors.StorageError
 HANG = 75  # convneur.watchdog
 ATTEMPTS_FILE = "attempts.jsonl"
 SUMMARY_FILE = "summary.json"
+RANK_NOTICE = "notice"  # slurm/rank.sh
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 POLL_SECONDS = 0.5
 TELL_SECONDS = 2.0
+LAST_SECONDS = 60.0
+"""How long before its time limit a job that has had no notice is treated as if one had come."""
+PATIENCE = (1, 2, 5, 10, 20, 30)
+"""Pauses, in seconds, before Slurm or the storage is asked again that has not answered."""
+REQUEUE_PATIENCE = (*PATIENCE, *[30] * 8)
+OUTAGE_PAUSES = (15, 30, 60, 120, 300, 600)
+"""Seconds before ranks are started again that an outage has ended; the last goes on."""
+OUTAGE_SECONDS = 12 * 3600.0
+DOUBT_SECONDS = 3600.0
+"""How long after an outage began a dataset or folder that isn't there is taken for part of it."""
+
+UNKNOWN = (0, 0)
 
 Record = dict[str, Any]
+Answer = subprocess.CompletedProcess
 
 
 class Fault(NamedTuple):
-    """How the rank ended that failed first: its node and why, and its exit status."""
+    """How the rank ended that failed first: its node and why, its exit status, and the exception if it left word."""
 
     rank: int
     node: str
     status: int
     reason: str
+    exception: str | None
+
+    @property
+    def is_bad_input(self) -> bool:
+        """Whether the rank itself says so. Interpreters and shells end with 2, too, where a file can't be read."""
+        return self.status == BAD_INPUT and self.exception == "InputError"
 
 
 class Job:
@@ -67,35 +96,68 @@ class Job:
         # The number of an array's last task is the array's too, and says all of its tasks.
         self.name = f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else self.id
 
-    def is_running(self) -> bool:
-        """Whether Slurm counts the job as running: not cancelled, not being requeued."""
-        shown = subprocess.run(["scontrol", "show", "job", "-o", self.name], capture_output=True, text=True)
-        return "JobState=RUNNING " in shown.stdout
+    def is_running(self, patience: tuple[int, ...] = PATIENCE) -> bool | None:
+        """Whether Slurm counts the job as running: not cancelled, not being requeued; None where it doesn't answer."""
+        for pause in (0, *patience):
+            time.sleep(pause)
+            state = re.search(r"\bJobState=(\w+)", ask("scontrol", "show", "job", "-o", self.name).stdout)
+            if state:
+                return state[1] == "RUNNING"
+        return None
 
     def has_step(self) -> bool:
         """Whether Slurm has made a step of the job besides the batch script's, as far as it can be asked."""
-        command = ["squeue", "--noheader", "--steps", f"--jobs={self.name}", "--format=%i"]
-        shown = subprocess.run(command, capture_output=True, text=True)
+        shown = ask("squeue", "--noheader", "--steps", f"--jobs={self.name}", "--format=%i")
         return shown.returncode != 0 or bool(re.search(r"\.\d+$", shown.stdout, re.MULTILINE))
+
+    def seconds_left(self) -> float | None:
+        """Until the job's time limit; None without one, or where Slurm doesn't answer."""
+        shown = ask("squeue", "--noheader", f"--jobs={self.name}", "--format=%e").stdout.strip()
+        try:
+            return time.mktime(time.strptime(shown, "%Y-%m-%dT%H:%M:%S")) - time.time()
+        except ValueError:
+            return None
 
     def requeue(self, exclude: str | None) -> bool:
         """Queues the job again, without a node where one is named; the rest of this process is then borrowed time."""
         say("queueing the job again, to go on from its checkpoint" + (f", without node {exclude}" if exclude else ""))
-        if subprocess.run(["scontrol", "requeue", self.name]).returncode:
-            say("that failed; submit the job again to go on")
+        for pause in REQUEUE_PATIENCE:
+            answer = ask("scontrol", "requeue", self.name)
+            if not answer.returncode:
+                break
+            say(f"that failed ({one_line(answer.stderr)})")
+            # These are answers, and no others would follow. The third: the answer to an earlier request was lost.
+            if re.search(r"disabled|denied|Invalid job", answer.stderr) or self.is_running(()) is False:
+                return False
+            time.sleep(pause)
+        else:
+            say("submit the job again to go on")
             return False
         # Slurm lets the nodes of a job be chosen only while it is pending, which takes it a moment.
         for _ in range(20 if exclude else 0):
-            command = ["scontrol", "update", f"JobId={self.name}", f"ExcNodeList={exclude}"]
-            if not subprocess.run(command, capture_output=True).returncode:
+            if not ask("scontrol", "update", f"JobId={self.name}", f"ExcNodeList={exclude}").returncode:
                 break
             time.sleep(0.2)
         return True
 
 
+def ask(*command: str) -> Answer[str]:
+    """What one of Slurm's commands answers; a status that isn't 0 where it doesn't, or can't be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Answer(command, 1, "", str(error))
+
+
 def say(line: str) -> None:
-    """Writes to the job's log."""
-    print(f"slurm: {line}", flush=True)
+    """Writes to the job's log; one that can't be written ends nothing."""
+    with suppress(OSError):
+        os.write(1, f"slurm: {line}\n".encode(errors="replace"))
+
+
+def one_line(text: str) -> str:
+    """Its words, with a blank between one and the next."""
+    return " ".join(text.split())
 
 
 def free_port(address: str, start: int) -> int:
@@ -104,16 +166,22 @@ def free_port(address: str, start: int) -> int:
     All of them are below those that the kernel gives to outgoing connections.
     """
     for port in range(20000 + start % 12000, 32768):
-        with socket.socket() as s:
-            if s.connect_ex((address, port)):
-                return port
+        try:
+            socket.create_connection((address, port), timeout=5).close()  # of any address family
+        except OSError:
+            return port
     raise OSError(f"no free port at {address}")
 
 
-def newest_checkpoint(folder: Path) -> int:
-    """The step of the newest committed checkpoint; 0 where there is none."""
-    found = (folder / "checkpoints").glob("step-*/manifest.json")
-    return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+def newest_checkpoint(folder: Path) -> int | None:
+    """The step of the newest committed checkpoint; 0 where there is none, None where the storage doesn't say."""
+    try:
+        found = [path for path in (folder / "checkpoints").iterdir() if re.fullmatch(r"step-[0-9]{8}", path.name)]
+        return max((int(path.name[len("step-") :]) for path in found if (path / "manifest.json").exists()), default=0)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError:
+        return None
 
 
 def read_attempts(folder: Path) -> list[Record]:
@@ -131,24 +199,38 @@ def read_attempts(folder: Path) -> list[Record]:
     return found
 
 
-def first_fault(faults: Path) -> Fault | None:
-    """How the first of the failed ranks ended; None where none could leave word."""
+def faults_of(folder: Path) -> list[Fault]:
+    """How ranks ended that failed and could leave word, the first to fail first."""
     found = []
-    for path in faults.glob("rank-*.ended"):
+    for path in folder.glob("rank-*.ended"):
         with suppress(OSError, ValueError):  # it was written on a full disk
             seconds, number, name = path.read_text().split()
-            found.append((float(seconds), int(path.stem[len("rank-") :]), int(number), name))
-    if not found:
-        return None
-    _, rank, status, node = min(found)
-    reason = f"exit status {status}; its traceback is above"
-    if status > 128:
-        reason = f"killed by {signal.Signals(status - 128).name}"
-    elif status == HANG:
-        reason = "no step for too long; the ranks' stacks are in the folder stacks"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # torch's error handler: "InputError: what is wrong"
-        reason = json.loads((faults / f"rank-{rank}.json").read_text())["message"]["message"].partition(": ")[2]
-    return Fault(rank, node, status, reason)
+            rank, status = int(path.stem[len("rank-") :]), int(number)
+            found.append((float(seconds), Fault(rank, name, status, *_reason(folder, rank, status))))
+    return [fault for _, fault in sorted(found)]
+
+
+def _reason(folder: Path, rank: int, status: int) -> tuple[str, str | None]:
+    """Why a rank ended: in words, and the exception's name where torch's error handler left word of one."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # "InputError: what is wrong"
+        exception, _, reason = json.loads((folder / f"rank-{rank}.json").read_text())["message"]["message"].partition(
+            ": "
+        )
+        return reason, exception
+    if status == HANG:
+        return "no step for too long; the ranks' stacks are in the folder stacks", None
+    with suppress(ValueError):
+        return f"killed by {signal.Signals(status - 128).name}", None
+    return f"exit status {status}; its traceback is above", None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is there that this user has made, and no other, nor a link."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
 
 
 class Supervisor:
@@ -158,55 +240,117 @@ class Supervisor:
         folder: the run's.
         notice: a file that appears when the nodes are about to be lost.
         command: what starts the ranks.
-        requeues: whether the job is queued again here after a notice; else somebody else sees to it.
+        requeues: whether the job is queued again here after that notice; else somebody else sees to it.
     """
 
     def __init__(self, folder: Path, notice: Path, command: list[str], requeues: bool) -> None:
         self.folder, self.notice, self.command, self.requeues = folder, notice, command, requeues
         self.job = Job()
+        self.failures = 0
+        self.had_checkpoints = False
+        self.time_is_up = False
+        self.outages = 0  # in a row
+        self.outage_began = 0.0
 
     def run(self) -> int:
         """Runs the ranks until there is nothing left to do here; the job's exit status."""
-        for attempt in range(1, RESTARTS + 2):
-            before = newest_checkpoint(self.folder)
-            self.record("start", attempt=attempt, checkpoint=before)
-            finished = self.finish_mark()
-            faults = self.folder / "faults" / f"{self.job.id}-{self.job.restart}-{attempt}"
-            status, stuck = self.run_ranks(attempt, faults)
-            if self.finish_mark() != finished or (status == 0 and not self.stopped_early()):
-                self.end(attempt, "finished", status)
-                return 0
-            noticed = self.notice.exists()
-            if status == 0:
-                if not self.job.is_running() or (noticed and not self.requeues):
-                    self.end(attempt, "stopped", status, action="left to Slurm")
-                    return 0
-                self.end(attempt, "stopped", status, action="requeue")
-                self.job.requeue(None)
-                return 0
-            fault = first_fault(faults)
-            words = f"rank {fault.rank} on {fault.node} failed first: {fault.reason}" if fault else f"srun: {status}"
-            say(f"attempt {attempt} of start {self.job.restart + 1} failed; {words}")
-            if fault and fault.status == BAD_INPUT:
-                self.end(attempt, "failed", status, fault, action="stop: bad input")
-                return BAD_INPUT
-            if not self.job.is_running():
-                self.end(attempt, "failed", status, fault, action="left to Slurm")
-                return 1
-            if self.fruitless() + 1 >= FRUITLESS and newest_checkpoint(self.folder) == before:
-                say(f"{FRUITLESS} failures in a row without a new checkpoint: the job ends; see {self.folder}/faults")
-                self.end(attempt, "failed", status, fault, action="stop: no progress")
-                return 1
-            bad = self.bad_node(fault)
-            if noticed and not self.requeues:
-                self.end(attempt, "failed", status, fault, action="left to Slurm")
-                return 1
-            if attempt > RESTARTS or noticed or bad or stuck:
-                self.end(attempt, "failed", status, fault, action="requeue", excluded=bad)
-                self.job.requeue(bad)
-                return 0
-            self.end(attempt, "failed", status, fault, action="restart")
-        return 1
+        attempt, status = 0, None
+        while status is None:
+            attempt += 1
+            while self.is_gone(before := newest_checkpoint(self.folder)):
+                say(f"{self.folder} can't be read, or its checkpoints are gone: its storage, perhaps, is")
+                if (status := self.wait_out(attempt)) is not None:
+                    return status
+            self.had_checkpoints = self.had_checkpoints or bool(before)
+            status = self.make(attempt, before)
+        return status
+
+    def make(self, attempt: int, before: int | None) -> int | None:
+        """Runs the ranks once; the job's exit status, or None where they are to be started again."""
+        finished = self.finish_mark()
+        self.record("start", attempt=attempt, checkpoint=before)
+        faults = self.folder / "faults" / f"{self.job.id}-{self.job.restart}-{attempt}"
+        status, stuck = self.run_ranks(attempt, faults)
+        noticed, mark, after = self.is_noticed(faults), self.finish_mark(), newest_checkpoint(self.folder)
+        # A summary that was there before may be that of a shorter run, which is now made longer.
+        is_new = finished != UNKNOWN and mark != finished
+        if mark not in (None, UNKNOWN) and (is_new or (status == 0 and not noticed)):
+            self.end(attempt, "finished", status)
+            return 0
+        if status == 0 and (noticed or after != before):
+            return self.stop(attempt, status)
+        found = faults_of(faults)
+        fault = found[0] if found else None
+        why = f"rank {fault.rank} on {fault.node} failed first: {fault.reason}" if fault else f"srun: {status}"
+        say(f"attempt {attempt} of start {self.job.restart + 1} failed; {why}")
+        running = self.job.is_running()
+        if running is False:
+            self.end(attempt, "failed", status, fault, action="left to Slurm")
+            return 1
+        if self.is_outage(found, running, after):
+            self.end(attempt, "outage", status, fault, action="restart after a pause")
+            return self.wait_out(attempt)
+        self.outages, self.failures = 0, self.failures + 1
+        return self.fail(attempt, status, fault, noticed=noticed, stuck=stuck, progress=after != before)
+
+    def fail(
+        self, attempt: int, status: int, fault: Fault | None, *, noticed: bool, stuck: bool, progress: bool
+    ) -> int | None:
+        """Decides what becomes of a job whose ranks have failed; its exit status, or None to start them again."""
+        if fault and fault.is_bad_input:
+            self.end(attempt, "failed", status, fault, action="stop: bad input")
+            return BAD_INPUT
+        if self.fruitless() + 1 >= FRUITLESS and not progress:
+            say(f"{FRUITLESS} failures in a row without a new checkpoint: the job ends; see {self.folder}/faults")
+            self.end(attempt, "failed", status, fault, action="stop: no progress")
+            return 1
+        if self.is_left_to_others():
+            self.end(attempt, "failed", status, fault, action="left to Slurm")
+            return 1
+        bad = self.bad_node(fault)
+        if self.failures > RESTARTS or noticed or bad or stuck:
+            self.end(attempt, "failed", status, fault, action="requeue", excluded=bad)
+            return 0 if self.job.requeue(bad) else 1
+        self.end(attempt, "failed", status, fault, action="restart")
+        return None
+
+    def stop(self, attempt: int, status: int) -> int:
+        """Ends an attempt that was to stop: the job is queued again, by whoever does that; its exit status."""
+        if self.is_left_to_others() or self.job.is_running() is False:
+            self.end(attempt, "stopped", status, action="left to Slurm")
+            return 0
+        self.end(attempt, "stopped", status, action="requeue")
+        return 0 if self.job.requeue(None) else 1
+
+    def is_gone(self, step: int | None) -> bool:
+        """Whether the storage doesn't say which checkpoints there are, or denies those that there were."""
+        return step is None or (step == 0 and self.had_checkpoints)
+
+    def is_outage(self, faults: list[Fault], running: bool | None, step: int | None) -> bool:
+        """Whether ranks have ended because storage, servers or Slurm don't answer, which needs but time."""
+        if any(fault.status == STORAGE for fault in faults) or self.is_gone(step) or (running is None and not faults):
+            return True
+        # The input was good when the job began: what isn't there now has gone with the rest.
+        in_doubt = self.outages > 0 and time.monotonic() - self.outage_began < DOUBT_SECONDS
+        return in_doubt and any(fault.is_bad_input for fault in faults)
+
+    def wait_out(self, attempt: int) -> int | None:
+        """Waits before ranks are started again after an outage; the job's exit status where a notice ends that."""
+        if not self.outages:
+            self.outage_began = time.monotonic()
+        pause = OUTAGE_PAUSES[min(self.outages, len(OUTAGE_PAUSES) - 1)]
+        self.outages += 1
+        lasted = time.monotonic() - self.outage_began
+        if lasted > OUTAGE_SECONDS:
+            say(f"nothing has changed in {lasted / 3600:.0f} hours: the job ends; submit it again to go on")
+            return STORAGE
+        say(f"storage, a server or Slurm doesn't answer; the ranks are started again in {pause} s")
+        until = time.monotonic() + pause
+        while time.monotonic() < until:
+            if self.is_noticed(None):
+                return self.stop(attempt, STORAGE)
+            time.sleep(POLL_SECONDS)
+        return None
 
     def run_ranks(self, attempt: int, faults: Path) -> tuple[int, bool]:
         """Starts the ranks and waits for their end; passes a notice on to them.
@@ -214,17 +358,24 @@ class Supervisor:
         Returns:
             The exit status of srun, and whether it was ended because it got no job step.
         """
-        faults.mkdir(parents=True, exist_ok=True)
         start = 7 * int(self.job.id) + 5 * self.job.restart + attempt
-        port = free_port(os.environ["MASTER_ADDR"], start)
-        say(f"attempt {attempt}, MASTER_PORT={port}: {' '.join(self.command)}")
-        env = os.environ | {"MASTER_PORT": str(port), "CONVNEUR_FAULTS": str(faults.absolute())}
-        process = subprocess.Popen(self.command, env=env)
+        try:
+            faults.mkdir(parents=True, exist_ok=True)
+            port = free_port(os.environ["MASTER_ADDR"], start)
+            say(f"attempt {attempt}, MASTER_PORT={port}: {shlex.join(self.command)}")
+            env = {**os.environ, "MASTER_PORT": str(port), "CONVNEUR_FAULTS": str(faults.absolute())}
+            process = subprocess.Popen(self.command, env=env)
+        except OSError as error:
+            say(f"the ranks can't be started: {error}")
+            return 1, False
         told, deadline, stuck = 0.0, time.monotonic() + START_SECONDS, False
+        limit = self.job.seconds_left()
+        # Who asks for so little time gets it.
+        last = time.monotonic() + limit - LAST_SECONDS if limit and limit > 3 * LAST_SECONDS else float("inf")
         while (status := process.poll()) is None:
             # Again and again, because a rank that is still starting doesn't hear it; by USR2, because srun kills
             # the ranks when it gets TERM.
-            if self.notice.exists() and time.monotonic() - told > TELL_SECONDS:
+            if time.monotonic() - told > TELL_SECONDS and self.is_noticed(faults):
                 process.send_signal(signal.SIGUSR2)
                 told = time.monotonic()
             if time.monotonic() > deadline:
@@ -232,19 +383,40 @@ class Supervisor:
                 if stuck:
                     say(f"Slurm has made no job step in {START_SECONDS:.0f} s; srun is ended")
                     process.kill()
+            if time.monotonic() > last:
+                last = self.near_the_end()
             time.sleep(POLL_SECONDS)
         return status, stuck
 
-    def finish_mark(self) -> int | None:
-        """Changes when the run ends: rank 0 writes the summary last."""
-        try:
-            return (self.folder / SUMMARY_FILE).stat().st_mtime_ns
-        except OSError:
-            return None
+    def near_the_end(self) -> float:
+        """Sees to it that a job near its time limit stops, also without a notice; when to look again."""
+        limit = self.job.seconds_left()  # it may have been raised
+        if limit is not None and limit > LAST_SECONDS:
+            return time.monotonic() + limit - LAST_SECONDS
+        if not self.is_noticed(None):
+            say(f"the time limit is {LAST_SECONDS:.0f} s away, and no notice has come: --signal=B:USR2@300 gives one")
+        self.time_is_up = True
+        return float("inf")
 
-    def stopped_early(self) -> bool:
-        """Whether ranks that ended well have left something to do. A finished run that is started again has not."""
-        return self.notice.exists() or self.finish_mark() is None
+    def is_noticed(self, faults: Path | None) -> bool:
+        """Whether the nodes are about to be lost: by the batch script's word, that of a rank, or the time limit."""
+        return self.time_is_up or is_ours(self.notice) or (faults is not None and (faults / RANK_NOTICE).exists())
+
+    def is_left_to_others(self) -> bool:
+        """Whether somebody else queues the job again."""
+        return not self.requeues and is_ours(self.notice)
+
+    def finish_mark(self) -> tuple[int, int] | None:
+        """Changes when the run ends: rank 0 writes the summary last. None without one."""
+        for pause in (*PATIENCE, 0):
+            try:
+                found = (self.folder / SUMMARY_FILE).stat()
+                return found.st_mtime_ns, found.st_ino
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError:
+                time.sleep(pause)
+        return UNKNOWN
 
     def records(self) -> list[Record]:
         """The lines about this job."""
@@ -255,7 +427,7 @@ class Supervisor:
         count = 0
         step = newest_checkpoint(self.folder)
         for record in reversed([r for r in self.records() if r["event"] == "end"]):
-            if record["outcome"] != "failed" or record["checkpoint"] != step:
+            if record.get("outcome") != "failed" or record.get("checkpoint") != step:
                 break
             count += 1
         return count
@@ -263,17 +435,17 @@ class Supervisor:
     def bad_node(self, fault: Fault | None) -> str | None:
         """The node of a fault, if it was to blame the last time, too, and the partition has enough others."""
         ends = [r for r in self.records() if r["event"] == "end"]
-        if not fault or not ends or ends[-1].get("node") != fault.node or ends[-1]["outcome"] != "failed":
+        if not fault or not ends or ends[-1].get("node") != fault.node or ends[-1].get("outcome") != "failed":
             return None
         partition = os.environ.get("SLURM_JOB_PARTITION", "")
-        listed = subprocess.run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N %T"], capture_output=True, text=True)
+        listed = ask("sinfo", "-h", "-N", "-p", partition, "-o", "%N %T")
         usable = re.findall(r"^(\S+) (?:idle|mixed|allocated|completing)", listed.stdout, re.MULTILINE)
         others = set(usable) - {fault.node}
         return fault.node if len(others) >= int(os.environ["SLURM_NNODES"]) else None
 
     def end(self, attempt: int, outcome: str, status: int, fault: Fault | None = None, **more: Any) -> None:
         """Records how an attempt ended: what failed first, and what is done about it."""
-        about = (fault._asdict() if fault else {}) | {"srun_status": status}
+        about = {**(fault._asdict() if fault else {}), "srun_status": status}
         checkpoint = newest_checkpoint(self.folder)
         self.record("end", attempt=attempt, outcome=outcome, checkpoint=checkpoint, **about, **more)
 
@@ -281,11 +453,12 @@ class Supervisor:
         """Adds a line to the history; a full disk must not stop the run that may outlast it."""
         now = time.strftime(TIME_FORMAT, time.gmtime())
         line = {"time": now, "event": event, "job": self.job.id, "start": self.job.restart + 1}
-        line |= {"nodes": self.job.nodes} | values
+        line.update(nodes=self.job.nodes, **values)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / ATTEMPTS_FILE).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with (self.folder / ATTEMPTS_FILE).open("a+b") as file:
+                cut = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+                file.write((b"\n" if cut else b"") + json.dumps(line).encode() + b"\n")
         except OSError as error:
             say(f"{ATTEMPTS_FILE} can't be written ({error})")
 

@@ -1,28 +1,52 @@
 # shellcheck shell=bash
 # What the batch scripts share. They source it and call `train VARIANT [--dry-run] [--section.key VALUE]...`,
 # `study FILE [--dry-run] [--section.key VALUE]...`, or `evaluate CHECKPOINT_OR_RUN [--dry-run] [FLAG]...`.
-set -euo pipefail
-notice=$(mktemp -u) # a file that appears when Slurm is about to take the nodes away, however early that is
-trap 'rm -f "$notice"' EXIT
-# USR2 comes ahead of a time limit or a preemption, TERM when the nodes are taken.
-trap 'notify USR2' USR2
-trap 'notify TERM' TERM
-checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
+# What is special about a cluster is read first, as any shell would read it: it may fail, print, and leave settings,
+# folders and names behind. What is ours is set afterwards.
+our_folder=$PWD our_words=("$@") our_options=$(set +o) our_shopts=$(shopt -p || true)
+our_checkout=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)
+checkout=$our_checkout
 data=
 runs=runs
 convneur=("$checkout/.venv/bin/convneur")
 python=$checkout/.venv/bin/python
 srun_options=()
 supervisor_options=()
+trap 'echo "slurm: $our_checkout/slurm/site.sh has ended the job: take exit, set -e and set -u out of it" >&2; exit 2' EXIT
+set +euo pipefail
 # shellcheck source=slurm/site.sh
 . "$checkout/slurm/site.sh"
+eval "$our_options"
+eval "$our_shopts"
+set -euo pipefail
+trap - EXIT DEBUG ERR RETURN
+unset -f command builtin cd echo printf trap wait kill exec
+unset CDPATH IFS
+cd -- "$our_folder"
+set -- ${our_words[@]+"${our_words[@]}"}
+checkout=$our_checkout
 
-say() { printf 'slurm: %s\n' "$*"; }
+say() { printf 'slurm: %s\n' "$*" || true; } # a log on a full disk ends nothing
 die() {
     say "$*" >&2
     exit 2
 }
+
+# A folder that nobody else can write to, for a file that appears in it when Slurm is about to take the nodes away,
+# however early that is. The node's own: TMPDIR may be the login node's, or full.
+private=
+for parent in "${TMPDIR:-/tmp}" /tmp /dev/shm "$our_folder"; do
+    private=$(mktemp -d "$parent/convneur-XXXXXXXX" 2>/dev/null) && : 2>/dev/null >"$private/unsaid" && break
+    [ -z "$private" ] || rmdir "$private" || true
+    private=
+done
+[ -n "$private" ] || die "no folder can be made in ${TMPDIR:-/tmp}, /tmp, /dev/shm or $our_folder: see to a TMPDIR with room"
+notice=$private/notice
+trap 'rm -rf "$private"' EXIT
+# USR2 comes ahead of a time limit or a preemption, or what else --signal asks for; TERM when the nodes are taken.
+signals=(HUP INT QUIT ABRT ALRM TERM USR1 USR2 URG TSTP TTIN TTOU VTALRM PROF XCPU IO PWR)
+# shellcheck disable=SC2064
+for name in "${signals[@]}"; do trap "notify $name" "$name"; done
 
 # Trains a variant on all of the job's GPUs, one rank each, from the newest checkpoint of its run if there is one.
 train() {
@@ -88,30 +112,47 @@ evaluate() {
         return
     fi
     prepare
-    CONVNEUR_FAULTS=$(mktemp -d -p "$(dirname "$(log_file x x)")")
-    MASTER_PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    mkdir -p -- "$runs/slurm"
+    CONVNEUR_FAULTS=$(mktemp -d -p "$runs/slurm")
+    trap 'rm -rf "$private" "$CONVNEUR_FAULTS"' EXIT
+    MASTER_PORT=$("$python" -Ic 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     export CONVNEUR_FAULTS MASTER_PORT
     "${srun[@]}" "${command[@]}"
-    rm -r "$CONVNEUR_FAULTS"
 }
 
-# Adds the words after a script's name to the command; takes --dry-run out of them.
+# Adds the words after a script's name to the command; takes --dry-run out of them. Every start of a job has the same
+# words, so --resume says where the run begins: it goes on from its own checkpoints.
 finish_command() {
-    local word
     dry_run=no
     command=("${convneur[@]}" "${command[@]}")
-    for word in "$@"; do
-        if [ "$word" = --dry-run ]; then dry_run=yes; else command+=("$word"); fi
+    while [ $# -gt 0 ]; do
+        case $1 in
+        --dry-run) dry_run=yes ;;
+        --resume=auto) ;;
+        --resume=*) command+=("--begin=${1#--resume=}") ;;
+        --resume)
+            if [ $# -gt 1 ]; then
+                set -- "$1=$2" "${@:3}"
+                continue
+            fi
+            command+=("$1")
+            ;;
+        *) command+=("$1") ;;
+        esac
+        shift
     done
 }
 
 # Checks that this is a job; divides its nodes among ranks and sets their environment.
 prepare() {
     [ -n "${SLURM_JOB_ID-}" ] || die "not in a Slurm job. Submit it: sbatch $0; or see what it would do: $0 --dry-run"
+    check_signal
     open_log
-    mkdir -p "$(dirname "$(log_file x x)")"
+    # sbatch leaves these for srun, where they contradict its options: what the ranks see of the environment and the GPUs.
+    unset SLURM_EXPORT_ENV SLURM_CPUS_PER_GPU SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_SOCKET SLURM_GPUS_PER_TASK
+    unset SLURM_GPU_BIND SLURM_MEM_PER_GPU SLURM_NTASKS_PER_GPU SLURM_STEP_GRES SLURM_TRES_BIND SLURM_TRES_PER_TASK
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
-    divide "$SLURM_NNODES" "$SLURM_NTASKS" "${SLURM_GPUS_ON_NODE:-0}" "$SLURM_CPUS_ON_NODE"
+    divide "$SLURM_NNODES" "${SLURM_NTASKS:-$SLURM_NNODES}" "${SLURM_GPUS_ON_NODE:-0}" "$SLURM_CPUS_ON_NODE"
     set_environment
 }
 
@@ -133,12 +174,29 @@ log_file() { echo "$runs/slurm/$1-$2.out"; }
 # file in the folder that the job is submitted from, and name the log there. A user's own --output is the log itself.
 open_log() {
     local opened log
-    opened=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+    opened=$(ask scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p') || true
     [ "${opened##*/}" = "slurm-$SLURM_JOB_ID.out" ] || return 0
     log=$(log_file "$SLURM_JOB_NAME" "$SLURM_JOB_ID")
-    mkdir -p "$(dirname "$log")"
+    if ! { mkdir -p -- "$(dirname -- "$log")" && : >>"$log"; }; then
+        say "the log stays here"
+        return
+    fi
     say "the log of this job is $log"
     exec >>"$log" 2>&1
+}
+
+# What one of Slurm's commands answers; it is asked again for a minute or so. Nothing if it doesn't answer.
+ask() {
+    local answer pause
+    for pause in 1 2 5 10 20 30 0; do
+        if answer=$("$@"); then
+            printf '%s\n' "$answer"
+            return
+        fi
+        say "no answer to: $*" >&2
+        sleep $pause
+    done
+    return 1
 }
 
 # Divides a job's nodes among its ranks, not more of them than GPUs where there are any; sets `srun` to what starts them.
@@ -158,44 +216,48 @@ divide() {
 
 # Sets and prints what the ranks' libraries read from the environment. What site.sh or the user has set stays.
 set_environment() {
-    local cores first interface
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-    MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p') # its name may not resolve
+    local address cores first interface
+    first=$(ask scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) || true
+    first=${first:-$(hostname)} # the batch script runs on the first node
+    # Its name may not resolve.
+    MASTER_ADDR=$(ask scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p') || true
+    for address in "${MASTER_ADDR:-$first}" $(hostname -I 2>/dev/null || true); do
+        MASTER_ADDR=$address
+        if getent ahosts "$address" >/dev/null; then break; fi
+        say "$address does not resolve here"
+    done
     interface=$(interface_of "$MASTER_ADDR")
     [ -z "$interface" ] || GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} # gloo would guess from the host's name
     cores=$(($(env -u OMP_NUM_THREADS nproc) / ranks_per_node))                  # fewer than Slurm says on a dev cluster
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 1 ? 1 : cores < cpus_per_rank ? cores : cpus_per_rank))}
     PYTHONUNBUFFERED=1 # the log shows a line when it is written
     export MASTER_ADDR GLOO_SOCKET_IFNAME OMP_NUM_THREADS PYTHONUNBUFFERED
-    # sbatch leaves these for srun, where they contradict its options.
-    unset SLURM_CPUS_PER_GPU SLURM_GPUS_PER_NODE
-    say "$(env | grep -E '^(GLOO|MASTER|NCCL|OMP)_' | sort | xargs)"
+    say "$(env | grep -E '^(GLOO|MASTER|NCCL|OMP)_' | sort | paste -sd ' ' -)"
 }
 
 # The network interface of this machine that has an address; nothing if that can't be told.
 interface_of() {
     local ip
-    ip=$(getent ahostsv4 "$1" | awk 'NR == 1 { print $1 }') || return 0
+    ip=$(getent ahosts "$1" | awk 'NR == 1 { print $1 }') || return 0
     PATH=$PATH:/usr/sbin:/sbin ip -o addr show to "$ip" 2>/dev/null | awk 'NR == 1 { print $2 }' || true
 }
 
 # Starts the ranks, and sees to it that they go on: launch/supervise.py. A check first says once what all would say.
 # Sets `folder` to the run's.
 supervise() {
-    local plan
-    plan=$("${command[@]}" --check "$ranks" --json) || return
-    folder=$("$python" -c 'import json, sys; print(json.loads(sys.argv[1])["folder"])' "$plan") || return
-    case $plan in *'"finished": true'*)
+    local plan='' status
+    check || return
+    folder=$(planned folder) || return
+    if [ "$(planned finished)" = True ]; then
         say "the run is finished already; --run.name NAME starts another"
         return
-        ;;
-    esac
+    fi
     (
-        trap '' USR2 TERM # it looks for the notice
+        trap '' "${signals[@]}" # it looks for the notice
         exec "$python" -I "$checkout/launch/supervise.py" --folder "$folder" --notice "$notice" \
             "${supervisor_options[@]}" -- "${srun[@]}" "${command[@]}"
     ) &
-    local pid=$! status
+    local pid=$!
     # `wait` returns early when a signal comes.
     while wait $pid || kill -0 $pid 2>/dev/null; do kill -0 $pid 2>/dev/null || break; done
     status=0
@@ -203,9 +265,52 @@ supervise() {
     return $status
 }
 
+# Sets `plan` to what `--check --json` prints last. What needs but time is waited for.
+check() {
+    local failures=0 pause=15
+    while :; do
+        status=0
+        plan=$("${command[@]}" --check "$ranks" --json) || status=$?
+        [ $status != 0 ] || return 0
+        [ $status != 2 ] || return 2
+        if [ $status != 74 ]; then # convneur.data.errors.OUTAGE_STATUS
+            failures=$((failures + 1))
+            [ $failures -lt 3 ] || return $status
+        fi
+        say "the check ended with status $status; it is made again in $pause s"
+        wait_for_notice $pause || break
+        pause=$((pause < 300 ? 2 * pause : 600))
+    done
+    case " ${supervisor_options[*]-} " in *" --no-requeue "*) return $status ;; esac
+    ask scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}" || exit 1
+    exit 0
+}
+
+planned() { "$python" -Ic 'import json, sys; print(json.loads(sys.argv[1].splitlines()[-1])[sys.argv[2]])' "$plan" "$1"; }
+
+# Waits some seconds; fails where the notice comes before they are over.
+wait_for_notice() {
+    local end=$((SECONDS + $1))
+    while [ $SECONDS -lt $end ]; do
+        [ ! -e "$notice" ] || return 1
+        sleep 1
+    done
+}
+
+# Refuses what the script asks for by --signal and no shell can hear, or Slurm sends for other reasons.
+check_signal() {
+    local asked
+    asked=${SBATCH_SIGNAL:-$(directive signal)}
+    case ${asked##*:} in
+    KILL* | STOP* | CONT* | 9 | 9@* | 17 | 17@* | 18 | 18@* | 19 | 19@*)
+        die "--signal is $asked, which can't be heard as a notice; expected --signal=B:USR2@300"
+        ;;
+    esac
+}
+
 notify() {
     [ ! -e "$notice" ] || return 0
-    : >"$notice"
+    mv -f "$private/unsaid" "$notice" 2>/dev/null || return 0 # it needs no room on a disk
     say "$1: the job is about to lose its nodes"
     # A job whose limit is within the notice makes a step or two, and queues again for the next, for ever.
     [ $SECONDS -ge 60 ] || say "after $SECONDS s; if --time is no longer than the notice of --signal, ask for more of it"

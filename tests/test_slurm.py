@@ -249,7 +249,10 @@ def test_bad_node_is_excluded_when_it_has_failed_twice(cluster: Cluster, submit:
 
 
 def test_bad_input_of_a_rank_and_a_finished_run_start_nothing_again(cluster: Cluster, submit: Submit) -> None:
-    number, log = submit("if os.environ['RANK'] == '1': sys.exit(2)\nimport time\ntime.sleep(600)", "-N1", "-n2")
+    word = {"message": {"message": "InputError: no such setting"}}
+    leave_word = f"open(os.environ['TORCHELASTIC_ERROR_FILE'], 'w').write({json.dumps(word)!r})"
+    program = f"if os.environ['RANK'] == '1': {leave_word}; sys.exit(2)\nimport time\ntime.sleep(600)"
+    number, log = submit(program, "-N1", "-n2")
     job = cluster.wait(number)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log.read_text()
     assert [record["action"] for record in attempts(log, "end")] == ["stop: bad input"]

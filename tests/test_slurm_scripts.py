@@ -74,12 +74,13 @@ SUBMITTED = """\
 #SBATCH --wckey=submitit
 
 # setup
-export CONVNEUR_EARLY_NOTICE=$(mktemp -u)
-trap ': >"$CONVNEUR_EARLY_NOTICE"' USR2 TERM
+export CONVNEUR_EARLY_NOTICE=
+trap CONVNEUR_EARLY_NOTICE=yes HUP INT QUIT ALRM TERM USR1 USR2
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-exec env --block-signal=USR2,TERM PYTHON -u -m submitit.core._submit FOLDER/runs/submitted/digits-TIME/jobs
+exec env --block-signal=HUP,INT,QUIT,ALRM,TERM,USR1,USR2 PYTHON -u -m submitit.core._submit \
+FOLDER/runs/submitted/digits-TIME/jobs
 """
 
 
