@@ -183,7 +183,7 @@ def _targets(
                 "evaluate it on data with the classes it was trained on"
             )
         known = store.classes
-    present = np.unique(store.labels)
+    present = np.flatnonzero(store.class_samples())
     given = read_class_map(class_map) if class_map else None
     labels = map_classes(store.classes, present, known, given, f"{root}, split '{config.data.val_split}',")
     among = np.unique(labels[present])

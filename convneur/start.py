@@ -18,6 +18,7 @@ from convneur.data.engine import build_train_loader
 from convneur.data.errors import InputError
 from convneur.data.loader import EvalLoader
 from convneur.data.mixing import DeviceTransform, Normalize
+from convneur.data.shuffle import shuffle_warning
 from convneur.data.store import open_store
 from convneur.deepspeed_config import deepspeed_config, offloads_optimizer
 from convneur.determinism import set_determinism
@@ -137,6 +138,8 @@ def _start(
             )
     if warning := config.model.depth_warning:
         log.say(f"warning: {config.model.variant} has {warning}")
+    if world.is_main and (warning := shuffle_warning(config.data, store, config.run.seed)):
+        log.say(f"warning: {warning}")
     parameters = sum(true_shape(parameter).numel() for parameter in engine.module.parameters())
     flops = step_flops(config.model, config.data.image_size)
     log.say(

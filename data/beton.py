@@ -309,11 +309,6 @@ class BetonStore(IndexedStore):
     def __reduce__(self) -> tuple[type["BetonStore"], tuple[Path, str, Subset | None]]:
         return BetonStore, (self._root, self._split, self._subset)
 
-    @property
-    def rows(self) -> np.ndarray:
-        """The samples' numbers in the beton, (N,) int64."""
-        return self._rows
-
     def read(self, sample: int) -> Sample:
         """Read a sample.
 
@@ -321,14 +316,14 @@ class BetonStore(IndexedStore):
             SampleError: its bytes aren't those that were written.
             InputError: the file can't be opened or read, or ends before the sample does, and goes on so.
         """
-        row = self._rows[sample]
+        row = self.row(sample)
         image, entry = self._content(sample), self.images[row]
         if entry["mode"] == RAW:
             image = b"P6 %d %d 255\n" % (entry["width"], entry["height"]) + image
         return Sample(self._index[row]["key"].decode(), image, int(self._index[row]["label"]))
 
     def _content(self, sample: int) -> bytes:
-        row = self._rows[sample]
+        row = self.row(sample)
         content = self._pread(row)
         if not self._matches(row, content):
             raise SampleError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
@@ -336,7 +331,7 @@ class BetonStore(IndexedStore):
 
     def is_intact(self, sample: int) -> bool:
         """Whether the beton holds of a sample what was written; raises `InputError` where `read` does."""
-        row = self._rows[sample]
+        row = self.row(sample)
         return self._matches(row, self._pread(row))
 
     def fault(self, row: int) -> str:
@@ -366,7 +361,7 @@ class BetonStore(IndexedStore):
 
     def where(self, sample: int) -> str:
         """Name the split, file and key of a sample."""
-        return f"{self.path}, split {self._split}, key {self._index[self._rows[sample]]['key'].decode()}"
+        return f"{self.path}, split {self._split}, key {self._index[self.row(sample)]['key'].decode()}"
 
     def _matches(self, row: int, content: bytes) -> bool:
         return bool(google_crc32c.value(content) == self._checksums[row])

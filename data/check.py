@@ -43,6 +43,7 @@ def check_values(config: DataConfig) -> None:
         _require(getattr(config, name) >= 1, f"data.{name}", getattr(config, name), "at least 1")
     for name, most in (("image_size", 1 << 16), ("global_batch_size", 10**7), ("workers", 4096)):
         _require(getattr(config, name) <= most, f"data.{name}", getattr(config, name), f"at most {most}")
+    _require(config.block >= 0, "data.block", config.block, "at least 0")
     _require(config.subset >= 0, "data.subset", config.subset, "at least 0")
     _require(config.workers >= 0, "data.workers", config.workers, "at least 0")
     _require(0 < config.cache_gb < inf, "data.cache_gb", config.cache_gb, "a finite number above 0")

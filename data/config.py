@@ -63,7 +63,10 @@ class DataConfig:
         global_batch_size: images an optimizer step, over all ranks and accumulated micro-batches.
         lanes: parallel streams the epoch's order is cut into; a step takes global_batch_size / lanes images from each.
             Every rank and micro-batch reads whole lanes, so world size times accumulation must divide it.
-        window: spans of contiguous samples that are shuffled together within a lane.
+        window: spans of contiguous samples, at most a shard each, that are shuffled together within a lane.
+        block: for shards sorted by class: blocks of so many contiguous samples are shuffled instead of whole shards,
+            and a window has so many blocks that it is as large as before. 1 is a full shuffle, 0 leaves shards whole.
+            All of the dataset is read at a time, so shards on servers must all fit into the cache.
         repeats: views of a sample that follow each other, each augmented by itself ("repeated augmentation",
             arXiv 1901.09335). An epoch has as many images as without, of so many times fewer samples.
         workers: decoding processes a rank; 0 decodes in the training process.
@@ -90,6 +93,7 @@ class DataConfig:
     global_batch_size: int = 1024
     lanes: int = 64
     window: int = 8
+    block: int = 0
     repeats: int = 1
     workers: int = 8
     bad_limit: float = 0.001

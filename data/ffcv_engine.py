@@ -245,7 +245,7 @@ class FfcvLoader(TrainLoader):
         return self._ticket(request.epoch, request.repetitions, request.indices)
 
     def _ticket(self, epoch: int, repetition: Any, index: Any) -> Any:
-        return (epoch * self._config.repeats + repetition) * len(self._beton.images) + self._beton.rows[index]
+        return (epoch * self._config.repeats + repetition) * len(self._beton.images) + self._beton.rows(index)
 
     @cached_property
     def _ffcv(self) -> Loader:
@@ -307,7 +307,7 @@ class FfcvLoader(TrainLoader):
             images[offset] = image
         return Batch(
             images=images.pin_memory() if torch.cuda.is_available() else images,
-            labels=torch.from_numpy(self._beton.labels[indices]),
+            labels=torch.from_numpy(self._beton.labels_of(indices)),
             indices=torch.from_numpy(indices),
             epoch=request.epoch,
             step=request.step,

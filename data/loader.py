@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError, SampleError, WorkerError
 from convneur.data.keys import key, libraries_restored, seed_libraries, view_key
-from convneur.data.order import LaneOrder
 from convneur.data.shards import Sample
+from convneur.data.shuffle import lane_order
 from convneur.data.store import Store
 from convneur.data.transforms import (
     TrainTransform,
@@ -128,14 +128,7 @@ class TrainLoader:
     """
 
     def __init__(self, config: DataConfig, store: Store, *, seed: int, rank: int, world_size: int, accumulation: int):
-        self._order = LaneOrder(
-            store.shard_sizes,
-            seed=seed,
-            lanes=config.lanes,
-            batch_size=config.global_batch_size,
-            window=config.window,
-            repeats=config.repeats,
-        )
+        self._order = lane_order(config, store, seed)
         self._config, self._seed, self._store = config, seed, store
         self._transform = TrainTransform(config)
         share = config.lanes // (world_size * accumulation)
@@ -182,6 +175,7 @@ class TrainLoader:
             "global_batch_size": self._config.global_batch_size,
             "lanes": self._config.lanes,
             "window": self._config.window,
+            "block": self._config.block,
             "repeats": self._config.repeats,
             "engine": self._config.engine,
             "index_hash": self.index_hash,
@@ -195,6 +189,7 @@ class TrainLoader:
         Raises:
             InputError: something the stream depends on differs.
         """
+        saved = {"block": 0, **saved}  # older ones have none
         for name, here in self.state(saved.get("step", 0)).items():
             if saved.get(name) != here:
                 raise InputError(

@@ -33,6 +33,7 @@ MANIFEST = "manifest.json"
 UNFINISHED = "preparing"
 FORMAT = 1
 CHECKSUM = "crc32c"
+COUNTED_AT_ONCE = 1 << 20
 INDEX_FIELDS = [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32c", "<u4")]
 
 T = TypeVar("T")
@@ -356,7 +357,7 @@ def read_index(folder: Path, name: str, split: Split) -> np.ndarray:
     if file_crc32c(path) != split.index_crc32c:
         raise InputError(f"{path} does not match {MANIFEST}: remove {folder} and prepare it again")
     index: np.ndarray = np.load(path, mmap_mode="r")
-    samples = np.bincount(index["shard"], minlength=len(split.shards)).tolist()
+    samples = count(index["shard"], len(split.shards)).tolist()
     rows = [denied.row for denied in split.denied]
     fault = ""
     if samples != [shard.samples for shard in split.shards]:
@@ -368,6 +369,15 @@ def read_index(folder: Path, name: str, split: Split) -> np.ndarray:
     if fault:
         raise InputError(f"{folder / MANIFEST} is damaged (split '{name}' {fault}): {_RESTORE.format(folder)}")
     return index
+
+
+def count(numbers: np.ndarray, values: int) -> np.ndarray:
+    """How often each of 0..values-1, or more, stands in a field of the index, which is never copied as a whole."""
+    largest = int(numbers.max(initial=0))
+    counts = np.zeros(max(values, largest + 1), dtype=np.int64)
+    for first in range(0, len(numbers), COUNTED_AT_ONCE):
+        counts += np.bincount(numbers[first : first + COUNTED_AT_ONCE], minlength=len(counts))
+    return counts
 
 
 def content_hash(index: np.ndarray) -> str:

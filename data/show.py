@@ -14,6 +14,7 @@ from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.data.mixing import DeviceTransform
 from convneur.data.shards import Manifest, read_index
+from convneur.data.shuffle import ShuffleQuality, shuffle_quality
 from convneur.data.store import open_store
 
 CAPTION = 12
@@ -58,12 +59,14 @@ def summarize(folder: Path, damaged: list[str] | None = None) -> tuple[Manifest,
     summaries = []
     for name, split in manifest.splits.items():
         try:
-            index = np.delete(read_index(folder, name, split), [denied.row for denied in split.denied])
+            index = read_index(folder, name, split)
         except InputError as error:
             if damaged is None:
                 raise
             damaged.append(str(error))
             continue
+        if split.denied:
+            index = np.delete(index, [denied.row for denied in split.denied])
         counts = np.bincount(index["label"], minlength=len(manifest.classes))
         summaries.append(
             SplitSummary(
@@ -83,6 +86,14 @@ def summarize(folder: Path, damaged: list[str] | None = None) -> tuple[Manifest,
 
 def _spread(values: np.ndarray) -> tuple[int, int, int]:
     return (int(values.min()), int(np.median(values)), int(values.max())) if len(values) else (0, 0, 0)
+
+
+def measure_shuffle(config: DataConfig, seed: int) -> ShuffleQuality:
+    """Measure the shuffle of the training split, with smaller batches where it can't fill one."""
+    store = open_store(config, config.train_split)
+    lanes = min(config.lanes, max(len(store), 1))
+    batch_size = max(min(config.global_batch_size, len(store)) // lanes, 1) * lanes
+    return shuffle_quality(replace(config, lanes=lanes, global_batch_size=batch_size), store, seed)
 
 
 def contact_sheet(config: DataConfig, path: Path, *, columns: int = 8, rows: int = 6, seed: int = 0) -> list[str]:

@@ -18,7 +18,7 @@ from convneur.data.config import DataConfig
 from convneur.data.errors import InputError, SampleError
 from convneur.data.keys import permutation, raw_bits
 from convneur.data.retry import retrying
-from convneur.data.shards import MANIFEST, Manifest, Sample, file_crc32c, read_index
+from convneur.data.shards import MANIFEST, Manifest, Sample, count, file_crc32c, read_index
 
 OPEN_SHARDS = 64
 FETCHES = 4
@@ -35,9 +35,11 @@ class Store(Protocol):
     def shard_sizes(self) -> np.ndarray:
         """Samples in each shard, (shards,) int64; the sum is N."""
 
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels of all samples, (N,) int64."""
+    def labels_of(self, samples: np.ndarray) -> np.ndarray:
+        """Labels of `samples`, of any shape, int64."""
+
+    def class_samples(self) -> np.ndarray:
+        """Samples of each class, (classes,) int64."""
 
     @property
     def index_hash(self) -> str:
@@ -137,7 +139,9 @@ class IndexedStore:
         self._entry = self._manifest.splits[split]
         self._remedy = f"remove {self._root} and run `convneur prepare {self._manifest.source} --out {self._root}`"
         self._index = read_index(self._root, split, self._entry)
-        self._rows = np.delete(np.arange(len(self._index)), [denied.row for denied in self._entry.denied])
+        self._denied = np.array([denied.row for denied in self._entry.denied], dtype=np.int64)
+        self._before_denied = self._denied - np.arange(len(self._denied))  # so many samples come before each
+        self._kept: np.ndarray | None = None  # the subset's samples
         self.classes = self._manifest.classes
         if self._index["label"].max(initial=0) >= len(self.classes):
             raise InputError(
@@ -149,22 +153,46 @@ class IndexedStore:
                 raise InputError(
                     f"data.subset is {subset.samples}, but split '{split}' of {root} has {len(self)} samples"
                 )
-            self._rows = self._rows[subset.rows(self.labels)]
-            del self.labels
+            self._kept = subset.rows(self.labels)
             self.index_hash = f"{self.index_hash}, {subset.samples} by seed {subset.seed}"
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._index) - len(self._denied) if self._kept is None else len(self._kept)
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """Rows of the index, int64, that `samples`, of any shape, have. No table of them: the index may be huge."""
+        if self._kept is not None:
+            samples = self._kept[samples]
+        return samples + np.searchsorted(self._before_denied, samples, side="right")
+
+    def row(self, sample: int) -> int:
+        """The row of the index that a sample has."""
+        return int(self.rows(np.array(sample)))
 
     @cached_property
     def shard_sizes(self) -> np.ndarray:
         """Samples in each shard, (shards,) int64."""
-        return np.bincount(self._index["shard"][self._rows], minlength=len(self._entry.shards))
+        return self._counts("shard", len(self._entry.shards))
 
-    @cached_property
+    @property
     def labels(self) -> np.ndarray:
-        """Labels of all samples, (N,) int64."""
-        return self._index["label"][self._rows].astype(np.int64)
+        """Labels of all samples, (N,) int64, gathered anew: nothing that a rank should keep."""
+        return self.labels_of(np.arange(len(self)))
+
+    def labels_of(self, samples: np.ndarray) -> np.ndarray:
+        """Labels of `samples`, of any shape, int64."""
+        labels: np.ndarray = self._index["label"][self.rows(samples)].astype(np.int64)
+        return labels
+
+    def class_samples(self) -> np.ndarray:
+        """Samples of each class, (classes,) int64."""
+        return self._counts("label", len(self.classes))
+
+    def _counts(self, field: str, values: int) -> np.ndarray:
+        """How many samples have each of the `values` that a field of the index may have."""
+        if self._kept is not None:
+            return np.bincount(self._index[field][self.rows(np.arange(len(self)))], minlength=values)
+        return count(self._index[field], values) - np.bincount(self._index[field][self._denied], minlength=values)
 
 
 class TarStore(IndexedStore):
@@ -215,7 +243,7 @@ class TarStore(IndexedStore):
             SampleError: its bytes aren't those that were indexed.
             InputError: the shard can't be opened or read, or ends before the sample does, and goes on so.
         """
-        row = self._index[self._rows[sample]]
+        row = self._index[self.row(sample)]
         shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
 
         def read() -> tuple[bytes, bool]:
@@ -236,7 +264,7 @@ class TarStore(IndexedStore):
         Raises:
             InputError: one can't be fetched.
         """
-        shards = [self._shards[number] for number in np.unique(self._index["shard"][self._rows[samples]])]
+        shards = [self._shards[number] for number in np.unique(self._index["shard"][self.rows(samples)])]
         with ThreadPoolExecutor(FETCHES) as pool:
             assert self._cache is not None
             list(pool.map(self._cache.touch, [shard for shard in shards if is_remote(shard.name)]))
@@ -253,7 +281,7 @@ class TarStore(IndexedStore):
 
     def where(self, sample: int) -> str:
         """Name the split, shard and key of a sample."""
-        row = self._index[self._rows[sample]]
+        row = self._index[self.row(sample)]
         return f"{self._place(row['shard'])}, split {self._split}, key {row['key'].decode()}"
 
     def _place(self, shard: int) -> str:

@@ -96,7 +96,7 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
     """
     from convneur.check import check_values
     from convneur.config import load_config
-    from convneur.data.show import contact_sheet, summarize
+    from convneur.data.show import contact_sheet, measure_shuffle, summarize
     from convneur.launch.tables import show_table
 
     config = load_config(args.config, [*overrides, "--data.root", str(args.folder)])
@@ -122,6 +122,10 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
     print("kB an image, images a class: least/median/most; empty: classes without any")
     for line in damaged:
         print(f"damaged: {line}")
+    data = config.data
+    if any(split.split == data.train_split and split.samples for split in summaries):
+        setting = f"data.lanes {data.lanes}, data.window {data.window}, data.block {data.block}"
+        print(f"shuffle of {data.train_split} with {setting}: {measure_shuffle(data, config.run.seed)}")
     try:
         bad = contact_sheet(config.data, args.sheet, seed=config.run.seed)
     except OSError as error:

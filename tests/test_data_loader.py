@@ -116,6 +116,27 @@ def test_a_resumed_stream_goes_on_as_the_uninterrupted_one(config: DataConfig, r
     assert_equal(stream(config, start, start + 5, world_size=4), reference[start : start + 5])
 
 
+def test_blocks_keep_the_stream_on_any_number_of_ranks_and_at_any_start(config: DataConfig, reference: Stream) -> None:
+    config = replace(config, block=3)
+    expected = stream(config, 0, STEPS_PER_EPOCH + 3)
+    assert not torch.equal(expected[0][0], reference[0][0])
+    assert_equal(stream(config, STEPS_PER_EPOCH - 2, STEPS_PER_EPOCH + 3, world_size=4), expected[-5:])
+    assert_equal(stream(config, 7, 9, world_size=2, accumulation=4), expected[7:9])
+
+
+def test_a_state_from_before_there_were_blocks_is_one_without_them(config: DataConfig) -> None:
+    store = TarStore(config.root, "train")
+    whole, blocks = (
+        TrainLoader(replace(config, block=block), store, seed=0, rank=0, world_size=1, accumulation=1)
+        for block in (0, 8)
+    )
+    old = {name: value for name, value in whole.state(30).items() if name != "block"}
+    whole.check_state(old)
+    for saved, there, here in ((old, blocks, 8), (blocks.state(30), whole, 0)):
+        with pytest.raises(InputError, match=rf"has block {8 - here}, this run {here}"):
+            there.check_state(saved)
+
+
 def test_a_stop_and_a_resume_lose_nothing(config: DataConfig, reference: Stream) -> None:
     loader = TrainLoader(
         replace(config, workers=2), TarStore(config.root, "train"), seed=0, rank=0, world_size=1, accumulation=1
@@ -188,6 +209,7 @@ def test_state_describes_the_stream_and_not_the_ranks(config: DataConfig) -> Non
             "global_batch_size": 64,
             "lanes": 8,
             "window": 2,
+            "block": 0,
             "repeats": 1,
             "engine": "webdataset",
             "index_hash": store.index_hash,

@@ -1,14 +1,17 @@
 """The order of an epoch, as properties of any set of shards."""
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convneur.data.config import DataConfig
 from convneur.data.keys import key, permutation, raw_bits
 from convneur.data.order import LaneOrder
+from convneur.data.shuffle import lane_order, shuffle_quality, shuffle_warning
 
 
 @st.composite
@@ -24,7 +27,25 @@ def settings_of_orders(draw: st.DrawFn) -> dict[str, object]:
         "batch_size": lanes * share,
         "window": draw(st.integers(1, 5)),
         "repeats": draw(st.sampled_from([1, 1, 2, 3])),
+        "block": draw(st.sampled_from([0, 0, 1, 3, 50])),
     }
+
+
+class Arranged:
+    """A store of nothing but labels, in shards of one size."""
+
+    def __init__(self, labels: np.ndarray, shard: int):
+        self.all_labels = labels
+        self.shard_sizes = np.full(len(labels) // shard, shard)
+
+    def __len__(self) -> int:
+        return len(self.all_labels)
+
+    def labels_of(self, samples: np.ndarray) -> np.ndarray:
+        return self.all_labels[samples]
+
+    def class_samples(self) -> np.ndarray:
+        return np.bincount(self.all_labels)
 
 
 def showings(order: LaneOrder, lanes: int) -> np.ndarray:
@@ -139,7 +160,53 @@ def test_the_order_never_changes() -> None:
         [[1, 7], [10, 16]],
         [[9, 8], [14, 5]],
     ]
+    in_blocks = LaneOrder([5, 3, 8, 1], seed=7, lanes=2, batch_size=4, window=1, block=2)
+    assert epoch_of(in_blocks, 1, range(2)).tolist() == [
+        [[1, 5], [12, 13]],
+        [[0, 4], [8, 2]],
+        [[14, 11], [6, 3]],
+        [[15, 10], [7, 16]],
+    ]
     assert key(np.int64(5), "x") == key(5, "x")
+
+
+@pytest.mark.parametrize("shards", [[250] * 40, [10_000]], ids=["sorted shards", "one sorted shard"])
+def test_blocks_mix_sorted_classes_as_a_full_shuffle_does(shards: list[int]) -> None:
+    labels = np.arange(10_000) // 250  # 40 classes, one after the other
+    settings = {"seed": 1, "lanes": 8, "batch_size": 128, "window": 4}
+
+    def statistics(order: LaneOrder) -> tuple[float, float, float]:
+        """Share of mixup pairs of one class, chi-squared over its degrees of freedom, correlation of next batches."""
+        batches = [labels[epoch_of(order, epoch, range(8))] for epoch in range(3)]
+        counts = np.stack([[np.bincount(step.ravel(), minlength=40) for step in epoch] for epoch in batches])
+        pairs = np.mean([(epoch == epoch[:, :, ::-1]).mean() for epoch in batches])
+        following = np.mean([np.corrcoef(*two)[0, 1] for epoch in counts for two in pairwise(epoch)])
+        return float(pairs), float(((counts - 3.2) ** 2 / 3.2).sum(-1).mean() / 39), float(following)
+
+    pairs, _, following = statistics(LaneOrder(shards, **settings))
+    assert pairs > 0.1 or following > 0.3  # what is wrong without blocks
+    for block, allowed in ((1, 0.0), (10, 0.01)):
+        pairs, chi2, following = statistics(LaneOrder(shards, **settings, block=block))
+        assert abs(pairs - 1 / 40) < 0.004 + allowed  # 15,000 pairs
+        assert abs(chi2 - 1) < 0.1 + 10 * allowed
+        assert abs(following) < 0.1 + 5 * allowed
+
+
+def test_what_is_measured_of_a_shuffle_is_what_its_batches_show() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.sort(generator.integers(0, 50, 20_000))
+    for arrangement, block, poor in ((labels, 0, True), (labels, 1, False), (generator.permutation(labels), 0, False)):
+        config = DataConfig(global_batch_size=256, lanes=16, window=4, block=block)
+        store = Arranged(arrangement, 500)
+        quality = shuffle_quality(config, store, seed=3)
+        seen = arrangement[epoch_of(lane_order(config, store, 3), 0, range(16))]
+        counts = np.stack([np.bincount(step.ravel(), minlength=50) for step in seen])
+        assert quality.alike == pytest.approx((seen == seen[:, :, ::-1]).mean(), rel=0.15)
+        if not poor:
+            assert quality.spread == pytest.approx(1, abs=0.1)
+            assert ((counts - 5.12) ** 2).mean() / 5.12 / 0.98 == pytest.approx(1, abs=0.2)
+        assert quality.is_poor is poor
+        assert bool(shuffle_warning(config, store, seed=3)) is poor
 
 
 def test_permutations_are_uniform() -> None:
@@ -159,7 +226,16 @@ def test_imagenet_is_reordered_in_a_moment() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"batch_size": 30}, {"batch_size": 101}, {"batch_size": 0}, {"lanes": 0}, {"window": 0}, {"repeats": 0}]
+    "wrong",
+    [
+        {"batch_size": 30},
+        {"batch_size": 101},
+        {"batch_size": 0},
+        {"lanes": 0},
+        {"window": 0},
+        {"repeats": 0},
+        {"block": -1},
+    ],
 )
 def test_contradictions_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="no order of 100 samples"):
