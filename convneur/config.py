@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from reprlib import Repr
 from types import NoneType
@@ -108,6 +109,7 @@ class Config:
 
 
 INCLUDE = "include"
+NOT_FINITE = re.compile(r"[-+]?(nan|inf(inity)?)", re.IGNORECASE)
 LONG_YAML = 1 << 14
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -309,6 +311,8 @@ def _typed(tree: Tree, section: type, where: str, prefix: str = "") -> Tree:
             if not isinstance(value, dict | None):
                 raise InputError(f"{where}{key} is {value!r}, expected keys below it, such as {_example(key, hint)}")
             value = value or {}
+            if not _is_section(hint):
+                _check_finite(_without_words(value), where + key, "a number")
             typed[name] = _typed(value, hint, where, f"{key}.") if _is_section(hint) else value
         else:
             typed[name] = _converted(value, hint, where + key)
@@ -318,6 +322,7 @@ def _typed(tree: Tree, section: type, where: str, prefix: str = "") -> Tree:
 
 def _converted(value: Any, hint: Any, label: str) -> Any:
     if _fits_as_it_is(value, hint):
+        _check_finite(value, label, _expected(hint))
         return value
     try:
         converted = _converter(hint).parse_object({"value": value}).value
@@ -326,7 +331,29 @@ def _converted(value: Any, hint: Any, label: str) -> Any:
         fits = False
     if not fits:
         raise InputError(f"{label} is {value!r}, expected {_expected(hint)}")
+    _check_finite(converted, label, _expected(hint))
     return converted
+
+
+def _check_finite(value: Any, label: str, expected: str) -> None:
+    """Refuses nan and infinity, which no setting means, wherever in a value they are."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check_finite(part, f"{label}.{key}", expected)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_finite(part, label, expected)
+    elif isinstance(value, float) and not isfinite(value):
+        raise InputError(f"{label} is {value}, expected {expected}; it can't be nan or infinite")
+
+
+def _without_words(value: Any) -> Any:
+    """A free value with `nan` and `inf`, which are numbers to DeepSpeed but words to YAML, as numbers."""
+    if isinstance(value, dict):
+        return {key: _without_words(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_words(part) for part in value]
+    return float(value) if isinstance(value, str) and NOT_FINITE.fullmatch(value) else value
 
 
 def _fits_as_it_is(value: Any, hint: Any) -> bool:
