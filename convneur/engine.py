@@ -10,6 +10,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME, has_comm_dtype
 from torch import Tensor, nn
 
+from convneur.loss_scale import mend_loss_scale
+
 Weights = dict[str, Tensor]
 
 
@@ -25,6 +27,8 @@ def build_engine(
     # killed leaves a lock on which every later run hangs; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if zero_stage(engine):
+        mend_loss_scale(engine)
     if zero_stage(engine) == 3:
         _gather_vectors_in_float32(model)
     if engine.bfloat16_enabled() or engine.fp16_enabled():

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
+from torch.amp import GradScaler
 
 from convneur.data.errors import InputError
 from convneur.engine import Weights, true_shape, zero_stage
+from convneur.loss_scale import LossScaler
 
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -106,17 +108,17 @@ def gather_scalars(engine: DeepSpeedEngine) -> dict[str, Any]:
         counts = inner.state.get(piece.flat, {}), inner.param_groups[piece.group]
         steps[names.index(piece.name)] = max(int(count.get("step", 0)) for count in counts)
     dist.all_reduce(steps, dist.ReduceOp.MAX)
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = _loss_scaler(engine)
     scale: dict[str, Any] = {}  # empty where losses aren't scaled
-    if engine.torch_autocast_z0_gradscaler:
-        scale = engine.torch_autocast_z0_gradscaler.state_dict()
+    if isinstance(scaler, GradScaler | LossScaler):
+        scale = scaler.state_dict()
     elif getattr(scaler, "dynamic", False):
         scale = {field: getattr(scaler, field) for field in LOSS_SCALER_FIELDS}
     return {
         "steps": dict(zip(names, steps.tolist(), strict=True)),
         "loss_scale": scale,
         "global_steps": engine.global_steps,
-        "skipped_steps": engine.skipped_steps,
+        "skipped_steps": engine.global_steps - int(steps.max()),  # under ZeRO 0 DeepSpeed doesn't count them
     }
 
 
@@ -158,14 +160,19 @@ def restore(
     elif zero_stage(engine):
         engine.optimizer.update_lp_params()
 
-    scale, scaler = scalars["loss_scale"], getattr(engine.optimizer, "loss_scaler", None)
-    if engine.torch_autocast_z0_gradscaler and "scale" in scale:
-        engine.torch_autocast_z0_gradscaler.load_state_dict(scale)
+    scale, scaler = scalars["loss_scale"], _loss_scaler(engine)
+    if isinstance(scaler, GradScaler | LossScaler) and "scale" in scale:
+        scaler.load_state_dict(scale)
     elif getattr(scaler, "dynamic", False) and "cur_scale" in scale:
         for name, value in scale.items():
             setattr(scaler, name, value)
     engine.global_steps, engine.skipped_steps = scalars["global_steps"], scalars["skipped_steps"]
     engine.global_samples = engine.global_steps * engine.train_batch_size()
+
+
+def _loss_scaler(engine: DeepSpeedEngine) -> Any:
+    """What keeps the scale of the losses; None, or one that isn't dynamic, where nothing does."""
+    return engine.torch_autocast_z0_gradscaler or getattr(engine.optimizer, "loss_scaler", None)
 
 
 def _set_step(optimizer: torch.optim.Optimizer, group: dict[str, Any], flat: Tensor, step: int) -> None:
