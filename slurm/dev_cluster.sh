@@ -4,6 +4,8 @@
 #   slurm/dev_cluster.sh up [NODES] [FOLDER]    start a controller and NODES nodes (default: 2), named n1, n2, ...
 #   slurm/dev_cluster.sh status [FOLDER]        show its nodes and jobs; exit status 1 if it isn't up
 #   slurm/dev_cluster.sh down [FOLDER]          end its jobs and its daemons, nothing else, and remove FOLDER
+#   slurm/dev_cluster.sh hold [NODES] [FOLDER]  up, then down when standard input ends: with who has started it, killed
+#                                               or not
 #
 # FOLDER (default: $TMPDIR/convneur-slurm-$USER) holds all of it: configuration, key, state, logs. Clusters in different
 # folders don't meet. Every node claims GPUs, cores and memory that needn't be there, so that scripts written for a real
@@ -41,6 +43,14 @@ up() {
     fi
     say "use them in this shell: export SLURM_CONF=$conf"
     say "end them: $0 down $folder"
+}
+
+# What has been started must be ended, whatever signals come; nobody may be left to read what is said about it.
+hold() {
+    trap : HUP INT TERM PIPE
+    up </dev/null
+    while read -r _ || [ $? -gt 128 ]; do :; done
+    down >/dev/null 2>&1
 }
 
 status() {
@@ -182,7 +192,7 @@ wait_until() {
 command=${1-}
 shift || true
 nodes=2
-if [ "$command" = up ] && [[ ${1-} =~ ^[1-9][0-9]*$ ]]; then
+if [[ $command =~ ^(up|hold)$ && ${1-} =~ ^[1-9][0-9]*$ ]]; then
     nodes=$1
     shift
 fi
@@ -190,7 +200,7 @@ folder=$(realpath -m -- "${1:-${TMPDIR:-/tmp}/convneur-slurm-$(id -un)}")
 conf=$folder/slurm.conf
 export SLURM_CONF=$conf
 case $#,$command in
-[01],up | [01],status | [01],down) "$command" ;;
+[01],up | [01],hold | [01],status | [01],down) "$command" ;;
 *)
     sed -n 's/^#   \(slurm\/dev_cluster.sh\)/\1/p' "$0" >&2
     exit 2

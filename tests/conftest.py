@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_cluster import Cluster, dev_cluster, go_untested, missing_programs
+from slurm_cluster import Cluster, go_untested, held_cluster, missing_programs
 
 from convneur.data.digits import prepare_digits
 from convneur.world import World
@@ -72,8 +72,5 @@ def cluster() -> Iterator[Cluster]:
     if missing := missing_programs():
         go_untested(f"NO SLURM HERE ({', '.join(missing)}), SO BATCH SCRIPTS GO UNTESTED: apt-get install slurm-wlm")
     folder = Path(tempfile.gettempdir()) / f"convneur-slurm-test-{os.getpid()}"  # short: sockets lie in it
-    up = dev_cluster("up", "2", folder)
-    assert up.returncode == 0, up.stdout + up.stderr
-    yield Cluster(folder)
-    down = dev_cluster("down", folder)
-    assert down.returncode == 0, down.stdout + down.stderr
+    with held_cluster(2, folder) as cluster:
+        yield cluster

@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -79,3 +80,30 @@ class Cluster:
             assert time.monotonic() < deadline, job
             time.sleep(0.2)
         return job
+
+
+@contextmanager
+def held_cluster(nodes: int, folder: Path) -> Iterator[Cluster]:
+    """A cluster that ends with this process, however that ends, by the script's `hold`."""
+    words = [str(SLURM / "dev_cluster.sh"), "hold", str(nodes), str(folder)]
+    with subprocess.Popen(
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as holder:
+        assert holder.stdin
+        assert holder.stdout
+        said = ""
+        while "end them: " not in said:
+            line = holder.stdout.readline()
+            assert line, said
+            said += line
+        try:
+            yield Cluster(folder)
+        finally:
+            holder.stdin.close()
+            said += holder.stdout.read()
+    assert holder.returncode == 0, said

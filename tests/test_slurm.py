@@ -349,3 +349,12 @@ def processes_that_name(folder: Path) -> set[str]:
             if str(folder).encode() in (process / "cmdline").read_bytes():
                 found.add(process.name)
     return found
+
+
+def test_cluster_ends_with_who_holds_it_even_killed(cluster: Cluster) -> None:
+    folder = cluster.folder.with_name(f"{cluster.folder.name}-held")
+    program = f"import os, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    program += "from pathlib import Path; from slurm_cluster import held_cluster\n"
+    program += f"with held_cluster(1, Path({str(folder)!r})): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -9
+    wait_until(lambda: not folder.exists() and not processes_that_name(folder))
