@@ -61,8 +61,10 @@ EMA_FILE = "ema.safetensors"
 MOMENTS = "optimizer"
 OPTIMIZER_FILE = "optimizer.json"
 LATEST = "LATEST"
-_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+_STEP = r"step-(?:[0-9]{8}|[1-9][0-9]{8,})"
+_NAME = re.compile(_STEP)
 _TEMPORARY = "tmp-"
+_LEFTOVER = re.compile(rf"{_TEMPORARY}(?P<removed>removed-)?(?P<name>{_STEP})(?:-[0-9]+)?")
 _log = logging.getLogger(__name__)
 _NEEDED = {CONFIG_FILE, STATE_FILE, MODEL_FILE, OPTIMIZER_FILE}
 
@@ -131,11 +133,11 @@ def checkpoint_name(step: int) -> str:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints in a folder, newest first; unfinished ones and other names are not among them.
 
-    A folder with such a name was whole when it got it. What it has lost since, `newest_intact` finds. InputError where
-    the folder is there but can't be read.
+    Neither is a folder that holds nothing of a checkpoint. A folder with such a name was whole when it got it. What it
+    has lost since, `newest_intact` finds. InputError where the folder is there but can't be read.
     """
     try:
-        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and _holds_one(path)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -246,7 +248,7 @@ def _account(final: Path, retention: Retention, best: Best | None, warn: Callabl
         warn(f"{final} is saved, but {LATEST} can't say so ({error})")
     remove_obsolete(final.parent, checkpoint_step(final), retention, best, warn)
     _remove_leftovers(final.parent)
-    for left_over in final.parent.glob(f"{_TEMPORARY}*"):
+    for left_over in _leftovers(final.parent):
         warn(f"{left_over} can't be removed; it is of no use to the run")
 
 
@@ -268,16 +270,38 @@ def remove_obsolete(
     except OSError as error:
         warn(f"{folder / BEST} can't be written ({error})")
         return  # what it names stays
-    for step in retention.obsolete(list(by_step), current, best.step if best else None):
+    own = [step for step, path in by_step.items() if not path.is_symlink()]  # a link is somebody's
+    for step in retention.obsolete(own, current, best.step if best else None):
         try:
             _remove(by_step[step])
         except OSError as error:
             warn(f"{by_step[step]} is no longer needed, but can't be removed wholly ({error})")
 
 
+def restore_replaced(folder: Path) -> None:
+    """Gives a run's only checkpoint its name back, if a kill came as another was to replace it. One rank does it."""
+    for left_over in _leftovers(folder):
+        match = _LEFTOVER.fullmatch(left_over.name)
+        if match and match["removed"] and (left_over / MANIFEST).is_file():
+            original = folder / match["name"]
+            if not os.path.lexists(original) and not list_checkpoints(folder):
+                with suppress(OSError):
+                    left_over.rename(original)
+
+
+def _holds_one(path: Path) -> bool:
+    return any((path / name).is_file() for name in (MANIFEST, STATE_FILE, MODEL_FILE))
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """Folders that interrupted saves and removals have left; what else has a similar name is somebody's."""
+    named = (path for path in folder.glob(f"{_TEMPORARY}*") if _LEFTOVER.fullmatch(path.name))
+    return [path for path in named if path.is_dir() and not path.is_symlink()]
+
+
 def _remove_leftovers(folder: Path) -> None:
     """Removes what interrupted saves have left. What can't be, such as an open file on NFS, is tried the next time."""
-    for left_over in folder.glob(f"{_TEMPORARY}*"):
+    for left_over in _leftovers(folder):
         with suppress(OSError):
             shutil.rmtree(left_over, ignore_errors=True)
 
@@ -316,7 +340,8 @@ def load_checkpoint(checkpoint: Path, engine: DeepSpeedEngine, ema: Ema | None) 
         InputError: it is of another model, or holds no average where one is kept.
     """
     scalars = json.loads((checkpoint / OPTIMIZER_FILE).read_text())
-    moments = {path.stem: load_file(path) for path in sorted((checkpoint / MOMENTS).glob("*.safetensors"))}
+    names = sorted(name for name in json.loads((checkpoint / MANIFEST).read_bytes()) if name.startswith(f"{MOMENTS}/"))
+    moments = {Path(name).stem: load_file(checkpoint / name) for name in names}
     restore(engine, load_weights(checkpoint, averaged=False), moments, scalars)
     if ema:
         ema.load_full_weights(load_weights(checkpoint, averaged=True))
@@ -375,20 +400,25 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Gives a complete checkpoint its name; what has that name already was found damaged, or it would not be redone."""
+    """Gives a complete checkpoint its name. Another that has it goes; a link, file or foreign folder steps aside."""
     for folder in (temporary / MOMENTS, temporary):
         fsync(folder)
+    before = None
     if os.path.lexists(final):
-        final.rename(_free(final.with_name(f"{_TEMPORARY}removed-{final.name}")))  # the next save clears it away
-    temporary.rename(final)
+        own = _holds_one(final) and not final.is_symlink()
+        aside = f"{_TEMPORARY}removed-{final.name}" if own else f"{final.name}.aside"
+        before = final.rename(_free(final.with_name(aside)))
+    try:
+        temporary.rename(final)
+    except OSError:
+        if before:
+            before.rename(final)
+        raise
     fsync(final.parent)
 
 
 def _remove(checkpoint: Path) -> None:
     """Removes a checkpoint; killed in the middle, it leaves nothing that looks like one."""
-    if checkpoint.is_symlink():
-        checkpoint.unlink()  # what it points to is somebody else's
-        return
     unnamed = _free(checkpoint.with_name(f"{_TEMPORARY}removed-{checkpoint.name}"))
     checkpoint.rename(unnamed)
     shutil.rmtree(unnamed)

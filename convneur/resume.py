@@ -16,6 +16,7 @@ from convneur.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     newest_intact,
+    restore_replaced,
 )
 from convneur.config import Config, load_config
 from convneur.data.errors import InputError
@@ -34,6 +35,8 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
     if resume == "never":
         return None, []
     if resume == "auto":
+        if world.is_main:
+            restore_replaced(folder / CHECKPOINTS)
         found, latest = list_checkpoints(folder / CHECKPOINTS), folder / CHECKPOINTS / LATEST
         checkpoint, faults = newest_intact(found, world)
         if not found and latest.is_file():

@@ -42,7 +42,7 @@ from convneur.export import export_checkpoint
 from convneur.guards import GuardConfig
 from convneur.metrics import read_metrics
 from convneur.model import ConvNeur
-from convneur.resume import best_so_far
+from convneur.resume import best_so_far, choose_checkpoint
 from convneur.retention import BEST, Best
 from convneur.run import LAST_TRIES
 from convneur.train import train
@@ -235,6 +235,8 @@ def test_other_names_beside_checkpoints_are_left_alone(run: Path, world: World, 
 def test_checkpoints_are_in_order_of_their_steps(tmp_path: Path) -> None:
     for name in ("step-99999999", "step-100000000", "step-00000001", "step-000000002"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    (tmp_path / "step-00000002").mkdir()  # nothing of a checkpoint is in it
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["step-100000000", "step-99999999", "step-00000001"]
 
@@ -283,7 +285,54 @@ def test_cleaning_up_is_not_saving(
     assert [path.name for path in list_checkpoints(folder)] == [f"step-{STEPS:08d}"]
     assert newest_intact(list_checkpoints(folder), world)[1] == []
     assert elsewhere.is_dir()
-    assert not (folder / "step-00000002").is_symlink()
+    assert (folder / "step-00000002").is_symlink()
+
+
+def test_what_lies_where_a_checkpoint_has_to_go_steps_aside(tmp_path: Path) -> None:
+    """Of a file, a link, a folder of somebody's and a damaged checkpoint, only the last is taken for the run's own."""
+    whole = tmp_path / "whole"
+    (whole / "optimizer").mkdir(parents=True)
+    (whole / "manifest.json").touch()
+    (tmp_path / "step-00000001").write_text("mine")
+    (tmp_path / "step-00000002").symlink_to(whole)
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000003" / "mine").touch()
+    shutil.copytree(whole, tmp_path / "step-00000004")
+    (tmp_path / "tmp-mine").mkdir()
+    (tmp_path / "tmp-step-00000009").touch()
+    for step in range(1, 5):
+        temporary = Path(shutil.copytree(whole, tmp_path / f"tmp-step-0000000{step}"))
+        checkpoints._publish(temporary, tmp_path / f"step-0000000{step}")
+    checkpoints._remove_leftovers(tmp_path)
+    asides = [f"step-0000000{step}.aside" for step in (1, 2, 3)]
+    named = [f"step-0000000{step}" for step in (1, 2, 3, 4)]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "tmp-mine", "tmp-step-00000009", *asides, *named}
+    assert (tmp_path / asides[0]).read_text() == "mine"
+    assert (tmp_path / asides[1]).readlink() == whole
+    assert (tmp_path / asides[2] / "mine").is_file()
+
+
+def test_a_kill_between_two_names_loses_no_checkpoint(run: Path, world: World) -> None:
+    """As a checkpoint is made anew under its name, the one before has none for a moment."""
+    newest, previous = list_checkpoints(run / CHECKPOINTS)
+    previous.rename(run / "elsewhere")
+    newest.rename(newest.with_name(f"tmp-removed-{newest.name}"))
+    assert choose_checkpoint(run, "auto", world) == (newest, [])
+    (run / "elsewhere").rename(previous)
+    previous.rename(previous.with_name(f"tmp-removed-{previous.name}"))  # a removal that was not completed
+    assert choose_checkpoint(run, "auto", world) == (newest, [])
+    assert not previous.exists()
+
+
+def test_a_moment_that_the_manifest_does_not_name_is_not_loaded(
+    run: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(checkpoints, "restore", lambda engine, masters, moments, scalars: loaded.extend(moments))
+    moments = find_checkpoint(run) / "optimizer"
+    shutil.copy(moments / "exp_avg.safetensors", moments / "exp_avg (copy).safetensors")
+    checkpoints.load_checkpoint(find_checkpoint(run), None, None)  # type: ignore[arg-type]
+    assert loaded == ["exp_avg", "exp_avg_sq"]
 
 
 def test_never_starts_afresh_in_silence(run: Path, world: World, config: Config) -> None:
