@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 TICK_SECONDS = 0.5
+END = "end"
 LAST_SECONDS = 10.0
 """After which a process that ABRT hasn't ended is killed."""
 
@@ -22,16 +23,19 @@ LAST_SECONDS = 10.0
 def main() -> None:
     """Reads the command line; see the head of this file."""
     pid, more = int(sys.argv[1]), float(sys.argv[2])
+    started = _stat(pid)[19:20]
+    if not started or os.fork():  # it is no child of the process, whose children are those that decode
+        return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are the process's, which ends this one by its end
     allowed, silent, told = float("inf"), 0.0, False
-    while os.getppid() == pid:
+    while (fields := _stat(pid))[19:20] == started:
         if select.select([0], [], [], TICK_SECONDS)[0]:
             lines = os.read(0, 4096).decode().split()
-            if not lines:
+            if not lines or lines[-1] == END:
                 return
             allowed, silent = float(lines[-1]) + more, 0.0
-        elif not _is_stopped(pid):
+        elif fields[0] != "T":
             silent += TICK_SECONDS
         if silent > allowed + LAST_SECONDS:
             os.kill(pid, signal.SIGKILL)
@@ -40,11 +44,12 @@ def main() -> None:
             told = True
 
 
-def _is_stopped(pid: int) -> bool:
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the name: the state first, the start as the twentieth."""
     try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
     except OSError:
-        return False
+        return []
 
 
 if __name__ == "__main__":

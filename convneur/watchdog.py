@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import IO, Self, cast
+from typing import Self
+
+from convneur.deaf import END
 
 EXIT_STATUS = 75
 """Of a rank that its watchdog has ended: try again."""
@@ -57,7 +59,9 @@ class Watchdog:
             self._was_enabled = faulthandler.is_enabled()
             faulthandler.enable()  # shows the stacks at ABRT
             command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("deaf.py")), str(os.getpid())]
-            self._beside = subprocess.Popen([*command, str(DEAF_SECONDS)], stdin=subprocess.PIPE, bufsize=0)
+            reader, self._beside = os.pipe()
+            subprocess.run([*command, str(DEAF_SECONDS)], stdin=reader, check=True)  # it goes on by itself
+            os.close(reader)
             self._thread = Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
@@ -67,8 +71,8 @@ class Watchdog:
         if self._config.seconds:
             self._ended.set()
             self._thread.join()
-            self._beside.kill()
-            self._beside.communicate()
+            self._tell(END)
+            os.close(self._beside)
             if not self._was_enabled:
                 faulthandler.disable()
 
@@ -89,14 +93,17 @@ class Watchdog:
     def _watch(self) -> None:
         last = time.monotonic()
         while self._left > 0:
-            with suppress(OSError):
-                cast(IO[bytes], self._beside.stdin).write(b"%.1f\n" % self._left)
+            self._tell(f"{self._left:.1f}")
             if self._ended.wait(min(TICK_SECONDS, self._left)):
                 return
             now = time.monotonic()
             self._left -= min(now - last, 2 * TICK_SECONDS)  # more than that was no time to run in
             last = now
         self._bark()
+
+    def _tell(self, line: str) -> None:
+        with suppress(OSError):  # somebody may have killed it
+            os.write(self._beside, f"{line}\n".encode())
 
     def _bark(self) -> None:
         try:
