@@ -110,9 +110,9 @@ def _start(
         best, missed = best_so_far(folder, checkpoint, state, world)
         faults += missed
 
-    changed = _write_records(config, world, folder, resumed=state is not None) if world.is_main else []
     if world.is_main and start_step < total_steps:
-        (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run that is now to be longer
+        (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run, before its configuration goes
+    changed = _write_records(config, world, folder, resumed=state is not None) if world.is_main else []
     log = TrainingLog(
         folder,
         world,

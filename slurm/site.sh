@@ -16,7 +16,7 @@
 
 # The command, if it isn't the checkout's own .venv/bin/convneur; and more options for srun.
 #convneur=(apptainer exec --nv --bind /scratch /scratch/convneur.sif convneur)
-#python=/usr/bin/python3 # 3.8 or newer, outside of the container: it looks after srun
+#python=/usr/bin/python3 # 3.9 or newer, outside of the container: it looks after srun
 #srun_options=(--container-image=/scratch/convneur.sqsh --container-mounts=/scratch)
 
 # Network, where the choice made at the start of a job's log is wrong.

@@ -1,18 +1,23 @@
 """The batch scripts as text, and what of them needs no Slurm."""
 
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from slurm_cluster import go_untested
+from submitit.slurm.slurm import _make_sbatch_string
 
 from convneur.check import check_config
 from convneur.config import load_config
+from convneur.data.errors import InputError
 from convneur.launch.cli import main
+from convneur.launch.submit import Resources, executor
 from convneur.launch.supervise import free_port
 from convneur.model import VARIANTS
 
@@ -119,6 +124,73 @@ def test_text_that_submit_gives_to_sbatch_needs_no_slurm(
     assert main(words) == 2
     assert "there is no sbatch here: submit on a login node" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+SITE = """
+export PROJ=$NOT_SET_ANYWHERE
+false
+false | true
+cd /
+set -- other words
+set -f -C -u; set -e; set +e; set +u
+say() { echo theirs; }
+train() { echo theirs; }
+cd() { echo theirs; }
+IFS=:
+checkout=/nowhere
+runs=elsewhere
+echo printed
+"""
+
+
+def preview(folder: Path, site: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """What a script of a copied checkout with blanks and quotes in its path shows, with lines added to its site.sh."""
+    shutil.copytree(SLURM, folder / "it's a copy" / "slurm")
+    with (folder / "it's a copy" / "slurm" / "site.sh").open("a") as file:
+        file.write(site)
+    return bash(folder / "it's a copy" / "slurm" / "train_m4.sh", "--dry-run", "--run.name", "a b", **env)
+
+
+def test_site_settings_are_read_as_by_any_shell(tmp_path: Path) -> None:
+    shown = preview(tmp_path, SITE, CDPATH="/usr")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("printed\nsbatch options")
+    command = shlex.split(shown.stdout.splitlines()[-1])
+    assert command[-4:] == ["--run.root", "elsewhere", "--run.name", "a b"]
+    assert f"{tmp_path}/it's a copy/slurm/rank.sh" in command
+
+
+@pytest.mark.parametrize("line", ["exit 0", "set -e; false", "set -u; echo $NOT_SET_ANYWHERE"])
+def test_site_settings_that_end_the_job_are_named(tmp_path: Path, line: str) -> None:
+    ended = preview(tmp_path, f"{line}\n")
+    assert ended.returncode == 2
+    assert "slurm/site.sh has ended the job" in ended.stderr.splitlines()[-1]
+
+
+def test_resume_says_where_a_run_begins_and_auto_how_it_goes_on() -> None:
+    for words in (["--resume", "/a run"], ["--resume=/a run"]):
+        shown = bash(SLURM / "train_m4.sh", *words, "--dry-run")
+        command = shlex.split(shown.stdout.splitlines()[-1])
+        assert command[command.index("--resume") + 1] == "auto"
+        assert command[-1] == "--begin=/a run"
+
+
+@pytest.mark.parametrize("value", ["a\n#SBATCH --uid=0", "a\rb", "a\x0bb", "a\u2028b"])
+def test_names_that_would_be_lines_of_a_script_are_refused(value: str) -> None:
+    config = load_config([CHECKOUT / "configs" / "m4.yaml"])
+    for run in (replace(config.run, name=value), replace(config.run, root=value)):
+        with pytest.raises(InputError, match="expected no line ends"):
+            check_config(replace(config, run=run), 8)
+
+
+def test_nothing_in_a_name_or_a_path_becomes_part_of_a_script(tmp_path: Path) -> None:
+    folder, python = tmp_path / "$(touch x) 'a' b", "/a b/$(touch x)/python"
+    made = executor(folder, "$(touch x)'\"; #SBATCH --x", Resources(1, 0, 1, 1, 60, {}), python)
+    text = _make_sbatch_string(made._submitit_command_str, made.folder, **made.parameters)
+    assert "--job-name='" in text
+    assert "touch x" not in next(line for line in text.splitlines() if "--job-name" in line).replace("_touch x_", "")
+    words = shlex.split(next(line for line in text.splitlines() if line.startswith("exec ")))
+    assert (words[3], words[-1]) == (python, str(folder))
 
 
 def test_outside_of_slurm_a_script_says_how_it_is_used() -> None:
