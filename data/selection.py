@@ -7,7 +7,9 @@ from pathlib import PurePosixPath
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp"})
 """What torchvision's ImageFolder reads, whatever the case."""
 
-LITTER = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"})
+LITTER = frozenset(
+    {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
+)
 """Names, in small letters, of what systems leave in people's folders, besides hidden files."""
 
 NAMED = 3
