@@ -7,6 +7,7 @@ others to start from, `include: FILE`, beside its sections; what is saved with a
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
@@ -26,7 +27,7 @@ from convneur.determinism import Determinism
 from convneur.guards import GuardConfig
 from convneur.model import ModelConfig
 from convneur.optim import OptimizerConfig, ScheduleConfig
-from convneur.saved import DamagedError
+from convneur.saved import DamagedError, check_kind
 from convneur.watchdog import WatchdogConfig
 
 
@@ -136,6 +137,8 @@ def saved_config(path: Path) -> Config:
     Raises DamagedError where it doesn't, as after a full disk: the defaults would pass for what the run was made with.
     """
     try:
+        with suppress(OSError):  # which reading reports
+            check_kind(path)
         sources = list(_read_file(path, ()))
         absent = [name for name in SAVED_SECTIONS if name not in sources[-1][1]]
         if absent:

@@ -6,6 +6,7 @@ What is damaged is said, as DamagedError, and never passes for something else.
 
 import json
 import math
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,19 @@ class DamagedError(InputError):
 def contents(path: Path) -> bytes | None:
     """A file's bytes; None where there is no such file. DamagedError where it can't be read."""
     try:
+        check_kind(path)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DamagedError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def check_kind(path: Path) -> None:
+    """Raises DamagedError where reading would wait, as of a pipe, or never end, as of a device; OSError without one."""
+    kind = path.stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a folder is an error anyhow
+        raise DamagedError(f"{path}: is no ordinary file")
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

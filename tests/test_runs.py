@@ -76,6 +76,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder for config": (instead("config.yaml", Path.mkdir), "config.yaml: can't be read (Is a directory)"),
     "folder for summary": (instead("summary.json", Path.mkdir), "summary.json: can't be read (Is a directory)"),
     "folder for metrics": (instead(METRICS_FILE, Path.mkdir), "metrics.jsonl: can't be read (Is a directory)"),
+    "pipe for config": (instead("config.yaml", os.mkfifo), "config.yaml: is no ordinary file"),
+    "pipe for metrics": (instead(METRICS_FILE, os.mkfifo), "metrics.jsonl: is no ordinary file"),
+    "device for summary": (
+        instead("summary.json", lambda p: p.symlink_to("/dev/zero")),
+        "summary.json: is no ordinary",
+    ),
     "link loop": (instead("config.yaml", lambda p: p.symlink_to(p)), "config.yaml: can't be read (Too many levels"),
     "cut line": (line(7, b'{"step": 16, "ep\n'), "metrics.jsonl: line 8 is no record"),
     "glued lines": (line(7, b'{"step": 16, "ep'), "metrics.jsonl: line 8 is no record"),
