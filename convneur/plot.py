@@ -166,5 +166,5 @@ def _label(axis: Axes, title: str, accuracy: bool) -> None:
 
 def _plain(name: str) -> str:
     """A name that matplotlib shows as it is: $ would begin a formula, and a first _ hides it from a legend."""
-    shown = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    shown = "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown

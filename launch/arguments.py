@@ -47,6 +47,11 @@ def positive(most: float) -> Callable[[str], float]:
     return number
 
 
+def printable(text: str) -> str:
+    """A text as it is, with what would break its line, or act on a terminal, in escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def check_words(words: list[str], prog: str) -> None:
     """Raises InputError where a word, or the value of a flag, is empty: a variable of a shell that isn't set."""
     for before, word in zip([prog, *words], words, strict=False):

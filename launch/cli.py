@@ -14,7 +14,18 @@ from convneur.data.addresses import redact
 from convneur.data.errors import OUTAGE_STATUS, InputError, StorageError, WorkerError, is_outage
 from convneur.errors import TrainingError
 from convneur.launch import commands, data_commands, plan_commands, study_commands
-from convneur.launch.arguments import COUNT, PIXELS, PROCESSES, RANKS, TASKS, Parser, check_words, positive, whole
+from convneur.launch.arguments import (
+    COUNT,
+    PIXELS,
+    PROCESSES,
+    RANKS,
+    TASKS,
+    Parser,
+    check_words,
+    positive,
+    printable,
+    whole,
+)
 from convneur.launch.commands import Command
 from convneur.launch.signals import StoppedError
 from convneur.launch.streams import close_output, escape_output
@@ -94,14 +105,9 @@ def _unknown(word: str, args: argparse.Namespace) -> InputError:
     return InputError(f"{word} is not a flag of `convneur {args.command}`; {hint}")
 
 
-def _one_line(message: str) -> str:
-    """A message as it is, with what would break its line, or act on a terminal, in escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in message)
-
-
 def _say(error: Exception) -> None:
     """Prints an error, or leaves it to the launcher, if there is one, to print that once for all ranks."""
-    line = redact(_one_line(str(error)))
+    line = redact(printable(str(error)))
     if "RANK" in os.environ:
         from convneur.launch.local import report_failure
 

@@ -12,6 +12,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from convneur.launch.arguments import printable
+
 ENDLESS = 1 << 16  # characters of a line in a file
 GAP = 2  # characters between two columns
 LEAST_TEXT = 16  # characters that a column of words is left, if its words are as many
@@ -53,6 +55,7 @@ def table_of(
         styles: of the rows, as rich names them.
         sections: rows that a rule follows.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = _widths(headings, rows, width, text)
     if widths is None:
         return Text("\n".join(_paragraphs(headings, rows)))

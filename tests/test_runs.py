@@ -117,14 +117,21 @@ def test_damage_is_said_in_a_row_and_hides_no_other_run(
     assert damaged.split()[-6:] == ["-"] * 6
 
 
-def test_what_is_no_run_is_not_listed_and_what_cannot_be_looked_into_is(tmp_path: Path) -> None:
+def test_what_is_no_run_is_not_listed_and_what_cannot_be_looked_into_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_run(tmp_path / "run")
+    make_run(tmp_path / "a\n\x1b[31mname")
     (tmp_path / "a_file").touch()
     (tmp_path / "study" / "configs").mkdir(parents=True)
     (tmp_path / "moved").symlink_to(tmp_path / "nowhere")
     (tmp_path / "looped").symlink_to(tmp_path / "looped")
-    found, _ = Runs(tmp_path).look()
-    assert [(run.name, run.state.partition(":")[0]) for run in found] == [
+    runs = Runs(tmp_path)
+    runs.show()
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == ["a\\n\\x1b[31mname", "looped", "moved", "run"]
+    found, _ = runs.look()
+    assert [(run.name, run.state.partition(":")[0]) for run in found[1:]] == [
         ("looped", "damaged"),
         ("moved", "damaged"),
         ("run", "finished"),
