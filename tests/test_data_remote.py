@@ -387,6 +387,21 @@ def test_s3_gives_the_stream_of_local_shards(origin: Path, bucket: str, tmp_path
     assert_same(ours, stream(config_for(origin, tmp_path / "unused")))
 
 
+def test_keys_in_a_bucket_may_have_any_characters(origin: Path, bucket: str, tmp_path: Path) -> None:
+    import boto3
+
+    odd = "run #1/q[1] a+b%20c?ä/"
+    for number in (0, 1):
+        shard = f"train-00000{number}.tar"
+        boto3.client("s3").upload_file(str(origin / shard), "shards", odd + shard)
+    local = TarStore(origin, "train")
+    for number, pattern in enumerate(("train-*.tar", "train-00000?.tar", "train-{000000..000001}.tar")):
+        out = tmp_path / str(number)
+        assert prepare_index(f"s3://shards/{odd}{pattern}", out, split="train", processes=1) == 16
+        remote = open_store(config_for(out, tmp_path / "cache"), "train")
+        assert [remote.read(sample) for sample in (0, 15)] == [local.read(sample) for sample in (0, 15)]
+
+
 def test_s3_failures_are_one_line(
     bucket: str, tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

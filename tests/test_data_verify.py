@@ -310,7 +310,7 @@ def test_what_is_no_file_is_no_manifest(copy: Path) -> None:
 def test_showing_names_the_images_that_others_stand_in_for(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "train-000001.tar"
     flip(path, member(path, "train00000009").offset_data + 200)
-    words = ["data", "show", str(copy), "--sheet", str(copy / "sheet.png"), "--data.image_size", "16"]
+    words = ["data", "show", str(copy), "--sheet", str(copy / "sheet.png"), "--data.image_size", "32"]
     assert main(words) == 0
     assert "train-000001.tar, split train, key train00000009: checksum mismatch" in capsys.readouterr().out
 
