@@ -243,6 +243,10 @@ def save_checkpoint(
 def _account(final: Path, retention: Retention, best: Best | None, warn: Callable[[str], None]) -> None:
     """What follows a commit: it stands, whatever becomes of this, which is made up for after the next one."""
     try:
+        fsync(final.parent)
+    except OSError as error:
+        warn(f"{final} is saved, but may not outlast a failure of this machine ({error})")
+    try:
         _write_text(f"{final.name}\n", final.parent / LATEST)
     except OSError as error:
         warn(f"{final} is saved, but {LATEST} can't say so ({error})")
@@ -414,7 +418,6 @@ def _publish(temporary: Path, final: Path) -> None:
         if before:
             before.rename(final)
         raise
-    fsync(final.parent)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -275,11 +275,20 @@ def test_cleaning_up_is_not_saving(
         if not ignore_errors:
             raise OSError(39, "Directory not empty", str(path))
 
+    flush = checkpoints.fsync
+
+    def fail_for_names(path: Path) -> None:
+        if path == folder:
+            raise OSError(5, "Input/output error")
+        flush(path)
+
     monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
+    monkeypatch.setattr(checkpoints, "fsync", fail_for_names)
     train(replace(config, run=replace(config.run, keep_checkpoints=1, keep_best=False)), world, tmp_path)
     said = capfd.readouterr().out
     assert "ALARM" not in said
     assert "step-00000004 is saved, but LATEST can't say so" in said
+    assert "step-00000004 is saved, but may not outlast a failure of this machine" in said
     assert "step-00000004 is no longer needed, but can't be removed wholly" in said
     assert "tmp-step-00000004 can't be removed; it is of no use to the run" in said
     assert [path.name for path in list_checkpoints(folder)] == [f"step-{STEPS:08d}"]
