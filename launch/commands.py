@@ -283,7 +283,7 @@ def evaluate(args: argparse.Namespace, _: Overrides) -> int:
                     f"top-1 {scores.top1_among:.2%}, top-5 {scores.top5_among:.2%} choosing among the {scores.among:,} "
                     "classes that there are images of"
                 )
-            for line in (*scores.notes, *(f"left out: {line}" for line in scores.bad)):
+            for line in scores.warnings:
                 print(f"warning: {line}")
     return 0
 

@@ -311,6 +311,19 @@ class _Grey(nn.Module):
         return nn.functional.one_hot(images[:, 0, 0, 0].round().long() % 3, 3).float()
 
 
+class _Broken(_Grey):
+    """The same, but one of the logits of images 5 and 12 isn't finite; 12 is of class 0, which a NaN would win for."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(images)
+        logits[(images[:, 0, 0, 0].round() == 5) | (images[:, 0, 0, 0].round() == 12), 0] = self.value
+        return logits
+
+
 def _evaluate(rank: int, meeting: str, config: DataConfig) -> None:
     _join(rank, meeting)
     config = replace(config, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
@@ -322,6 +335,19 @@ def _evaluate(rank: int, meeting: str, config: DataConfig) -> None:
     assert all("val-00000" in line for line in scores.bad)
     with pytest.raises(RuntimeError, match="saw 38 images and 3 bad ones, expected each of 40 once"):
         evaluate(_Grey(), loader, normalize, torch.autocast("cpu", enabled=False), SAMPLES - 1)
+    for value in (float("nan"), float("inf")):
+        broken = _Broken(value)
+        broken_scores = evaluate(
+            broken, loader, normalize, torch.autocast("cpu", enabled=False), SAMPLES, torch.arange(2)
+        )
+        assert broken_scores.not_finite == 2
+        assert broken_scores.top1 == broken_scores.top5 == (SAMPLES - len(BAD) - 2) / (SAMPLES - len(BAD))
+        assert broken_scores.top1_among == pytest.approx(25 / 38)
+        assert broken_scores.loss == pytest.approx(scores.loss)
+        assert broken_scores.warnings[-1].startswith(
+            "the logits of 2 of 38 images aren't finite: they count as answered w"
+        )
+    assert len(scores.warnings) == len(BAD)
     dist.destroy_process_group()
 
 
