@@ -38,6 +38,9 @@ REFUSED_KEYS = {
 }
 
 
+HALVES = ("bf16", "bfloat16")
+"""The two names of the section of DeepSpeed's own bfloat16 mode."""
+
 # Elements of a bucket of gradients. DeepSpeed's 500 million take 2 GB, under autocast twice, however small the model.
 BUCKET = 2**24
 
@@ -65,7 +68,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     section.setdefault("zero_optimization", {}).setdefault("reduce_bucket_size", BUCKET)
     if offloads_optimizer(section):
         section.setdefault("zero_force_ds_cpu_optimizer", False)  # optimizer.implementation decides
-    for key in ("bf16", "bfloat16"):
+    for key in HALVES:
         if section.get(key, {}).get("enabled", False):  # it would add gradients up in bfloat16
             section["data_types"] = {"grad_accum_dtype": "fp32"} | section.get("data_types", {})
     if section.get("torch_autocast", {}).get("enabled", False):  # DeepSpeed looks for exact classes
@@ -151,7 +154,13 @@ def _check_precision(section: dict[str, Any]) -> None:
             "deepspeed.zero_optimization.offload_optimizer is set at ZeRO stage 0, which keeps all of it on the device:"
             " use deepspeed.zero_optimization.stage 1 or more"
         )
-    for key in ("bf16", "bfloat16", "fp16"):
+    for parent, key in (("zero_optimization", "compute_grad_norm"), *((h, "check_grad_overflow") for h in HALVES)):
+        if section.get(parent, {}).get(key, True) is False:
+            raise InputError(
+                f"deepspeed.{parent}.{key} is false, but a run skips steps whose gradients aren't finite, and that is"
+                " how DeepSpeed finds them: leave it out"
+            )
+    for key in (*HALVES, "fp16"):
         if not section.get(key, {}).get("enabled", False):
             continue
         if stage == 0:  # initialisation would run an optimizer step: weight decay before training

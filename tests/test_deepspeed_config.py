@@ -127,6 +127,8 @@ REFUSED = {
         "cpu",
     ): "deepspeed.zero_optimization.offload_optimizer is set at ZeRO stage 0, which keeps all of it on the device: use",
     ("--deepspeed.fp16", "{enabled: true}"): "deepspeed.fp16 is enabled at ZeRO stage 0, where DeepSpeed is broken",
+    ("--deepspeed.bf16.check_grad_overflow", "false"): "bf16.check_grad_overflow is false, but a run skips steps",
+    ("--deepspeed.zero_optimization.compute_grad_norm", "false"): "compute_grad_norm is false, but a run skips steps",
     (
         "--data.global_batch_size",
         "100",
