@@ -100,6 +100,27 @@ def gather(engine: DeepSpeedEngine, moment: str | None = None) -> Weights:
 
 def gather_scalars(engine: DeepSpeedEngine) -> dict[str, Any]:
     """What else an optimizer resumes from, the same on every rank: steps made by parameter, and the loss scale."""
+    steps = _steps(engine)
+    scaler = _loss_scaler(engine)
+    scale: dict[str, Any] = {}  # empty where losses aren't scaled
+    if isinstance(scaler, GradScaler | LossScaler):
+        scale = scaler.state_dict()
+    elif getattr(scaler, "dynamic", False):
+        scale = {field: getattr(scaler, field) for field in LOSS_SCALER_FIELDS}
+    return {
+        "steps": steps,
+        "loss_scale": scale,
+        "global_steps": engine.global_steps,
+        "skipped_steps": engine.global_steps - max(steps.values()),  # under ZeRO 0 DeepSpeed doesn't count them
+    }
+
+
+def steps_made(engine: DeepSpeedEngine) -> int:
+    """How many steps the optimizer has made, those that were skipped left out. Collective."""
+    return max(_steps(engine).values())
+
+
+def _steps(engine: DeepSpeedEngine) -> dict[str, int]:
     names = [name for name, _ in engine.module.named_parameters()]
     steps = torch.zeros(len(names), dtype=torch.int64, device=engine.device)
     inner = engine.basic_optimizer
@@ -108,18 +129,7 @@ def gather_scalars(engine: DeepSpeedEngine) -> dict[str, Any]:
         counts = inner.state.get(piece.flat, {}), inner.param_groups[piece.group]
         steps[names.index(piece.name)] = max(int(count.get("step", 0)) for count in counts)
     dist.all_reduce(steps, dist.ReduceOp.MAX)
-    scaler = _loss_scaler(engine)
-    scale: dict[str, Any] = {}  # empty where losses aren't scaled
-    if isinstance(scaler, GradScaler | LossScaler):
-        scale = scaler.state_dict()
-    elif getattr(scaler, "dynamic", False):
-        scale = {field: getattr(scaler, field) for field in LOSS_SCALER_FIELDS}
-    return {
-        "steps": dict(zip(names, steps.tolist(), strict=True)),
-        "loss_scale": scale,
-        "global_steps": engine.global_steps,
-        "skipped_steps": engine.global_steps - int(steps.max()),  # under ZeRO 0 DeepSpeed doesn't count them
-    }
+    return dict(zip(names, steps.tolist(), strict=True))
 
 
 @torch.no_grad()

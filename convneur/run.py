@@ -27,7 +27,7 @@ from convneur.data.loader import Batch, EvalBatch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform, Normalize
 from convneur.ema import Ema
 from convneur.engine import Weights, engine_settings
-from convneur.engine_state import gather
+from convneur.engine_state import gather, steps_made
 from convneur.errors import NonFiniteError, SaveError
 from convneur.evaluate import Scores, evaluate
 from convneur.gauges import Gauges, watched_gates
@@ -267,7 +267,15 @@ class Run:
         self.log.say(line)
 
     def finish(self) -> Summary:
-        """Draws the curves and writes the summary, of weights whose checkpoint is there. Collective."""
+        """Draws the curves and writes the summary, of weights whose checkpoint is there. Collective.
+
+        Raises NonFiniteError where no step has been made: those are the initial weights, and the run has no result.
+        """
+        if steps_made(self.engine) == 0:
+            raise NonFiniteError(
+                f"all {self.total_steps} steps were skipped, as their gradients were not finite: there is no result; "
+                "mend the data or the settings, and train anew"
+            )
         if self.evaluated is None or self.evaluated.step != self.total_steps:  # a start that had no step left to make
             self._evaluate(self.total_steps)
         assert self.evaluated is not None
@@ -295,8 +303,10 @@ class Run:
             averaged = self._score(self.ema.full_weights())[0] if self.ema else None
         self.log.scores(done, raw, averaged, gates)
         self.evaluated = Evaluation(done, raw, averaged)
-        for line in raw.bad:
-            self.log.say(f"warning: left out of the evaluation: {line}")
+        for line in raw.warnings:
+            self.log.say(f"warning: {line}")
+        if averaged and averaged.not_finite:
+            self.log.say(f"warning: of the averaged weights, {averaged.warnings[-1]}")
 
     def _score(self, weights: Weights) -> tuple[Scores, dict[str, float]]:
         """Scores whole weights in a model of its own, so that evaluation can't touch the one in training.

@@ -63,6 +63,12 @@ def test_after_bad_steps_in_a_row_a_run_goes_back_once_and_then_stops(said: dict
     assert json.loads((folder / "step-00000008" / "state.json").read_text())["went_back"]
 
 
+def test_a_run_that_made_no_step_is_not_finished(said: dict[str, str], out: Path) -> None:
+    for rank in range(2):
+        assert "NonFiniteError: all 2 steps were skipped, as their gradients were not finite" in said[f"none.{rank}"]
+    assert not (out / "none" / "summary.json").exists()
+
+
 def test_a_flipped_bit_of_a_weight_ends_the_run(said: dict[str, str]) -> None:
     assert "CorruptionError: after 4 steps the ranks hold different values of head.fc.weight" in said["flip.0"]
 

@@ -35,6 +35,7 @@ def main() -> None:
     world = World.join()
     scenes: dict[str, tuple[Play, int]] = {f"skip-{stage}": (skip, stage) for stage in range(4)}
     scenes |= {"back": (go_back, 1), "flip": (flip, 0), "slow": (be_slow, 1), "disk": (fail_to_write, 1)}
+    scenes["none"] = make_no_step, 1
     for name, (play, stage) in scenes.items():
         config = small_config(digits, stage, accumulation=2)
         config = replace(config, data=replace(config.data, workers=0))
@@ -99,6 +100,15 @@ def go_back(config: Config, world: World, folder: Path) -> None:
     train.cross_entropy = poison({5, 6, 9, 10}, world)
     try:
         train.train(replace(config, guards=GuardConfig(max_bad_steps=2)), world, folder)
+    finally:
+        train.cross_entropy = CROSS_ENTROPY
+
+
+def make_no_step(config: Config, world: World, folder: Path) -> None:
+    """Both steps of a short run are bad."""
+    train.cross_entropy = poison({0, 1}, world)
+    try:
+        train.train(replace(config, data=replace(config.data, subset=256)), world, folder)
     finally:
         train.cross_entropy = CROSS_ENTROPY
 
