@@ -14,12 +14,13 @@ from slurm_cluster import go_untested
 from submitit.slurm.slurm import _make_sbatch_string
 
 from convneur.check import check_config
-from convneur.config import load_config
+from convneur.config import load_as, load_config
 from convneur.data.errors import InputError
 from convneur.launch.cli import main
 from convneur.launch.submit import Resources, executor
 from convneur.launch.supervise import free_port
 from convneur.model import VARIANTS
+from convneur.study import StudyConfig
 
 CHECKOUT = Path(__file__).parents[1]
 SLURM = CHECKOUT / "slurm"
@@ -239,3 +240,23 @@ def test_shellcheck_finds_nothing() -> None:
     scripts = [*SLURM.glob("*.sh"), *(CHECKOUT / "scripts").glob("*.sh"), CHECKOUT / ".ci" / "run"]
     checked = subprocess.run(["shellcheck", "-x", *scripts], cwd=CHECKOUT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_study_that_was_never_submitted_has_a_status_without_a_cluster(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    words = ["study", "status", str(CHECKOUT / "configs" / "studies" / "digits.yaml")]
+    words += ["--run.root", str(tmp_path), "--data.root", str(digits)]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "0 of" in shown
+    assert "note:" not in shown
+    (tmp_path / load_as(StudyConfig, [Path(words[2])], []).run.name / "submitted").mkdir(parents=True)
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "note: Slurm doesn't answer squeue (slurm_load_jobs error: Unable to contact slurm controller)" in shown
