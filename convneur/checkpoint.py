@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 
 from convneur.agreement import together
 from convneur.config import Config, config_text, save_config
-from convneur.data.errors import InputError
+from convneur.data.errors import InputError, is_outage
 from convneur.data.files import atomic_write, fsync
 from convneur.ema import Ema
 from convneur.engine import Weights
@@ -316,6 +316,10 @@ def _free(path: Path) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
+class Outage(str):
+    """What is wrong with a checkpoint as long as its storage doesn't answer."""
+
+
 def newest_intact(checkpoints: list[Path], world: World) -> tuple[Path | None, list[str]]:
     """The first of `checkpoints` whose every byte is as written, and what is wrong with those before it. Collective.
 
@@ -331,7 +335,8 @@ def newest_intact(checkpoints: list[Path], world: World) -> tuple[Path | None, l
         damage = [fault for part in found for fault in part]
         if not damage:
             return checkpoint, faults
-        faults.append(f"{checkpoint}: {'; '.join(damage)}")
+        kind = Outage if any(isinstance(fault, Outage) for fault in damage) else str
+        faults.append(kind(f"{checkpoint}: {'; '.join(damage)}"))
     return None, faults
 
 
@@ -432,7 +437,7 @@ def _damage(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> Itera
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        yield f"{MANIFEST} can't be read ({error})"
+        yield _unreadable(MANIFEST, error)
         return
     if not isinstance(manifest, dict) or not manifest.keys() >= _NEEDED:
         yield f"{MANIFEST} doesn't name the files of a checkpoint"
@@ -442,4 +447,8 @@ def _damage(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> Itera
             if _digest(checkpoint / name) != manifest[name]:
                 yield f"{name} is not as it was written"
         except (OSError, ValueError) as error:
-            yield f"{name} can't be read ({error})"
+            yield _unreadable(name, error)
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    return (Outage if is_outage(error) else str)(f"{name} can't be read ({error})")

@@ -68,7 +68,7 @@ def export_checkpoint(path: Path, kind: Format, out: Path | None = None, average
         RuntimeError: the file gives other logits than the checkpoint; it is not kept.
     """
     trained = open_trained(path, averaged)
-    checkpoint, config, model = trained.checkpoint, trained.config, trained.model()
+    checkpoint, config, model = trained.checkpoint, trained.config, trained.model(mapped=True)
 
     side = config.data.image_size
     unrolled = any(isinstance(module, Titans) for module in model.modules())

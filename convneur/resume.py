@@ -10,6 +10,7 @@ from convneur.checkpoint import (
     CHECKPOINTS,
     CONFIG_FILE,
     LATEST,
+    Outage,
     TrainState,
     checkpoint_name,
     checkpoint_step,
@@ -19,7 +20,7 @@ from convneur.checkpoint import (
     restore_replaced,
 )
 from convneur.config import Config, load_config
-from convneur.data.errors import InputError
+from convneur.data.errors import InputError, StorageError
 from convneur.retention import Best
 from convneur.saved import DamagedError, salvage_metrics
 from convneur.world import World
@@ -29,6 +30,7 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
     """The intact checkpoint that `resume` asks for, and what is wrong with newer ones. Collective.
 
     Raises:
+        StorageError: there are checkpoints, but what holds them doesn't answer.
         InputError: the checkpoint asked for is absent or damaged, or all of a run's checkpoints are damaged; a run
             never starts afresh in silence where it has made steps before.
     """
@@ -40,10 +42,12 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
         found, latest = list_checkpoints(folder / CHECKPOINTS), folder / CHECKPOINTS / LATEST
         checkpoint, faults = newest_intact(found, world)
         if not found and latest.is_file():
-            faults = [f"{latest} names {latest.read_text().strip()}, which is not there"]
+            faults = [f"{latest} names {latest.read_text(errors='replace').strip()}, which is not there"]
     else:
         checkpoint, faults = newest_intact([find_checkpoint(Path(resume))], world)
     if checkpoint is None and faults:
+        if any(isinstance(fault, Outage) for fault in faults):
+            raise StorageError(f"no checkpoint can be read ({' | '.join(faults)}); see to the storage, then resume")
         raise InputError(
             f"no intact checkpoint to resume from ({' | '.join(faults)}); restore one, or start with --resume never"
         )

@@ -10,6 +10,8 @@ from convneur.config import Config, saved_config
 from convneur.data.errors import InputError
 from convneur.model import ConvNeur
 
+_NONE = torch.empty(0, device="meta")  # of a shape that no parameter has
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -25,15 +27,27 @@ class Trained:
     config: Config
     averaged: bool
 
-    def model(self, device: torch.device | str = "cpu") -> ConvNeur:
-        """The model with its weights, in evaluation mode. InputError where they are of another version of it."""
-        model = ConvNeur(self.config.model).to(device).eval()
-        missing, unknown = model.load_state_dict(load_weights(self.checkpoint, self.averaged), strict=False)
-        if missing or unknown:
+    def model(self, device: torch.device | str = "cpu", *, mapped: bool = False) -> ConvNeur:
+        """The model with its weights, in evaluation mode.
+
+        Args:
+            device: where it is to be.
+            mapped: whether its weights are mapped from the file instead of copied, which saves memory on a CPU.
+
+        Raises:
+            InputError: the weights are of another version of the model.
+        """
+        with torch.device("meta" if mapped else device):
+            model = ConvNeur(self.config.model).eval()
+        weights = load_weights(self.checkpoint, self.averaged)
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        odd = [name for name in shapes.keys() | weights.keys() if weights.get(name, _NONE).shape != shapes.get(name)]
+        if odd:
             raise InputError(
-                f"{self.checkpoint} is of another version of {self.config.model.variant}: {len(missing)} parameters are"
-                f" missing and {len(unknown)} unknown, such as {[*missing, *unknown][0]}; use the version that wrote it"
+                f"{self.checkpoint} is of another version of {self.config.model.variant}: {len(odd)} parameters are"
+                f" missing, unknown or of another shape, such as {min(odd)}; use the version that wrote it"
             )
+        model.load_state_dict(weights, assign=mapped)
         return model
 
 

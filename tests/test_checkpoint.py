@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there: commit order, damage, falling back, and refusing what doesn't fit."""
 
+import errno
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from convneur.checkpoint import (
     read_state,
 )
 from convneur.config import Config, load_config
-from convneur.data.errors import InputError
+from convneur.data.errors import InputError, StorageError
 from convneur.data.shards import Manifest, write_split
 from convneur.data.store import TarStore, open_store
 from convneur.data.transforms import decode, eval_transform
@@ -349,6 +350,24 @@ def test_never_starts_afresh_in_silence(run: Path, world: World, config: Config)
         (damaged / "optimizer.json").unlink()
     with pytest.raises(InputError, match=r"no intact checkpoint to resume from .* start with --resume never"):
         train(config, world, run, resume="auto")
+
+
+def test_storage_that_does_not_answer_is_no_damage(run: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an older checkpoint can be read, it is taken; where none can, the run is worth another try."""
+    newest, previous = list_checkpoints(run / CHECKPOINTS)
+    real = checkpoints._digest
+
+    def failing(path: Path) -> dict[str, Any]:
+        if any(checkpoint in path.parents for checkpoint in unreadable):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoints, "_digest", failing)
+    unreadable = [newest]
+    assert choose_checkpoint(run, "auto", world)[0] == previous
+    unreadable = [newest, previous]
+    with pytest.raises(StorageError, match=r"no checkpoint can be read \(.*Input/output error"):
+        choose_checkpoint(run, "auto", world)
 
 
 def test_a_lost_manifest_is_damage(run: Path, world: World) -> None:
