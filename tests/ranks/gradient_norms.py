@@ -57,7 +57,7 @@ def start(world: World, precision: str, stage: int, accumulation: int, offload: 
     implementation = choose_implementation(config.optimizer, "cpu", offload)
     optimizer = build_optimizer(model, config.optimizer, implementation, BATCH, offload)
     engine = build_engine(model, optimizer, deepspeed_config(config, world.size))
-    return engine, Guards(GuardConfig(), world, engine, None, str, print)
+    return engine, Guards(GuardConfig(), world, engine, None, str, 32, print)
 
 
 def step(world: World, engine: Any, guards: Guards, accumulation: int, factor: float = 1.0) -> tuple[float, float]:
