@@ -1,7 +1,7 @@
 """Exact top-1 and top-5 on any number of ranks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from convneur.data.store import Store, open_store
 from convneur.engine import autocast
 from convneur.model import SMALLEST_IMAGE
 from convneur.trained import open_trained
+from convneur.watchdog import Watchdog
 from convneur.world import World
 
 
@@ -179,10 +180,19 @@ def evaluate_checkpoint(
     targets, among, notes = _targets(trained.checkpoint, config, store, data.root, class_map)
     model = trained.model(world.device)
     loader = EvalLoader(data, store, rank=world.rank, world_size=world.size)
-    batches = (batch._replace(labels=targets[batch.labels]) for batch in loader)
     precision = autocast(config.deepspeed, world.device)
-    scores = evaluate(model, batches, Normalize(data, world.device), precision, len(store), among)
+    # On a machine that may be far slower than the run's, a batch has the time that there an evaluation has.
+    patience = replace(config.watchdog, seconds=config.watchdog.seconds and config.watchdog.long_seconds)
+    with Watchdog(patience, None, world.rank) as watchdog:
+        batches = _relabelled(loader, targets, watchdog)
+        scores = evaluate(model, batches, Normalize(data, world.device), precision, len(store), among)
     return replace(scores, notes=notes)
+
+
+def _relabelled(loader: EvalLoader, targets: torch.Tensor, watchdog: Watchdog) -> Iterator[EvalBatch]:
+    for batch in loader:
+        yield batch._replace(labels=targets[batch.labels])
+        watchdog.step()
 
 
 def _targets(

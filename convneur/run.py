@@ -23,6 +23,7 @@ from convneur.checkpoint import (
     save_checkpoint,
 )
 from convneur.config import Config
+from convneur.data.errors import InputError
 from convneur.data.loader import Batch, EvalBatch, EvalLoader, TrainLoader
 from convneur.data.mixing import DeviceTransform, Normalize
 from convneur.ema import Ema
@@ -292,8 +293,11 @@ class Run:
             checkpoint=str(self.folder / CHECKPOINTS / checkpoint_name(self.total_steps)),
         )
         if self.world.is_main:
-            plot_run(self.folder)
             write_summary(summary, self.folder)
+            try:
+                plot_run(self.folder)
+            except (OSError, InputError) as error:  # the run is finished all the same
+                self._warn(f"its curves can't be drawn ({error}); convneur plot {self.folder} does it later")
         dist.barrier()
         return summary
 

@@ -38,17 +38,18 @@ class WatchdogConfig:
 
 
 class Watchdog:
-    """Ends this process when its time is up, after writing all threads' Python stacks to a file and to stderr.
+    """Ends this process when its time is up, after writing all threads' Python stacks to stderr, and to a file of the
+    run's folder if there is one.
 
     A thread does it. Should the main thread hang in a call that lets no other Python code run, a process beside this
     one (`convneur.deaf`) does it a little later, to stderr alone. Only time in which this process could run counts: one
     that was stopped, with the whole run or a laptop's lid, goes on.
     """
 
-    def __init__(self, config: WatchdogConfig, folder: Path, rank: int) -> None:
+    def __init__(self, config: WatchdogConfig, folder: Path | None, rank: int) -> None:
         self._config = config
         self._rank = rank
-        self._path = folder / STACKS / f"rank-{rank}.txt"
+        self._path = folder / STACKS / f"rank-{rank}.txt" if folder else None
         self._ended = Event()
         self._left = 0.0
 
@@ -109,6 +110,8 @@ class Watchdog:
         try:
             print(f"convneur: error: rank {self._rank}: no step for too long; its stacks:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(sys.stderr)
+            if self._path is None:
+                return
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 print(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), file=file, flush=True)

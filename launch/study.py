@@ -6,10 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -17,6 +16,9 @@ from scipy.optimize import nnls
 
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
+from convneur.launch.leash import LAUNCHER
+from convneur.launch.local import WAKE_SECONDS
+from convneur.launch.signals import handling, stoppable
 from convneur.saved import DamagedError
 from convneur.series import Standing, run_folder
 from convneur.study import Place, StudyConfig, progress
@@ -25,10 +27,6 @@ from convneur.summary import Summary, read_summary
 CONFIGS = "configs"
 LOGS = "logs"
 POLL_SECONDS = 0.5
-
-
-class StoppedError(Exception):
-    """A signal has asked the study to stop."""
 
 
 def save_configs(runs: Mapping[Place, Config], folder: Path) -> dict[Place, Path]:
@@ -56,7 +54,7 @@ def run_missing(config: StudyConfig, stand: Standing[Place], folder: Path, jobs:
 
     A run that fails is left behind and the others go on. What a run says goes to logs/NAME.log in the study's folder.
 
-    Raises StoppedError where INT or TERM came; the runs have saved checkpoints by then.
+    Raises StoppedError where a signal came that stops runs; they have saved checkpoints by then.
     """
     missing = stand.missing
     paths = save_configs(missing, folder)
@@ -69,9 +67,10 @@ def run_missing(config: StudyConfig, stand: Standing[Place], folder: Path, jobs:
     waiting, failed = list(missing), []
     running: dict[Place, subprocess.Popen[bytes]] = {}
     free, of_run = device_shares(jobs, nproc), {}
-    with _stoppable():
+    with stoppable(), _waking(running) as wake:
         try:
             while waiting or running:
+                wake()
                 while waiting and len(running) < jobs:
                     place = waiting.pop(0)
                     of_run[place] = free.pop()
@@ -139,14 +138,17 @@ def _threads(ranks: int) -> int:
 
 
 def _start(config: Path, log: Path, nproc: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Starts `convneur train` for a run, in a session of its own: a Ctrl-C comes here alone and is passed on."""
+    """Starts `convneur train` for a run, in a session of its own: a Ctrl-C comes here alone and is passed on.
+
+    Its leash ties it to this process, as ranks are tied to their launcher: they stop and end together.
+    """
     words = ["train", "--config", str(config), "--resume", "auto", "--launch", "local", "--nproc", str(nproc)]
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "convneur.launch", *words],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=dict(environment),
+            env={**environment, LAUNCHER: str(os.getpid())},
             start_new_session=True,
         )
 
@@ -160,13 +162,18 @@ def _stop(running: Mapping[Place, subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    def stop(number: int, _: FrameType | None) -> None:
-        raise StoppedError(signal.Signals(number).name)
+def _waking(running: Mapping[Place, subprocess.Popen[bytes]]) -> Iterator[Callable[[], None]]:
+    """Yields what is to be called again and again: it wakes the runs for a while after this process was woken."""
+    until = 0.0
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def woken(*_: object) -> None:
+        nonlocal until
+        until = time.monotonic() + WAKE_SECONDS
+
+    def wake() -> None:
+        if time.monotonic() < until:
+            for process in running.values():
+                process.send_signal(signal.SIGCONT)
+
+    with handling({signal.SIGCONT: woken}):
+        yield wake

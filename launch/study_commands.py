@@ -26,7 +26,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.launch.commands import check
     from convneur.launch.folder import run_folder as locked_folder
     from convneur.launch.local import rank_count
-    from convneur.launch.study import StoppedError, run_missing, save_configs, sbatch_lines
+    from convneur.launch.signals import StoppedError
+    from convneur.launch.study import run_missing, save_configs, sbatch_lines
     from convneur.series import series_folder, standing
     from convneur.study import study_runs
 
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         try:
             failed = run_missing(config, stand, folder, args.jobs or 1, nproc)
         except StoppedError as stopped:
-            print(f"stopped by {stopped}; the same command goes on")
-            return 130
+            print(f"{stopped}; the same command goes on")
+            return stopped.status
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
     if stand.damaged:

@@ -3,16 +3,21 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from small_run import small_config
 
+from convneur.checkpoint import list_checkpoints
 from convneur.config import load_as, save_config
 from convneur.data.errors import InputError
 from convneur.data.store import open_store
@@ -267,6 +272,37 @@ def test_a_small_study_goes_on_where_it_stopped(digits: Path, tmp_path: Path) ->
     assert first.place.name not in out
     assert finished_points(config)[1].loss == second.loss
     assert "resuming from" in (series_folder(config) / "logs" / f"{second.place.name}.log").read_text()
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_study_stop_go_on_and_end_with_it(digits: Path, tmp_path: Path) -> None:
+    """Stopped and woken, as by Ctrl-Z and `fg`; then killed, which leaves no process behind, and a checkpoint."""
+    config = study(digits, tmp_path / "runs", sizes=["4x1-1-1-1"], unique_images=[256], epochs=[3000], seeds=[4])
+    save_config(config, tmp_path / "study.yaml")
+    words = ["study", "run", "study.yaml", "--nproc", "1", "--jobs", "1"]
+    process = psutil.Popen([sys.executable, "-P", "-m", "convneur.launch", *words], cwd=tmp_path, env=ENV)
+    logs = series_folder(config) / "logs"
+
+    def waits_for(what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 600
+        while not what():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    waits_for(lambda: any("step 20/" in log.read_text() for log in logs.glob("*.log")))
+    family = process.children(recursive=True)
+    started = [one for one in family if "train" in one.cmdline()]
+    assert len(started) == 2  # the run's launcher and its rank
+    process.send_signal(signal.SIGSTOP)
+    waits_for(lambda: all(one.status() == psutil.STATUS_STOPPED for one in started))
+    process.send_signal(signal.SIGCONT)
+    waits_for(lambda: not any(one.status() == psutil.STATUS_STOPPED for one in started))
+    process.kill()
+    process.wait()
+    waits_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started))
+    (run,) = [run_folder(run) for run in study_runs(config).values() if run_folder(run).exists()]
+    assert list_checkpoints(run / "checkpoints")
+    assert "stopped by SIGTERM after " in next(iter(logs.glob("*.log"))).read_text()
 
 
 def test_damaged_runs_hide_no_others_and_are_not_counted(
