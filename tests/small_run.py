@@ -1,7 +1,10 @@
 """A run small enough for a test that still has everything in it: memory updates, drop path, mixing, averaging."""
 
+import hashlib
+import json
 from pathlib import Path
 
+from convneur.checkpoint import MANIFEST, OPTIMIZER_FILE, STATE_FILE
 from convneur.config import Config, RunConfig, TrainConfig
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.memory import MemoryConfig
@@ -37,3 +40,15 @@ def small_config(
             "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
         },
     )
+
+
+def complete(checkpoint: Path) -> None:
+    """Gives a folder that holds a model what else makes it a checkpoint: some files of no matter, and the manifest."""
+    for name in (STATE_FILE, OPTIMIZER_FILE):
+        (checkpoint / name).write_text("{}")
+    manifest = {}
+    for path in checkpoint.iterdir():
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        manifest[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))

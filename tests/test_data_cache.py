@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import google_crc32c
 import pytest
@@ -90,15 +91,21 @@ def test_a_folder_that_others_could_have_filled_is_not_used(shards: list[tuple[S
         assert not mine.exists() or not list(mine.iterdir())
 
 
-def test_a_group_may_share_a_folder(shards: list[tuple[Shard, bytes]], tmp_path: Path) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can get to; pytest's are its own user's alone."""
+    with TemporaryDirectory(prefix="convneur-test-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_group_may_share_a_folder(shards: list[tuple[Shard, bytes]], open_folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("being two users takes root")
-    folder = tmp_path / "shared"
+    folder = open_folder / "shared"
     folder.mkdir()
     folder.chmod(0o2770)
     os.chown(folder, 12345, 4321)
-    for path in [tmp_path, *tmp_path.parents][:3]:
-        path.chmod(0o755)
     (shard, content), *_ = shards
 
     def read(user: int) -> None:

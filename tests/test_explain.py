@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
+from small_run import complete
 
-from convneur.checkpoint import CONFIG_FILE, MANIFEST
+from convneur.checkpoint import CONFIG_FILE
 from convneur.config import Config, save_config
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
@@ -31,7 +32,7 @@ def checkpoint(folder: Path, model: ConvNeur) -> Path:
     for name in ("model", "ema"):
         save_file(model.state_dict(), folder / f"{name}.safetensors")
     save_config(Config(model=model.config, data=DataConfig(image_size=64)), folder / CONFIG_FILE)
-    (folder / MANIFEST).write_text("{}")
+    complete(folder)
     return folder
 
 

@@ -1,7 +1,5 @@
 """`convneur export`: each format from a checkpoint, read back by a program that knows nothing of this package."""
 
-import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +9,12 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_run import complete
 
 import convneur.timm_models  # noqa: F401
 from convneur import export
 from convneur.branches import MixerKind
-from convneur.checkpoint import CLASSES_FILE, CONFIG_FILE, MANIFEST
+from convneur.checkpoint import CLASSES_FILE, CONFIG_FILE
 from convneur.config import Config, RunConfig, config_text, load_config, save_config
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
@@ -43,7 +42,7 @@ def checkpoint(folder: Path, branch: MixerKind = "neural_memory", image_size: in
         save_file(weights.state_dict(), folder / f"{name}.safetensors", metadata={"config": config_text(config)})
     save_config(config, folder / CONFIG_FILE)
     (folder / CLASSES_FILE).write_text('["a", "b", "c", "d", "e"]')
-    (folder / MANIFEST).write_text("{}")
+    complete(folder)
     return folder, weights
 
 
@@ -162,12 +161,7 @@ def test_export_takes_memory_for_one_copy(tmp_path: Path) -> None:
         sizes[variant] = sum(weight.numel() * 4 for weight in weights.values())
         del weights
         save_config(config, folder / CONFIG_FILE)
-        for name in ("state.json", "optimizer.json"):
-            (folder / name).write_text("{}")
-        written = {path.name: path.read_bytes() for path in folder.iterdir()}
-        manifest = {name: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for name, b in written.items()}
-        del written
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        complete(folder)
         command = [sys.executable, "-P", "-c", program, str(folder)]
         peaks[variant] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     assert sizes["m9"] > 1e9
