@@ -241,7 +241,8 @@ class Soak:
         self.cluster.run("scancel", f"--signal={self.draw.choice(['USR2', 'TERM'])}", self.number)
 
     def requeued(self) -> None:
-        self.cluster.run("scontrol", "requeue", self.number)
+        with suppress(subprocess.CalledProcessError):  # Slurm is queueing it again already
+            self.cluster.run("scontrol", "requeue", self.number)
 
     def cancelled_and_submitted_again(self) -> None:
         self.cluster.run("scancel", self.number)
