@@ -324,9 +324,10 @@ def test_a_worker_that_is_killed_is_named(config: DataConfig) -> None:
     loader = EvalLoader(
         replace(config, workers=2, eval_batch_size=1), TarStore(config.root, "val"), rank=0, world_size=1
     )
+    others = multiprocessing.active_children()  # of tests before this one
     batches = iter(loader)
     next(batches)
-    worker = multiprocessing.active_children()[0]
+    worker = next(child for child in multiprocessing.active_children() if child not in others)
     worker.kill()
     worker.join()
     with pytest.raises(WorkerError, match=f"decoding process {worker.pid} was killed by SIGKILL"):

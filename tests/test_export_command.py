@@ -48,7 +48,7 @@ def checkpoint(folder: Path, branch: MixerKind = "neural_memory", image_size: in
 
 def run_elsewhere(program: str, folder: Path) -> None:
     """Runs a program that must not import this package."""
-    check = "\nimport sys; assert not [name for name in sys.modules if name.startswith('convneur')]"
+    check = "\nimport sys; assert not [name for name in sys.modules if name.split('.')[0] == 'convneur']"
     subprocess.run([sys.executable, "-P", "-c", program + check], cwd=folder, check=True, timeout=1200)
 
 
