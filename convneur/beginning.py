@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch.distributed import broadcast_object_list
 
+from convneur.agreement import led
 from convneur.checkpoint import CHECKPOINTS, find_checkpoint, list_checkpoints
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
@@ -36,13 +37,14 @@ def agreed_start(folder: Path, begin: str, world: World) -> str:
     Raises InputError as `check_beginning` does.
     """
     agreed = [""]
-    if world.is_main:
-        check_beginning(folder, begin)
-        own = bool(list_checkpoints(folder / CHECKPOINTS))
-        if not own:
-            with atomic_write(folder / BEGINNING_FILE) as file:
-                file.write(_name(begin).encode(errors="surrogateescape"))
-        agreed = ["auto" if own else begin]
+    with led(world):
+        if world.is_main:
+            check_beginning(folder, begin)
+            own = bool(list_checkpoints(folder / CHECKPOINTS))
+            if not own:
+                with atomic_write(folder / BEGINNING_FILE) as file:
+                    file.write(_name(begin).encode(errors="surrogateescape"))
+            agreed = ["auto" if own else begin]
     broadcast_object_list(agreed, group=world.control)
     return agreed[0]
 

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 
 from convneur.agreement import together
 from convneur.config import Config, config_text, save_config
-from convneur.data.errors import InputError, is_outage
+from convneur.data.errors import InputError
 from convneur.data.files import atomic_write, fsync
 from convneur.ema import Ema
 from convneur.engine import Weights
@@ -66,6 +66,9 @@ _NAME = re.compile(_STEP)
 _TEMPORARY = "tmp-"
 _LEFTOVER = re.compile(rf"{_TEMPORARY}(?P<removed>removed-)?(?P<name>{_STEP})(?:-[0-9]+)?")
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What says that there is no such file; other errors say nothing about it."""
 _NEEDED = {CONFIG_FILE, STATE_FILE, MODEL_FILE, OPTIMIZER_FILE}
 
 
@@ -250,10 +253,13 @@ def _account(final: Path, retention: Retention, best: Best | None, warn: Callabl
         _write_text(f"{final.name}\n", final.parent / LATEST)
     except OSError as error:
         warn(f"{final} is saved, but {LATEST} can't say so ({error})")
-    remove_obsolete(final.parent, checkpoint_step(final), retention, best, warn)
-    _remove_leftovers(final.parent)
-    for left_over in _leftovers(final.parent):
-        warn(f"{left_over} can't be removed; it is of no use to the run")
+    try:
+        remove_obsolete(final.parent, checkpoint_step(final), retention, best, warn)
+        _remove_leftovers(final.parent)
+        for left_over in _leftovers(final.parent):
+            warn(f"{left_over} can't be removed; it is of no use to the run")
+    except (OSError, InputError) as error:
+        warn(f"{final} is saved, but what is no longer needed beside it can't be found ({error})")
 
 
 def remove_obsolete(
@@ -316,27 +322,28 @@ def _free(path: Path) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
-class Outage(str):
-    """What is wrong with a checkpoint as long as its storage doesn't answer."""
-
-
 def newest_intact(checkpoints: list[Path], world: World) -> tuple[Path | None, list[str]]:
     """The first of `checkpoints` whose every byte is as written, and what is wrong with those before it. Collective.
 
     Rank 0's list counts; every rank hashes its share of the files, and all come to the same answer.
+
+    Raises:
+        StorageError: the storage of one before it doesn't answer. It may be intact, so the next isn't taken for it.
+        InputError: a file of one before it is there, but may not be read.
     """
     faults: list[str] = []
     agreed: list[list[Path]] = [checkpoints]
     dist.broadcast_object_list(agreed, group=world.control)
     for checkpoint in agreed[0]:
         found: list[list[str]] = [[] for _ in range(world.size)]
-        mine = list(_damage(checkpoint, lambda names: names[world.rank :: world.size]))
+        mine: list[str] = []
+        with together(world, InputError, "reading a checkpoint"):
+            mine += _damage(checkpoint, lambda names: names[world.rank :: world.size])
         dist.all_gather_object(found, mine, world.control)
         damage = [fault for part in found for fault in part]
         if not damage:
             return checkpoint, faults
-        kind = Outage if any(isinstance(fault, Outage) for fault in damage) else str
-        faults.append(kind(f"{checkpoint}: {'; '.join(damage)}"))
+        faults.append(f"{checkpoint}: {'; '.join(damage)}")
     return None, faults
 
 
@@ -433,22 +440,34 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _damage(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[str]:
-    """What is wrong with a checkpoint's manifest, and with those of its files, in order of name, that are chosen."""
+    """What is wrong with a checkpoint's manifest, and with those of its files, in order of name, that are chosen.
+
+    Raises InputError where one of them can't be read, which says nothing about what is in it.
+    """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        yield _unreadable(MANIFEST, error)
+        manifest = json.loads(_read(checkpoint, MANIFEST, Path.read_bytes))
+    except (*ABSENT, ValueError, RecursionError) as error:
+        yield f"{MANIFEST} can't be read ({error})"
         return
     if not isinstance(manifest, dict) or not manifest.keys() >= _NEEDED:
         yield f"{MANIFEST} doesn't name the files of a checkpoint"
         return
     for name in choose(sorted(manifest)):
         try:
-            if _digest(checkpoint / name) != manifest[name]:
+            if _read(checkpoint, name, _digest) != manifest[name]:
                 yield f"{name} is not as it was written"
-        except (OSError, ValueError) as error:
-            yield _unreadable(name, error)
+        except (*ABSENT, ValueError) as error:
+            yield f"{name} can't be read ({error})"
 
 
-def _unreadable(name: str, error: Exception) -> str:
-    return (Outage if is_outage(error) else str)(f"{name} can't be read ({error})")
+def _read(checkpoint: Path, name: str, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file of a checkpoint; InputError where it can't be read, one of `ABSENT` without one."""
+    try:
+        return read(checkpoint / name)
+    except ABSENT:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"{checkpoint / name} can't be read ({error.strerror or error}), though nothing need be wrong with it: see"
+            f" to that, then resume; if it is lost, remove {checkpoint}"
+        ) from error

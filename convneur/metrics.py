@@ -54,6 +54,11 @@ class TrainingLog:
         for fault in self._records.faults if self._records else ():
             self.say(f"warning: {fault}: left out; the file as it was is {DAMAGED_FILE}")
 
+    @property
+    def lacks_scores_at_start(self) -> bool:
+        """Whether there are records of earlier starts, but none of an evaluation where this one goes on. Rank 0's."""
+        return bool(self._records and self._records.lacks_scores)
+
     def step(self, done: int, loss: Tensor, learning_rate: float, gauges: Gauges) -> None:
         """Takes in the loss of step number `done - 1`; writes a line where one is due. Collective then.
 
@@ -131,7 +136,8 @@ class Records:
     """metrics.jsonl and TensorBoard events, and Weights & Biases where it is asked for.
 
     Records of an earlier start are kept up to `step` and dropped after it: those steps are made anew. Where some of
-    them are damaged, `faults` says which, and the file as it was is kept beside the new one.
+    them are damaged, `faults` says which, and the file as it was is kept beside the new one. `lacks_scores` says
+    whether some are kept, but none of an evaluation after `step` steps.
     """
 
     def __init__(self, folder: Path, step: int, wandb_project: str) -> None:
@@ -139,6 +145,7 @@ class Records:
         if self.faults:
             shutil.copyfile(folder / METRICS_FILE, folder / DAMAGED_FILE)
         kept = [record for record in records if record["step"] <= step]
+        self.lacks_scores = bool(kept) and not any(r["step"] == step and "eval/top1" in r for r in kept)
         with atomic_write(folder / METRICS_FILE) as file:
             file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
         self._file = (folder / METRICS_FILE).open("a")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from convneur.agreement import led
 from convneur.checkpoint import (
     CHECKPOINTS,
     CONFIG_FILE,
     LATEST,
-    Outage,
     TrainState,
     checkpoint_name,
     checkpoint_step,
@@ -20,7 +20,7 @@ from convneur.checkpoint import (
     restore_replaced,
 )
 from convneur.config import Config, load_config
-from convneur.data.errors import InputError, StorageError
+from convneur.data.errors import InputError
 from convneur.retention import Best
 from convneur.saved import DamagedError, salvage_metrics
 from convneur.world import World
@@ -30,15 +30,16 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
     """The intact checkpoint that `resume` asks for, and what is wrong with newer ones. Collective.
 
     Raises:
-        StorageError: there are checkpoints, but what holds them doesn't answer.
+        StorageError: what holds the newest checkpoint, or the one asked for, doesn't answer.
         InputError: the checkpoint asked for is absent or damaged, or all of a run's checkpoints are damaged; a run
             never starts afresh in silence where it has made steps before.
     """
     if resume == "never":
         return None, []
     if resume == "auto":
-        if world.is_main:
-            restore_replaced(folder / CHECKPOINTS)
+        with led(world):
+            if world.is_main:
+                restore_replaced(folder / CHECKPOINTS)
         found, latest = list_checkpoints(folder / CHECKPOINTS), folder / CHECKPOINTS / LATEST
         checkpoint, faults = newest_intact(found, world)
         if not found and latest.is_file():
@@ -46,8 +47,6 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
     else:
         checkpoint, faults = newest_intact([find_checkpoint(Path(resume))], world)
     if checkpoint is None and faults:
-        if any(isinstance(fault, Outage) for fault in faults):
-            raise StorageError(f"no checkpoint can be read ({' | '.join(faults)}); see to the storage, then resume")
         raise InputError(
             f"no intact checkpoint to resume from ({' | '.join(faults)}); restore one, or start with --resume never"
         )
@@ -85,8 +84,14 @@ def best_so_far(folder: Path, checkpoint: Path, state: TrainState, world: World)
 
     Returns:
         The evaluation, None where there is none; and what is wrong with the checkpoints of better ones.
+
+    Raises:
+        StorageError: what holds the checkpoint of a better one doesn't answer; without it, it would be removed.
     """
-    agreed = [_evaluated(folder, state) if world.is_main else []]
+    agreed: list[list[Best]] = [[]]
+    with led(world):
+        if world.is_main:
+            agreed = [_evaluated(folder, state)]
     dist.broadcast_object_list(agreed, group=world.control)
     faults: list[str] = []
     for best in agreed[0]:

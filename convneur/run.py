@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from timm.scheduler.scheduler import Scheduler
 
+from convneur.agreement import led
 from convneur.bad_samples import BadSampleCount
 from convneur.checkpoint import (
     CHECKPOINTS,
@@ -33,7 +34,7 @@ from convneur.errors import NonFiniteError, SaveError
 from convneur.evaluate import Scores, evaluate
 from convneur.gauges import Gauges, watched_gates
 from convneur.guards import Guards
-from convneur.metrics import TrainingLog, read_metrics
+from convneur.metrics import TrainingLog
 from convneur.model import ConvNeur
 from convneur.plot import plot_run
 from convneur.profiling import Profiler
@@ -247,9 +248,7 @@ class Run:
         """Makes the evaluation that this run was stopped or killed in, after the steps that it starts from."""
         if not self.start_step or not self._is_evaluated(self.start_step):
             return
-        records = read_metrics(self.folder) if self.world.is_main else []
-        at_start = [record for record in records if record["step"] == self.start_step and "eval/top1" in record]
-        missed = [bool(records) and not at_start]
+        missed = [self.log.lacks_scores_at_start]
         dist.broadcast_object_list(missed, group=self.world.control)
         if missed[0]:
             self._evaluate(self.start_step)
@@ -281,8 +280,9 @@ class Run:
             self._evaluate(self.total_steps)
         assert self.evaluated is not None
         self.best = self._best_with(self.total_steps)
-        if self.world.is_main:
-            remove_obsolete(self.folder / CHECKPOINTS, self.total_steps, self.retention, self.best, self._warn)
+        with led(self.world):
+            if self.world.is_main:
+                remove_obsolete(self.folder / CHECKPOINTS, self.total_steps, self.retention, self.best, self._warn)
         raw, averaged = self.evaluated.raw, self.evaluated.averaged
         summary = Summary(
             top1=raw.top1,
@@ -292,13 +292,13 @@ class Run:
             seconds=round(self.seconds, 1),
             checkpoint=str(self.folder / CHECKPOINTS / checkpoint_name(self.total_steps)),
         )
-        if self.world.is_main:
-            write_summary(summary, self.folder)
-            try:
-                plot_run(self.folder)
-            except (OSError, InputError) as error:  # the run is finished all the same
-                self._warn(f"its curves can't be drawn ({error}); convneur plot {self.folder} does it later")
-        dist.barrier()
+        with led(self.world):
+            if self.world.is_main:
+                write_summary(summary, self.folder)
+                try:
+                    plot_run(self.folder)
+                except (OSError, InputError) as error:  # the run is finished all the same
+                    self._warn(f"its curves can't be drawn ({error}); convneur plot {self.folder} does it later")
         return summary
 
     def _evaluate(self, done: int) -> None:

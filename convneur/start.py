@@ -10,6 +10,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from timm.scheduler.scheduler import Scheduler
 
+from convneur.agreement import led
 from convneur.bad_samples import BadSampleCount
 from convneur.checkpoint import CHECKPOINTS, CONFIG_FILE, load_checkpoint, read_classes, read_state
 from convneur.config import Config, save_config
@@ -110,19 +111,22 @@ def _start(
         best, missed = best_so_far(folder, checkpoint, state, world)
         faults += missed
 
-    if world.is_main and start_step < total_steps:
-        (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run, before its configuration goes
-    changed = _write_records(config, world, folder, resumed=state is not None) if world.is_main else []
-    log = TrainingLog(
-        folder,
-        world,
-        start_step=start_step,
-        total_steps=total_steps,
-        steps_per_epoch=loader.steps_per_epoch,
-        images_per_step=config.data.global_batch_size,
-        every_steps=config.run.log_every_steps,
-        wandb_project=config.run.wandb_project,
-    )
+    changed: list[str] = []
+    with led(world):
+        if world.is_main and start_step < total_steps:
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run, before its configuration goes
+        if world.is_main:
+            changed += _write_records(config, world, folder, resumed=state is not None)
+        log = TrainingLog(
+            folder,
+            world,
+            start_step=start_step,
+            total_steps=total_steps,
+            steps_per_epoch=loader.steps_per_epoch,
+            images_per_step=config.data.global_batch_size,
+            every_steps=config.run.log_every_steps,
+            wandb_project=config.run.wandb_project,
+        )
     for fault in faults:
         log.say(f"warning: damaged checkpoint left out: {fault}")
     for line in changed:

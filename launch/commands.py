@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -141,17 +141,17 @@ def _agreed_folder(config: "Config", args: argparse.Namespace, world: "World") -
         return
     from torch.distributed import broadcast_object_list
 
+    from convneur.agreement import led
     from convneur.launch.folder import run_folder
 
     check(config, world.size)
-    if world.is_main:
-        with run_folder(config.run, args.resume) as (folder, _):
-            broadcast_object_list([folder])
-            yield folder
-    else:
-        received: list[Path] = [Path()]
-        broadcast_object_list(received)
-        yield received[0]
+    agreed = [Path()]
+    with ExitStack() as stack:
+        with led(world):
+            if world.is_main:
+                agreed = [stack.enter_context(run_folder(config.run, args.resume))[0]]
+        broadcast_object_list(agreed, group=world.control)
+        yield agreed[0]
 
 
 def _conclude_finished(config: "Config") -> bool:

@@ -86,7 +86,7 @@ def free_port() -> int:
     return port
 
 
-def train_rank(config: Config, folder: Path, rank: int, size: int, port: int) -> None:
+def train_rank(config: Config, folder: Path, rank: int, size: int, port: int, resume: str = "auto") -> None:
     """Resumes a run as one of its ranks."""
     from convneur.train import train
     from convneur.world import World
@@ -97,7 +97,7 @@ def train_rank(config: Config, folder: Path, rank: int, size: int, port: int) ->
     log = os.open(config.run.root, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    train(config, world, folder, "auto")
+    train(config, world, folder, resume)
     world.leave()
 
 

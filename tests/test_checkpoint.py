@@ -32,7 +32,7 @@ from convneur.checkpoint import (
     read_state,
 )
 from convneur.config import Config, load_config
-from convneur.data.errors import InputError, StorageError
+from convneur.data.errors import InputError, is_outage
 from convneur.data.shards import Manifest, write_split
 from convneur.data.store import TarStore, open_store
 from convneur.data.transforms import decode, eval_transform
@@ -353,21 +353,33 @@ def test_never_starts_afresh_in_silence(run: Path, world: World, config: Config)
 
 
 def test_storage_that_does_not_answer_is_no_damage(run: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an older checkpoint can be read, it is taken; where none can, the run is worth another try."""
+    """An older checkpoint that can be read is not taken for it: the one that can't would be removed in the end."""
     newest, previous = list_checkpoints(run / CHECKPOINTS)
     real = checkpoints._digest
 
     def failing(path: Path) -> dict[str, Any]:
-        if any(checkpoint in path.parents for checkpoint in unreadable):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        if unreadable in path.parents:
+            raise OSError(number, os.strerror(number), str(path))
         return real(path)
 
     monkeypatch.setattr(checkpoints, "_digest", failing)
-    unreadable = [newest]
-    assert choose_checkpoint(run, "auto", world)[0] == previous
-    unreadable = [newest, previous]
-    with pytest.raises(StorageError, match=r"no checkpoint can be read \(.*Input/output error"):
+    unreadable, number = newest, errno.EIO
+    with pytest.raises(InputError, match=rf"{newest}/.* can't be read \(Input/output error\)") as error:
         choose_checkpoint(run, "auto", world)
+    assert is_outage(error.value)
+    unreadable, number = newest, errno.EACCES  # nor is this damage
+    with pytest.raises(InputError, match=rf"Permission denied.* if it is lost, remove {newest}") as error:
+        choose_checkpoint(run, "auto", world)
+    assert not is_outage(error.value)
+    unreadable, number = previous, errno.EIO
+    assert choose_checkpoint(run, "auto", world) == (newest, [])
+    with pytest.raises(InputError) as error:
+        best_so_far(run, newest, replace(read_state(newest), best=Best(8, 1.0, "raw")), world)
+    assert is_outage(error.value)
+    unreadable = newest
+    with pytest.raises(InputError) as error:
+        open_trained(run)
+    assert is_outage(error.value)
 
 
 def test_a_lost_manifest_is_damage(run: Path, world: World) -> None:

@@ -116,9 +116,9 @@ def test_two_hundred_random_kills(processes: ForkServerContext, config: Config, 
         last = step
 
 
-def two_ranks(processes: ForkServerContext, config: Config, run: Path) -> list[ForkServerProcess]:
+def two_ranks(processes: ForkServerContext, config: Config, run: Path, resume: str = "auto") -> list[ForkServerProcess]:
     port = free_port()
-    ranks = [processes.Process(target=train_rank, args=(config, run, rank, 2, port)) for rank in range(2)]
+    ranks = [processes.Process(target=train_rank, args=(config, run, rank, 2, port, resume)) for rank in range(2)]
     for rank in ranks:
         rank.start()
     return ranks
@@ -170,6 +170,19 @@ def test_random_kills_of_two_ranks_change_no_bit(
     assert_same_end(whole, run)
     losses = [[record.get("train/loss") for record in read_metrics(folder)] for folder in (whole, run)]
     assert losses[0] == losses[1]
+
+
+def test_what_rank_0_can_t_do_by_itself_ends_both_ranks_alike(
+    processes: ForkServerContext, config: Config, tmp_path: Path
+) -> None:
+    """Metrics that can't be read are rank 0's business alone, and the other would wait for it in the first step."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    (run / "metrics.jsonl").mkdir(parents=True)
+    ranks = two_ranks(processes, replace(config, run=replace(config.run, root=str(log))), run, resume="never")
+    for rank in ranks:
+        rank.join(200)
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    assert log.read_text().count(f"DamagedError: {run}/metrics.jsonl: can't be read (Is a directory)\n") == 2
 
 
 def test_a_full_disk_does_not_end_a_run(
