@@ -18,15 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from convneur.checkpoint import TrainState, load_checkpoint, newest_intact, save_checkpoint
 from convneur.config import load_config
-from convneur.deepspeed_config import deepspeed_config
-from convneur.ema import Ema
-from convneur.engine import build_engine, engine_settings, true_shape
-from convneur.model import ConvNeur
-from convneur.optim import build_optimizer
-from convneur.retention import Retention
-from convneur.world import World
+from convneur.engine.build import build_engine, engine_settings, true_shape
+from convneur.engine.ema import Ema
+from convneur.engine.optimizer import build_optimizer
+from convneur.engine.section import deepspeed_config
+from convneur.models.convneur.model import ConvNeur
+from convneur.records.checkpoint import TrainState, load_checkpoint, newest_intact, save_checkpoint
+from convneur.records.retention import Retention
+from convneur.system.world import World
 
 EVERY_SECONDS = 600
 

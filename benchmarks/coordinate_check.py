@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from convneur.memory import MemoryConfig, MemoryState, NeuralMemory, retrieve
-from convneur.model import ConvNeur, ModelConfig
-from convneur.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from convneur.models.convneur.memory import MemoryConfig, MemoryState, NeuralMemory, retrieve
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTHS = (16, 32, 64, 128)
@@ -75,7 +75,7 @@ def model_of(width: int, mup: bool, seed: int) -> ConvNeur:
 def watched(model: ConvNeur) -> Iterator[dict[str, list[Tensor]]]:
     """Activations of the passes made inside the block, by kind. What a memory puts out, as its reader scales it."""
     seen: dict[str, list[Tensor]] = {}
-    scale = model.config.width_factor**-0.5  # of values, errors and context; see `convneur.mup`
+    scale = model.config.width_factor**-0.5  # of values, errors and context; see `convneur.models.convneur.mup`
 
     def memory(module: NeuralMemory, inputs: tuple[Tensor], output: Tensor) -> None:
         tokens, output = inputs[0].flatten(1, -2), output.flatten(1, -2)

@@ -49,14 +49,14 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
 
-from convneur.data.beton import beton_path
 from convneur.data.config import AugmentConfig, DataConfig
-from convneur.data.engine import build_train_loader
-from convneur.data.mixing import DeviceTransform
-from convneur.data.parallel import processors
-from convneur.data.store import TarStore, open_store
-from convneur.data.synthetic import prepare_synthetic
-from convneur.data.transforms import RESIZES, mend_posterize
+from convneur.data.prepare.parallel import processors
+from convneur.data.prepare.synthetic import prepare_synthetic
+from convneur.data.stores.beton import beton_path
+from convneur.data.stores.store import TarStore, open_store
+from convneur.data.stream.choose import build_train_loader
+from convneur.data.stream.on_device import DeviceTransform
+from convneur.data.views.transforms import RESIZES, mend_posterize
 
 CLASSES, BATCH, SHARD_SAMPLES = 100, 64, 100
 STREAMING = "streaming-pil"

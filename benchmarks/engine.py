@@ -33,18 +33,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from convneur.config import Config, load_config
-from convneur.data.loader import Batch
-from convneur.deepspeed_config import deepspeed_config
-from convneur.ema import Ema
-from convneur.engine import build_engine
-from convneur.gauges import Gauges, step_flops
-from convneur.guards import Guards
-from convneur.metrics import TrainingLog
-from convneur.model import ConvNeur
-from convneur.optim import build_optimizer
-from convneur.stopping import StopRequest
+from convneur.data.stream.loader import Batch
+from convneur.engine.build import build_engine
+from convneur.engine.ema import Ema
+from convneur.engine.optimizer import build_optimizer
+from convneur.engine.section import deepspeed_config
+from convneur.models.convneur.model import ConvNeur
+from convneur.monitoring.gauges import Gauges, step_flops
+from convneur.monitoring.guards import Guards
+from convneur.records.metrics import TrainingLog
+from convneur.system.stopping import StopRequest
+from convneur.system.world import World
 from convneur.train import train_step
-from convneur.world import World
 
 Step = Callable[[int], None]
 cross_entropy = SoftTargetCrossEntropy()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convneur  # noqa: F401  (registers the models)
-from convneur.allocator import keep_freed_memory
+from convneur.system.allocator import keep_freed_memory
 
 COUNTERPARTS = {"m1": "convnext_atto", "m2": "convnext_femto", "m3": "convnext_pico", "m4": "convnext_nano"}
 

@@ -16,15 +16,15 @@ import torch
 from matplotlib import pyplot as plt
 
 from convneur.config import Config, load_config
-from convneur.deepspeed_config import deepspeed_config
-from convneur.ema import Ema
-from convneur.engine import build_engine
-from convneur.footprint import layout, peak
-from convneur.model import ConvNeur
-from convneur.optim import build_optimizer, choose_implementation
-from convneur.trace import LiveStorages, Precision, trace_step
+from convneur.engine.build import build_engine
+from convneur.engine.ema import Ema
+from convneur.engine.optimizer import build_optimizer, choose_implementation
+from convneur.engine.section import deepspeed_config
+from convneur.models.convneur.model import ConvNeur
+from convneur.planning.footprint import layout, peak
+from convneur.planning.step_trace import LiveStorages, Precision, trace_step
+from convneur.system.world import World
 from convneur.train import cross_entropy
-from convneur.world import World
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whether the intervals of `convneur.scaling_law` hold what they promise: coverage over draws of known laws with noise.
+"""Whether the intervals of scaling laws hold what they promise: coverage over draws of known laws with noise.
 
     python benchmarks/scaling_law.py
     python benchmarks/scaling_law.py --points data/svg_extracted_data.csv
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convneur.scaling_law import Law, bootstrap
+from convneur.studies.scaling_law import Law, bootstrap
 
 LEVEL = 0.95
 SEEDS = 3

@@ -1,6 +1,6 @@
 """How well the order of an epoch mixes classes, beside a full shuffle: python benchmarks/shuffle.py [--samples N]
 
-Counts the batches themselves; `convneur.data.shuffle` estimates the first and last column from a few lanes. Columns:
+Counts the batches themselves; `convneur data show` estimates the first and last column from a few lanes. Columns:
 
 - pairs: of mixup's pairs, the share that is of one class
 - chi2/df: of a batch's numbers of each class; 1 in a full shuffle
@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from convneur.data.order import LaneOrder
+from convneur.data.stream.order import LaneOrder
 
 CLASSES = 1000
 STEPS = 40

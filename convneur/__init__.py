@@ -12,4 +12,4 @@ import wrapt
 @wrapt.when_imported("timm")
 def _register_models(timm: ModuleType) -> None:
     """Waits for whoever wants to name a model, so that the command line and the data layer need not load timm."""
-    importlib.import_module("convneur.timm_models")
+    importlib.import_module("convneur.models.convneur.timm_names")

@@ -23,12 +23,12 @@ import yaml
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
-from convneur.determinism import Determinism
-from convneur.guards import GuardConfig
-from convneur.model import ModelConfig
-from convneur.optim import OptimizerConfig, ScheduleConfig
-from convneur.saved import DamagedError, check_kind
-from convneur.watchdog import WatchdogConfig
+from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig
+from convneur.models.convneur.model import ModelConfig
+from convneur.monitoring.guards import GuardConfig
+from convneur.monitoring.watchdog import WatchdogConfig
+from convneur.records.saved import DamagedError, check_kind
+from convneur.system.determinism import Determinism
 
 
 @dataclass(frozen=True)

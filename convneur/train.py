@@ -1,4 +1,4 @@
-"""Training: the step and the loop around it. `convneur.start` builds what they use, `convneur.run` holds it.
+"""Training: the step and the loop around it. `convneur.run.build` builds what they use, `convneur.run.run` holds it.
 
 Shape legend: b images of a rank's micro-batch, K classes.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 from convneur.config import Config
 from convneur.data.errors import WorkerError
 from convneur.data.keys import key, seed_libraries
-from convneur.data.loader import Batch
-from convneur.data.mixing import DeviceTransform
-from convneur.ema import Ema
-from convneur.guards import Guards
-from convneur.start import started_run
-from convneur.stopping import StopNow
-from convneur.summary import Summary
-from convneur.world import World
+from convneur.data.stream.loader import Batch
+from convneur.data.stream.on_device import DeviceTransform
+from convneur.engine.ema import Ema
+from convneur.monitoring.guards import Guards
+from convneur.records.summary import Summary
+from convneur.run.build import started_run
+from convneur.system.stopping import StopNow
+from convneur.system.world import World
 
 cross_entropy = SoftTargetCrossEntropy()
 
@@ -57,7 +57,7 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never", pr
         run_dir: the run's folder, made if it isn't there.
         resume: "never" starts from initial weights, "auto" from the newest intact checkpoint in `run_dir` where
             there is one; anything else is the checkpoint, or the run, to start from.
-        profile: whether to trace a few steps; `convneur.profiling` says what becomes of it.
+        profile: whether to trace a few steps; `convneur.monitoring.profiler` says what becomes of it.
 
     Returns:
         The summary of the finished run; None where a signal stopped it, after saving a checkpoint.

@@ -5,7 +5,7 @@ import errno
 OUTAGE_STATUS = 74  # EX_IOERR of sysexits.h
 """Exit status where storage or a server doesn't answer: the same command may well do, later."""
 
-# Of file systems. Servers' errors are many more, and `convneur.data.retry` knows that it has asked one.
+# Of file systems. Servers' errors are many more, and `convneur.data.stores.retry` knows that it has asked one.
 _OUTAGES = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO, errno.ENOLINK,
     errno.ECOMM, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENXIO, errno.ENODEV,

@@ -10,11 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from convneur.data.addresses import redact
 from convneur.data.errors import OUTAGE_STATUS, InputError, StorageError, WorkerError, is_outage
+from convneur.data.stores.addresses import redact
 from convneur.errors import TrainingError
-from convneur.launch import commands, data_commands, plan_commands, study_commands
-from convneur.launch.arguments import (
+from convneur.launch.commands import data as data_commands
+from convneur.launch.commands import plan as plan_commands
+from convneur.launch.commands import study as study_commands
+from convneur.launch.commands import train as commands
+from convneur.launch.commands.train import Command
+from convneur.launch.flags import (
     COUNT,
     PIXELS,
     PROCESSES,
@@ -26,7 +30,6 @@ from convneur.launch.arguments import (
     printable,
     whole,
 )
-from convneur.launch.commands import Command
 from convneur.launch.signals import StoppedError
 from convneur.launch.streams import close_output, escape_output
 

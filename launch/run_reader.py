@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from convneur.config import Config, saved_config
 from convneur.launch.supervise import ATTEMPTS_FILE, TIME_FORMAT
-from convneur.saved import METRICS_FILE, DamagedError, Metrics, contents, parse_metrics
-from convneur.summary import SUMMARY_FILE, Summary, read_summary
+from convneur.records.saved import METRICS_FILE, DamagedError, Metrics, contents, parse_metrics
+from convneur.records.summary import SUMMARY_FILE, Summary, read_summary
 
 CONFIG_FILE = "config.yaml"
 

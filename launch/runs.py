@@ -17,8 +17,8 @@ from convneur.data.errors import InputError
 from convneur.launch.run_reader import CONFIG_FILE, RunReader
 from convneur.launch.supervise import ATTEMPTS_FILE, Record
 from convneur.launch.tables import show_table, table_of
-from convneur.saved import METRICS_FILE, DamagedError
-from convneur.summary import SUMMARY_FILE, ends_as_told
+from convneur.records.saved import METRICS_FILE, DamagedError
+from convneur.records.summary import SUMMARY_FILE, ends_as_told
 
 SUBMITTED = "submitted"
 HEADINGS = ("run", "state", "epoch", "top-1", "images/s", "left", "restarts", "ETTR")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from slurm_cluster import Cluster, go_untested, held_cluster, missing_programs
 
-from convneur.data.digits import prepare_digits
-from convneur.world import World
+from convneur.data.prepare.digits import prepare_digits
+from convneur.system.world import World
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import CONFIGS
 
-from convneur.check import check_config
 from convneur.config import Config, config_keys, load_config, nearest_key, save_config
 from convneur.data.errors import InputError
-from convneur.deepspeed_config import deepspeed_config, parse_with_deepspeed
-from convneur.memory import MemoryConfig
-from convneur.model import VARIANTS, ModelConfig
-
-CONFIGS = Path(__file__).parent.parent / "configs"
+from convneur.engine.section import deepspeed_config, parse_with_deepspeed
+from convneur.limits import check_config
+from convneur.models.convneur.memory import MemoryConfig
+from convneur.models.convneur.model import VARIANTS, ModelConfig
 
 
 def write(path: Path, text: str) -> Path:

@@ -2,13 +2,13 @@
 
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import CONFIGS
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
@@ -16,12 +16,11 @@ from timm.scheduler import create_scheduler_v2
 
 from convneur.config import Config, load_config
 from convneur.data.keys import libraries_restored, seed_libraries
-from convneur.data.mixing import DeviceTransform
-from convneur.data.transforms import TrainTransform, eval_transform
-from convneur.model import ConvNeur, ModelConfig
-from convneur.optim import OptimizerConfig, build_optimizer, build_schedule, peak_lr
+from convneur.data.stream.on_device import DeviceTransform
+from convneur.data.views.transforms import TrainTransform, eval_transform
+from convneur.engine.optimizer import OptimizerConfig, build_optimizer, build_schedule, peak_lr
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 STEPS = 10  # an epoch
 
 # By the names of timm's arguments. From DeiT's and ConvNeXt's main.py, datasets.py and utils.py, and timm's gist.

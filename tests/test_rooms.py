@@ -70,7 +70,7 @@ def test_a_wrong_way_is_seen(line: str) -> None:
 
 def test_data_imports_nothing_of_the_project() -> None:
     allowed = ROOMS["data"][1]
-    assert forbidden_imports("from convneur.model import ConvNeur", "convneur.data", allowed)
+    assert forbidden_imports("from convneur.models.convneur.model import ConvNeur", "convneur.data", allowed)
     assert forbidden_imports("from .. import model", "convneur.data", allowed)
     assert not forbidden_imports("from convneur.data.errors import InputError", "convneur.data", allowed)
     assert not forbidden_imports("from . import errors", "convneur.data", allowed)

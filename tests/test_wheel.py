@@ -12,11 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 ROOMS = {"convneur": "convneur", "data": "convneur.data", "launch": "convneur.launch"}  # source folder -> package
 
-OPTIONAL = {"convneur.data.ffcv_engine": "ffcv"}  # module -> a package that it can't be imported without
+OPTIONAL = {"convneur.data.stream.ffcv": "ffcv"}  # module -> a package that it can't be imported without
 
 IMPORT_ALL = """
 import importlib, json, sys
@@ -51,7 +51,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_top_level_and_type_marker(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"convneur"}
-    sources = {f"convneur/native/{path.name}" for path in (ROOT / "convneur/native").iterdir() if path.is_file()}
+    sources = {
+        f"convneur/ops/native/{path.name}" for path in (ROOT / "convneur/ops/native").iterdir() if path.is_file()
+    }
     assert len(sources) == 5
     assert {"convneur/py.typed", *sources} <= {*names}
     assert any(name.endswith("/LICENSE") for name in names)
@@ -73,7 +75,7 @@ def test_every_module_imports_from_the_wheel(wheel: Path, tmp_path: Path) -> Non
 
     modules = modules_in_source()
     modules -= {name for name, package in OPTIONAL.items() if importlib.util.find_spec(package) is None}
-    assert {"convneur.model", "convneur.data.errors", "convneur.launch"} <= modules
+    assert {"convneur.models.convneur.model", "convneur.data.errors", "convneur.launch"} <= modules
     result = run("-c", IMPORT_ALL, json.dumps(sorted(modules)))
     assert result.returncode == 0, result.stderr
     files = json.loads(result.stdout.splitlines()[-1])
@@ -91,8 +93,8 @@ def test_rooms_are_those_of_setup_cfg() -> None:
     assert {folder: package for package, folder in mapping.items()} == ROOMS
     # A folder that setup.cfg forgets is in the checkout and missing in the wheel.
     inner = {
-        f"{package}.{path.parent.name}"
+        ".".join([package, *path.parent.relative_to(ROOT / folder).parts])
         for folder, package in ROOMS.items()
-        for path in (ROOT / folder).glob("*/__init__.py")
+        for path in (ROOT / folder).rglob("__init__.py")
     }
     assert {*config["options"]["packages"].split()} == {*mapping, *inner}

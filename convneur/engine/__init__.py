@@ -1,0 +1,1 @@
+"""DeepSpeed around a model: all that knows its names stands here."""

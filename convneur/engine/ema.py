@@ -1,0 +1,59 @@
+"""Exponential moving average of the weights, kept the way ZeRO keeps them.
+
+timm's ModelEma averages `parameter.data`, which ZeRO 3 empties. So each rank averages the piece of every parameter
+that it holds: the whole parameter under ZeRO 0 to 2, its shard under ZeRO 3.
+"""
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from convneur.engine.build import Weights, true_shape, zero_stage
+
+
+class Ema:
+    """shadow = decay * shadow + (1 - decay) * weights, in float32, after every optimizer step."""
+
+    def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:
+        self.decay = decay
+        self.parameters = dict(engine.module.named_parameters())
+        self.sharded = zero_stage(engine) == 3
+        self.shadow = [piece.detach().float().clone() for piece in self._pieces()]
+
+    def _pieces(self) -> list[Tensor]:
+        """What this rank holds of every parameter; looked up anew because ZeRO may move its storage."""
+        return [p.ds_tensor if self.sharded else p.data for p in self.parameters.values()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the weights of the step just made into the average."""
+        weights = [piece.float() for piece in self._pieces()]
+        torch._foreach_lerp_(self.shadow, weights, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def full_weights(self) -> Weights:
+        """Every averaged parameter, whole, on every rank. Collective under ZeRO 3."""
+        return {
+            name: self._gather(piece, parameter) if self.sharded else piece
+            for (name, parameter), piece in zip(self.parameters.items(), self.shadow, strict=True)
+        }
+
+    @torch.no_grad()
+    def load_full_weights(self, weights: Weights) -> None:
+        """Takes this rank's pieces of whole averaged parameters, such as a checkpoint holds."""
+        for (name, _), piece in zip(self.parameters.items(), self.shadow, strict=True):
+            piece.copy_(self._shard(weights[name], piece) if self.sharded else weights[name])
+
+    @staticmethod
+    def _gather(piece: Tensor, parameter: nn.Parameter) -> Tensor:
+        shape = true_shape(parameter)
+        shards = [torch.empty_like(piece) for _ in range(dist.get_world_size())]
+        dist.all_gather(shards, piece.contiguous())
+        return torch.cat(shards)[: shape.numel()].view(shape)  # ZeRO pads to a multiple of the world size
+
+    @staticmethod
+    def _shard(weight: Tensor, piece: Tensor) -> Tensor:
+        start = dist.get_rank() * piece.numel()
+        shard = weight.flatten()[start : start + piece.numel()].to(piece.device)
+        return torch.nn.functional.pad(shard, (0, piece.numel() - shard.numel()))

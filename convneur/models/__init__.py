@@ -1,0 +1,1 @@
+"""Backbones: what one promises, how one is built, and what it costs."""

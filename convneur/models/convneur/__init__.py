@@ -1,0 +1,1 @@
+"""ConvNeur, the paper's backbone."""

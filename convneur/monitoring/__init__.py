@@ -1,0 +1,1 @@
+"""Who looks on while a run trains, and when one of them ends it."""

@@ -1,0 +1,323 @@
+"""Watching over a run: steps that aren't finite, losses that jump, ranks that lag, weights that differ.
+
+Nothing here waits for the device between two lines of metrics. What `Guards.check_gradients` and `Guards.observe` find
+at each step stays on the device until `Guards.review` looks at it.
+
+**Gradients that aren't finite.** Once the ranks' gradients have been added up, a NaN of one rank is on all of them, so
+all find the same. Under ZeRO 1 to 3 DeepSpeed checks the norm itself, and leaves weights and optimizer state as they
+are. Under ZeRO 0 it would step all the same. There the flag of `check_gradients` stops the optimizer: torch's fused
+ones read it on the device, like that of a gradient scaler; before any other the host has to wait for it.
+
+**Losses that jump.** A loss is a spike if it lies above the median of up to `HISTORY` steps before it by more than
+`guards.spike` standard deviations, estimated as 1.4826 times the median absolute deviation and as at least a hundredth
+of the median. Spikes don't belong to the history.
+
+**Going back.** After `guards.max_bad_steps` bad steps in a row, skipped ones and spikes, `review` names the last
+checkpoint's step to go back to at the latest. The run takes weights, moments and averages from there, once, but neither
+the learning rate nor the data, as PaLM was trained (arXiv 2204.02311, section 5.1): the samples since are passed over.
+"""
+
+import math
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from convneur.errors import CorruptionError
+from convneur.models.convneur.overflow import overflowing_memory
+from convneur.system.world import World
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from convneur.data.stream.loader import Batch
+    from convneur.engine.ema import Ema
+
+HISTORY = 200
+SHORTEST_HISTORY = 20
+NAMED = 5
+"""How many of the samples of a bad step are named."""
+
+LAG, LAG_STEPS = 1.5, 10
+"""How many times the time that the others take makes a rank a slow one, and over how many steps at least."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When a run helps itself, and when it stops.
+
+    Attributes:
+        max_bad_steps: this many steps in a row whose gradients aren't finite, or whose loss jumps, send the run back to
+            the last checkpoint before them, once; the second time it stops.
+        spike: how many standard deviations above the median a loss is a jump.
+        compare_every_steps: optimizer steps between two comparisons of the weights that ranks hold in common.
+    """
+
+    max_bad_steps: int = 10
+    spike: float = 10.0
+    compare_every_steps: int = 1000
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is known of step number `number`: its samples (of this rank), its loss (of this rank), and its flag."""
+
+    number: int
+    samples: Tensor
+    loss: Tensor
+    skipped: Tensor | bool
+
+
+class Guards:
+    """Watches one rank of a run.
+
+    Args:
+        config: its settings.
+        world: this process among the ranks.
+        engine: what is watched.
+        ema: the averaged weights, if there are any.
+        where: the name of a sample, by its number in the store.
+        image_size: pixels a side of what is trained on.
+        say: shows a line, on rank 0.
+    """
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        world: World,
+        engine: "DeepSpeedEngine",
+        ema: "Ema | None",
+        where: Callable[[int], str],
+        image_size: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._world, self._engine, self._ema = config, world, engine, ema
+        self._where, self._image_size, self._say = where, image_size, say
+        self._stage = int(engine.zero_optimization_stage())
+        self._steps: list[_Step] = []
+        self._stretch: list[int] = []
+        self._losses: deque[float] = deque(maxlen=HISTORY)
+        self._not_finite = torch.zeros((), device=world.device)
+        self._norm: Tensor | None = None
+        self._own_time = _OwnTime(engine, world)
+        self.skipped = 0
+        if self._stage == 0:
+            _stop_by(engine.basic_optimizer, self._not_finite)
+            engine.clip_fp32_gradients = self._clip
+
+    @torch.no_grad()
+    def check_gradients(self) -> None:
+        """Keeps the optimizer from its next step if the gradients aren't finite; they have been added up already."""
+        if self._stage == 0:
+            norms = torch._foreach_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
+            self._norm = torch.stack(norms).norm()
+            if scaler := self._engine.torch_autocast_z0_gradscaler:
+                self._norm /= scaler.scale(torch.ones_like(self._norm))
+            self._not_finite.copy_(~self._norm.isfinite())
+
+    def _clip(self) -> None:
+        """Scales the gradients down to a norm of `optimizer.clip_grad`.
+
+        DeepSpeed's own would take the norm once more, one parameter at a time, and average it over ranks that all have
+        the same.
+        """
+        limit = self._engine.gradient_clipping()
+        torch.nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), limit, cast(Tensor, self._norm))
+
+    def gradient_norm(self) -> Tensor | float | None:
+        """The last step's global gradient norm before clipping; None where DeepSpeed doesn't tell."""
+        if self._stage == 0:
+            return self._norm
+        norm: Tensor | float | None = self._engine.get_global_grad_norm()
+        return norm
+
+    def observe(self, number: int, batches: "list[Batch]", loss: Tensor) -> None:
+        """Takes in a step that has been made: its number, its samples and this rank's loss, still on the device."""
+        skipped = self._not_finite.clone() if self._stage == 0 else self._engine.optimizer.overflow
+        self._steps.append(_Step(number, torch.cat([batch.indices for batch in batches]), loss, skipped))
+
+    def add_wait(self, seconds: float) -> None:
+        """Counts some seconds of this rank's waiting for its data as time of its own."""
+        self._own_time.seconds += seconds
+
+    def review(self) -> int | None:
+        """Judges the steps since the last review, and says what is to be said of them. Collective.
+
+        Returns:
+            The step that a checkpoint may have at most to go back to it; None where there is no need.
+        """
+        if not self._steps:
+            return None
+        losses = torch.stack([step.loss for step in self._steps]).double()
+        own = losses.isfinite().tolist()
+        dist.all_reduce(losses)
+        go_back = None
+        for step, loss, finite in zip(self._steps, (losses / self._world.size).tolist(), own, strict=True):
+            if go_back is None and self._is_bad(step, loss, finite):
+                self._stretch.append(step.number)
+                if len(self._stretch) >= self._config.max_bad_steps:
+                    go_back = self._stretch[0]
+            elif go_back is None:
+                self._stretch = []
+        if lag := self._own_time.lag(len(self._steps)):
+            self._say(f"warning: {lag}")
+        self._steps = []
+        if go_back is not None:
+            self._stretch = []
+            self._losses.clear()
+        return go_back
+
+    def compare_weights(self, done: int) -> None:
+        """Compares, where that is due after `done` steps, what every rank should hold alike. Collective.
+
+        That is weights and averages under ZeRO 0 to 2, and the moments under ZeRO 0; ZeRO 3 leaves nothing twofold.
+
+        Raises:
+            CorruptionError: it differs; on all ranks alike.
+        """
+        if done % self._config.compare_every_steps or self._stage == 3 or self._world.size == 1:
+            return
+        names, sums = zip(*((name, checksum(tensor)) for name, tensor in self._replicated()), strict=True)
+        gathered = [torch.empty(len(sums), dtype=torch.int64) for _ in range(self._world.size)]
+        dist.all_gather(gathered, torch.stack(sums).cpu(), self._world.control)
+        if fault := odd_ranks(torch.stack(gathered), names):
+            raise CorruptionError(f"after {done} steps {fault}; --resume auto goes on from the last checkpoint")
+
+    def _replicated(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._engine.module.named_parameters():
+            yield name, parameter
+            if self._stage == 0:
+                for key, value in self._engine.basic_optimizer.state[parameter].items():
+                    if torch.is_tensor(value) and value.shape == parameter.shape:
+                        yield f"{key} of {name}", value
+        if self._ema:
+            yield from ((f"the average of {name}", weight) for name, weight in self._ema.full_weights().items())
+
+    def _is_bad(self, step: _Step, loss: float, own_finite: bool) -> bool:
+        if step.skipped:
+            self.skipped += 1
+            self._say(
+                f"warning: step {step.number} was skipped: its gradients are not finite; "
+                f"{self.skipped} skipped so far; {self._samples(step, own_finite)}{self._overflow()}"
+            )
+            return True
+        limit = spike_limit(self._losses, self._config.spike)
+        if loss > limit:
+            self._say(
+                f"warning: the loss of step {step.number} is {loss:.4g}, above {limit:.4g}, the limit that the "
+                f"{len(self._losses)} steps before set; {self._samples(step, True)}"
+            )
+            return True
+        self._losses.append(loss)
+        return False
+
+    def _overflow(self) -> str:
+        """Names a memory that overflows with the present weights whatever it is shown; ZeRO 3 has no whole weights."""
+        memory = overflowing_memory(self._engine.module, self._image_size) if self._stage < 3 else None
+        return f"; {memory} overflows on noise, too: its settings, or its weights, are the reason" if memory else ""
+
+    def _samples(self, step: _Step, own_finite: bool) -> str:
+        """Names the samples of the ranks whose loss isn't finite, of all ranks if there are none. Collective."""
+        told: list[tuple[bool, list[str]]] = [(True, [])] * self._world.size
+        mine = [self._where(index) for index in step.samples.tolist()]
+        dist.all_gather_object(told, (own_finite, mine), self._world.control)
+        suspects = [names for finite, names in told if not finite] or [names for _, names in told]
+        names = [name for part in suspects for name in part]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return f"its samples are {', '.join(names[:NAMED])}{more}"
+
+
+class _OwnTime:
+    """Seconds in which a rank works, or waits for its data, while no other can keep it waiting.
+
+    That is its forward passes, unless ZeRO 3 fetches weights in them. What it waits for in collectives tells of others.
+    On a GPU, events mark the time, and nobody waits for them.
+    """
+
+    def __init__(self, engine: "DeepSpeedEngine", world: World) -> None:
+        self._world = world
+        self.seconds, self._steps = 0.0, 0
+        self._events: list[tuple[Any, Any]] = []
+        engine.register_forward_pre_hook(lambda *_: self._start())
+        engine.register_forward_hook(lambda *_: self._stop())
+
+    def _mark(self) -> Any:
+        if self._world.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _start(self) -> None:
+        self._started = self._mark()
+
+    def _stop(self) -> None:
+        self._events.append((self._started, self._mark()))
+
+    def lag(self, steps: int) -> str | None:
+        """Names the slowest rank if it is a slow one; `steps` steps were made since the last call. Collective."""
+        self._steps += steps
+        if self._steps < LAG_STEPS:
+            return None
+        for start, stop in self._events:
+            on_gpu = self._world.device.type == "cuda"
+            self.seconds += start.elapsed_time(stop) / 1000 if on_gpu else stop - start
+        told: list[tuple[float, str]] = [(0.0, "")] * self._world.size
+        dist.all_gather_object(told, (self.seconds / self._steps, socket.gethostname()), self._world.control)
+        self.seconds, self._steps, self._events = 0.0, 0, []
+        (slowest, host), rank = max((entry, rank) for rank, entry in enumerate(told))
+        others = [seconds for other, (seconds, _) in enumerate(told) if other != rank]
+        if not others or slowest <= LAG * median(others):
+            return None
+        return (
+            f"rank {rank} on {host} holds the others up: its data and forward passes take {slowest:.3g} s a step, "
+            f"those of the others {median(others):.3g} s"
+        )
+
+
+def _stop_by(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
+    """Makes the optimizer's steps do nothing, to weights, moments and counts, while the flag is up."""
+    if type(optimizer).__module__.startswith("torch.") and all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = flag  # type: ignore[attr-defined] # what torch.amp.GradScaler sets
+        return
+    step = optimizer.step
+    optimizer.step = lambda *words: None if flag.item() else step(*words)  # type: ignore[assignment, method-assign]
+
+
+def spike_limit(losses: "deque[float] | list[float]", deviations: float) -> float:
+    """The loss above which a step is a spike; infinite while too few losses are known."""
+    if len(losses) < SHORTEST_HISTORY:
+        return math.inf
+    middle = median(losses)
+    deviation = 1.4826 * median(abs(loss - middle) for loss in losses)
+    return middle + deviations * max(deviation, 0.01 * abs(middle))
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A number, int64 on the tensor's device, that any single flipped bit changes: the sum of its 32-bit words.
+
+    16-bit tensors are summed by words of 16 bits.
+    """
+    word = torch.int32 if tensor.element_size() % 4 == 0 else torch.int16
+    return tensor.detach().contiguous().view(-1).view(word).sum(dtype=torch.int64)
+
+
+def odd_ranks(sums: Tensor, names: "tuple[str, ...] | list[str]") -> str | None:
+    """Says which ranks' checksums (ranks, tensors) differ from those of most, and where first; None where none do."""
+    rows = [tuple(row) for row in sums.tolist()]
+    counts = {row: rows.count(row) for row in rows}
+    if len(counts) == 1:
+        return None
+    usual = max(counts, key=lambda row: counts[row])
+    tensor = next(i for i in range(len(names)) if len({row[i] for row in rows}) > 1)
+    if counts[usual] * 2 <= len(rows):
+        return f"the ranks hold different values of {names[tensor]}; which of them is wrong, so few can't tell"
+    odd = [str(rank) for rank, row in enumerate(rows) if row != usual]
+    return f"rank {' and '.join(odd)} holds other values of {names[tensor]} than the other ranks"

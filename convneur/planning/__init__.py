@@ -1,0 +1,1 @@
+"""Before a job is queued: its memory, time and data rate."""

@@ -1,0 +1,1 @@
+"""A run: put together, in progress, and resumed."""

@@ -1,0 +1,220 @@
+"""How a run starts: everything that the loop uses is built, and brought to the position to go on from."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from timm.scheduler.scheduler import Scheduler
+
+from convneur.config import Config, save_config
+from convneur.data.errors import InputError
+from convneur.data.format.classes import check_same_classes
+from convneur.data.stores.store import open_store
+from convneur.data.stream.choose import build_train_loader
+from convneur.data.stream.loader import EvalLoader
+from convneur.data.stream.on_device import DeviceTransform, Normalize
+from convneur.data.stream.shuffle import shuffle_warning
+from convneur.engine.build import autocast, build_engine, engine_settings, true_shape, use_apex_norms, zero_stage
+from convneur.engine.ema import Ema
+from convneur.engine.optimizer import Implementation, build_optimizer, build_schedule, choose_implementation
+from convneur.engine.section import deepspeed_config, offloads_optimizer
+from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.overflow import check_memories
+from convneur.monitoring.bad_samples import BadSampleCount
+from convneur.monitoring.gauges import Gauges, step_flops
+from convneur.monitoring.guards import Guards
+from convneur.monitoring.profiler import Profiler
+from convneur.monitoring.watchdog import Watchdog
+from convneur.records.checkpoint import CHECKPOINTS, CONFIG_FILE, load_checkpoint, read_classes, read_state
+from convneur.records.metrics import TrainingLog
+from convneur.records.provenance import REPRODUCE_FILE, differences, read_record, record, write_record
+from convneur.records.saved import salvage_metrics
+from convneur.records.summary import SUMMARY_FILE
+from convneur.run.resume import best_so_far, check_fit, check_length, choose_checkpoint
+from convneur.run.run import Run
+from convneur.system.agreement import led
+from convneur.system.determinism import set_determinism
+from convneur.system.stopping import StopRequest
+from convneur.system.world import World
+
+
+@contextmanager
+def started_run(config: Config, world: World, folder: Path, resume: str, profile: bool = False) -> Iterator[Run]:
+    """A run at the position to start from; closes its files and lets go of signals, however the block ends.
+
+    Collective; see `convneur.train.train` for what it takes and raises.
+    """
+    with StopRequest() as stop_request, Watchdog(config.watchdog, folder, world.rank) as watchdog:
+        run = _start(config, world, folder, resume, stop_request, watchdog, profile)
+        try:
+            yield run
+        finally:
+            if run.profiler:
+                run.profiler.close()
+            run.log.close()
+
+
+def _start(
+    config: Config,
+    world: World,
+    folder: Path,
+    resume: str,
+    stop_request: StopRequest,
+    watchdog: Watchdog,
+    profile: bool,
+) -> Run:
+    """Builds everything a rank trains with, and loads the checkpoint to resume from; writes only when all fits."""
+    started = time.monotonic()
+    set_determinism(config.run.determinism)
+    store = open_store(config.data, config.data.train_split)
+    eval_store = open_store(config.data, config.data.val_split)
+    loader = build_train_loader(
+        config.data,
+        store,
+        seed=config.run.seed,
+        rank=world.rank,
+        world_size=world.size,
+        accumulation=config.train.accumulation,
+    )
+    eval_loader = EvalLoader(config.data, eval_store, rank=world.rank, world_size=world.size)
+    prepare = DeviceTransform(
+        config.data,
+        num_classes=config.model.num_classes,
+        label_smoothing=config.train.label_smoothing,
+        seed=config.run.seed,
+        device=world.device,
+    )
+    implementation = choose_implementation(config.optimizer, world.device.type, offloads_optimizer(config.deepspeed))
+    engine, schedule = _build_engine(config, world, implementation, loader.steps_per_epoch)
+    ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
+
+    checkpoint, faults = choose_checkpoint(folder, resume, world)
+    state = None
+    if checkpoint:
+        state = read_state(checkpoint)
+        check_fit(checkpoint, config)
+        if trained := read_classes(checkpoint):
+            check_same_classes(trained, store.classes, checkpoint, config.data.root)
+        loader.check_state(state.data)
+        load_checkpoint(checkpoint, engine, ema)
+    made = [record["step"] for record in salvage_metrics(folder)[0]] if resume == "auto" and not state else []
+    lost = max(made, default=0)
+    start_step, total_steps = state.step if state else 0, config.schedule.epochs * loader.steps_per_epoch
+    if checkpoint:
+        check_length(checkpoint, start_step, config.schedule.epochs, loader.steps_per_epoch)
+    best = None
+    if config.run.keep_best and checkpoint and state:
+        best, missed = best_so_far(folder, checkpoint, state, world)
+        faults += missed
+
+    changed: list[str] = []
+    with led(world):
+        if world.is_main and start_step < total_steps:
+            (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run, before its configuration goes
+        if world.is_main:
+            changed += _write_records(config, world, folder, resumed=state is not None)
+        log = TrainingLog(
+            folder,
+            world,
+            start_step=start_step,
+            total_steps=total_steps,
+            steps_per_epoch=loader.steps_per_epoch,
+            images_per_step=config.data.global_batch_size,
+            every_steps=config.run.log_every_steps,
+            wandb_project=config.run.wandb_project,
+        )
+    for fault in faults:
+        log.say(f"warning: damaged checkpoint left out: {fault}")
+    for line in changed:
+        log.say(f"warning: changed since the run was started: {line}")
+    if lost:
+        log.say(f"warning: no checkpoint yet: the {lost} steps that this run has made before are made anew")
+    if state:
+        log.say(f"resuming from {checkpoint}, {start_step} of {total_steps} steps made")
+        if state.engine != (settings := engine_settings(engine)):
+            log.say(
+                f"resuming {_in_words(state.engine)} as {_in_words(settings)}: weights, moments and averages are equal "
+                "to the bit, the steps to come are not: sums run in another order"
+            )
+    if warning := config.model.depth_warning:
+        log.say(f"warning: {config.model.variant} has {warning}")
+    if world.is_main and (warning := shuffle_warning(config.data, store, config.run.seed)):
+        log.say(f"warning: {warning}")
+    parameters = sum(true_shape(parameter).numel() for parameter in engine.module.parameters())
+    flops = step_flops(config.model, config.data.image_size)
+    log.say(
+        f"{config.model.variant}: {parameters / 1e6:.2f} M parameters, "
+        f"{world.size} x {world.device.type}, ZeRO {zero_stage(engine)}, "
+        f"{config.optimizer.name} of {implementation}, {len(store):,} training images, "
+        f"{loader.steps_per_epoch} steps an epoch, {flops / 1e9:.3g} GFLOPs to train on an image"
+    )
+    guards = Guards(config.guards, world, engine, ema, store.where, config.data.image_size, log.say)
+    return Run(
+        config=config,
+        world=world,
+        folder=folder,
+        loader=loader,
+        bad_samples=BadSampleCount(config.data, len(store), loader.bad_samples, world.device),
+        eval_loader=eval_loader,
+        eval_images=len(eval_store),
+        classes=store.classes,
+        prepare=prepare,
+        normalize=Normalize(config.data, world.device),
+        autocast=autocast(config.deepspeed, world.device),
+        engine=engine,
+        schedule=schedule,
+        ema=ema,
+        log=log,
+        guards=guards,
+        gauges=Gauges(world, flops, guards.gradient_norm, loader.bad_samples),
+        profiler=Profiler(folder, world, log.say) if profile else None,
+        stop_request=stop_request,
+        watchdog=watchdog,
+        start_step=start_step,
+        seconds_before=state.seconds if state else 0.0,
+        best=best,
+        went_back=state.went_back if state else False,
+        started=started,
+        done=start_step,
+        saved=start_step if checkpoint is None or checkpoint.parent == folder / CHECKPOINTS else -1,
+    )
+
+
+def _build_engine(
+    config: Config, world: World, implementation: Implementation, steps_per_epoch: int
+) -> tuple[DeepSpeedEngine, Scheduler]:
+    """The model with its initial weights, in an engine, and the learning rate's schedule."""
+    torch.manual_seed(config.run.seed)  # the same initial weights on every rank
+    model = ConvNeur(config.model).to(world.device)
+    model.set_grad_checkpointing(config.train.recompute)
+    if config.train.norm_implementation == "apex":
+        use_apex_norms(model)
+    check_memories(model, config.data.image_size)
+    offload = offloads_optimizer(config.deepspeed)
+    optimizer = build_optimizer(model, config.optimizer, implementation, config.data.global_batch_size, offload)
+    schedule = build_schedule(optimizer, config.schedule, steps_per_epoch)
+    engine = build_engine(model, optimizer, deepspeed_config(config, world.size), compile=config.train.compile)
+    return engine, schedule
+
+
+def _write_records(config: Config, world: World, folder: Path, resumed: bool) -> list[str]:
+    """Leaves in the run's folder what it is made of; says in what a resumed one has changed since it was started."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / CONFIG_FILE)
+    made_with = record(config, world.size)
+    if not resumed:
+        write_record(folder, made_with)
+        return []
+    try:
+        return differences(read_record(folder), made_with) if (folder / REPRODUCE_FILE).exists() else []
+    except InputError as error:  # no reason not to go on
+        return [str(error)]
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    accumulated = f", {settings['accumulation']} micro-batches" if settings["accumulation"] > 1 else ""
+    return f"{settings['world_size']} x ZeRO {settings['zero_stage']}{accumulated}"

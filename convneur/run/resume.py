@@ -1,0 +1,123 @@
+"""Where a run goes on: which checkpoint, whether it fits, and what the best one was so far."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+
+from convneur.config import Config, load_config
+from convneur.data.errors import InputError
+from convneur.records.checkpoint import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LATEST,
+    TrainState,
+    checkpoint_name,
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    newest_intact,
+    restore_replaced,
+)
+from convneur.records.retention import Best
+from convneur.records.saved import DamagedError, salvage_metrics
+from convneur.system.agreement import led
+from convneur.system.world import World
+
+
+def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | None, list[str]]:
+    """The intact checkpoint that `resume` asks for, and what is wrong with newer ones. Collective.
+
+    Raises:
+        StorageError: what holds the newest checkpoint, or the one asked for, doesn't answer.
+        InputError: the checkpoint asked for is absent or damaged, or all of a run's checkpoints are damaged; a run
+            never starts afresh in silence where it has made steps before.
+    """
+    if resume == "never":
+        return None, []
+    if resume == "auto":
+        with led(world):
+            if world.is_main:
+                restore_replaced(folder / CHECKPOINTS)
+        found, latest = list_checkpoints(folder / CHECKPOINTS), folder / CHECKPOINTS / LATEST
+        checkpoint, faults = newest_intact(found, world)
+        if not found and latest.is_file():
+            faults = [f"{latest} names {latest.read_text(errors='replace').strip()}, which is not there"]
+    else:
+        checkpoint, faults = newest_intact([find_checkpoint(Path(resume))], world)
+    if checkpoint is None and faults:
+        raise InputError(
+            f"no intact checkpoint to resume from ({' | '.join(faults)}); restore one, or start with --resume never"
+        )
+    return checkpoint, faults
+
+
+def check_fit(checkpoint: Path, config: Config) -> None:
+    """Raises InputError where a checkpoint is of another model."""
+    saved = asdict(load_config([checkpoint / CONFIG_FILE]).model)
+    for name, value in asdict(config.model).items():
+        if saved.get(name) != value:
+            raise InputError(
+                f"{checkpoint} has model.{name} = {saved.get(name)}, the run is configured with {value}; "
+                "use the checkpoint's setting, or start another run with --resume never"
+            )
+
+
+def check_length(checkpoint: Path, made: int, epochs: int, steps_per_epoch: int) -> None:
+    """Raises InputError where a run would end before the step that it goes on from."""
+    if made > epochs * steps_per_epoch:
+        raise InputError(
+            f"{checkpoint} has {made} steps made, and schedule.epochs {epochs} ends after {epochs * steps_per_epoch};"
+            f" give at least {-(-made // steps_per_epoch)} epochs, or start another run with --run.name"
+        )
+
+
+def best_so_far(folder: Path, checkpoint: Path, state: TrainState, world: World) -> tuple[Best | None, list[str]]:
+    """The best evaluation up to a checkpoint of which the weights are still there, intact. Collective.
+
+    Args:
+        folder: the run's.
+        checkpoint: the intact one that it goes on from.
+        state: what that one knows.
+        world: this process among the ranks.
+
+    Returns:
+        The evaluation, None where there is none; and what is wrong with the checkpoints of better ones.
+
+    Raises:
+        StorageError: what holds the checkpoint of a better one doesn't answer; without it, it would be removed.
+    """
+    agreed: list[list[Best]] = [[]]
+    with led(world):
+        if world.is_main:
+            agreed = [_evaluated(folder, state)]
+    dist.broadcast_object_list(agreed, group=world.control)
+    faults: list[str] = []
+    for best in agreed[0]:
+        path = folder / CHECKPOINTS / checkpoint_name(best.step)
+        found, damage = (path, []) if path == checkpoint else newest_intact([path], world)
+        if found:
+            return best, faults
+        faults += damage
+    return None, faults
+
+
+def _evaluated(folder: Path, state: TrainState) -> list[Best]:
+    """Evaluations up to a state whose checkpoints are there, best first, by what the run has left."""
+    saved = {checkpoint_step(path) for path in list_checkpoints(folder / CHECKPOINTS)}
+    found = {best for best in (*_in_metrics(folder), state.best) if best}
+    usable = (best for best in found if best.step in saved and best.step <= state.step)
+    return sorted(usable, key=lambda best: (-best.top1, best.step, best.weights != "raw"))
+
+
+def _in_metrics(folder: Path) -> Iterator[Best]:
+    try:
+        records, _ = salvage_metrics(folder)
+    except DamagedError:
+        return
+    for record in records:
+        if (top1 := record.get("eval/top1")) is not None:
+            yield Best(record["step"], top1, "raw")
+        if (top1 := record.get("eval/top1_ema")) is not None:
+            yield Best(record["step"], top1, "averaged")

@@ -1,0 +1,1 @@
+"""Many runs compared: ablations and scaling studies."""

@@ -1,0 +1,1 @@
+"""Looking at a dataset: is it intact, and what is in it?"""

@@ -1,0 +1,143 @@
+"""Every byte of a dataset checked; what no one can read goes on the denylist."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import google_crc32c
+import numpy as np
+
+from convneur.data.errors import InputError
+from convneur.data.format.shards import Denied, Manifest, Shard, content_hash, file_crc32c, read_index
+from convneur.data.prepare.claim import folder_locked
+from convneur.data.prepare.parallel import in_parallel
+from convneur.data.stores.addresses import is_remote, public
+from convneur.data.stores.beton import BetonStore
+from convneur.data.stores.remote import download
+from convneur.data.stores.retry import retrying
+from convneur.data.views.transforms import decoding_fault
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is wrong with a split.
+
+    Attributes:
+        split: its name.
+        samples: how many samples its index has.
+        denied: those that can't be read.
+        shards: a line for each shard whose bytes differ from those that were indexed, be it in an image or between, and
+            for a beton with bytes between its images.
+    """
+
+    split: str
+    samples: int
+    denied: tuple[Denied, ...]
+    shards: tuple[str, ...]
+
+
+def verify_dataset(folder: Path, processes: int) -> list[Findings]:
+    """Check shards, betons and index against the manifest, decode every image, and write the manifest's denylist.
+
+    Denied samples count as absent from then on: in the order, in evaluation, and in the index's hash. What can't be
+    read in one format is denied in both, so that their streams stay the same. Samples that are readable again leave
+    the list.
+
+    Args:
+        folder: the dataset's.
+        processes: how many shards are checked at a time.
+
+    Returns:
+        What was found, for each split.
+
+    Raises:
+        InputError: there is no dataset, or its index is damaged, or a shard or a beton is missing or has another size.
+    """
+    manifest = Manifest.read(folder)
+    findings, splits = [], {}
+    for name, split in manifest.splits.items():
+        index = read_index(folder, name, split)
+        edges = np.searchsorted(index["shard"], np.arange(len(split.shards) + 1))
+        check: list[tuple[str, Callable[[int], tuple[list[Denied], str]]]] = []
+        if manifest.has_shards:
+            check.append((name, partial(_check_shard, folder, split.shards, index, edges)))
+        between = ""
+        if split.beton:
+            beton = BetonStore(folder, name)
+            between = beton.gaps_fault()
+            check.append((f"{name}.beton", partial(_check_block, beton, index, edges)))
+        checked = [
+            found
+            for what, work in check
+            for found in in_parallel(
+                work,
+                range(len(split.shards)),
+                processes,
+                what=f"checking {what}",
+                unit="images",
+                sizes=[shard.samples for shard in split.shards],
+            )
+        ]
+        by_row = {sample.row: sample for found, _ in reversed(checked) for sample in found}
+        denied = tuple(by_row[row] for row in sorted(by_row))
+        damaged = tuple(line for line in (*(line for _, line in checked), between) if line)
+        findings.append(Findings(name, len(index), denied, damaged))
+        kept = np.delete(index, [sample.row for sample in denied])
+        splits[name] = replace(split, denied=denied, index_hash=content_hash(kept))
+    if splits != manifest.splits:
+        with folder_locked(folder):
+            now = Manifest.read(folder)  # another process may have added a split meanwhile
+            if any(now.splits.get(name) != split for name, split in manifest.splits.items()):
+                raise InputError(f"{folder} was prepared anew while it was checked: check it again")
+            replace(now, splits=now.splits | splits).write(folder)
+    return findings
+
+
+def _check_shard(
+    folder: Path, shards: tuple[Shard, ...], index: np.ndarray, edges: np.ndarray, number: int
+) -> tuple[list[Denied], str]:
+    """Samples that can't be read, and a line if the file isn't the one that was indexed."""
+    shard = shards[number]
+    with TemporaryDirectory(prefix="convneur-verify-") as temporary:
+        path = folder / shard.name
+        if is_remote(shard.name):
+            path = Path(temporary) / "shard.tar"
+            retrying(lambda: _fetch(shard, path), shard.name, OSError)
+            if file_crc32c(path) != shard.crc32c:  # perhaps garbled on its way: no reason yet to deny an image
+                retrying(lambda: _fetch(shard, path), shard.name, OSError)
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.size:
+            what = "is missing" if size is None else f"has {size} bytes, not {shard.size}"
+            where = public(shard.name) if is_remote(shard.name) else path
+            raise InputError(f"{where} {what}: restore it, or prepare the dataset again")
+        denied = []
+        with path.open("rb") as file:
+            for row in range(edges[number], edges[number + 1]):
+                image = os.pread(file.fileno(), int(index[row]["size"]), int(index[row]["offset"]))
+                if reason := _fault(image, int(index[row]["crc32c"])):
+                    denied.append(Denied(row, index[row]["key"].decode(), reason))
+        differs = file_crc32c(path) != shard.crc32c
+    return denied, f"{public(shard.name)}: not the bytes that were indexed" if differs else ""
+
+
+def _check_block(store: BetonStore, index: np.ndarray, edges: np.ndarray, number: int) -> tuple[list[Denied], str]:
+    """Samples of a shard that can't be read in FFCV's format; `verify_dataset` looks at what is between them."""
+    rows = range(edges[number], edges[number + 1])
+    return [Denied(row, index[row]["key"].decode(), reason) for row in rows if (reason := store.fault(row))], ""
+
+
+def _fetch(shard: Shard, path: Path) -> None:
+    with path.open("wb") as file:
+        size, _ = download(shard.name, file, shard.size)
+    if size < shard.size:
+        raise OSError(f"it ends after {size} of {shard.size} bytes")
+
+
+def _fault(image: bytes, checksum: int) -> str:
+    """Why an image can't be read; empty if it can."""
+    if google_crc32c.value(image) != checksum:
+        return "checksum mismatch"
+    return decoding_fault(image)

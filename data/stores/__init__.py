@@ -1,0 +1,1 @@
+"""Samples by number, wherever their files lie."""

@@ -1,0 +1,1 @@
+"""Samples in the order of training and evaluation, in batches."""

@@ -1,0 +1,17 @@
+"""Which loader reads the training samples."""
+
+from convneur.data.config import DataConfig
+from convneur.data.stores.store import Store
+from convneur.data.stream.loader import TrainLoader
+
+
+def build_train_loader(
+    config: DataConfig, store: Store, *, seed: int, rank: int, world_size: int, accumulation: int
+) -> TrainLoader:
+    """Build the loader of `config.engine`; see `TrainLoader` for the arguments."""
+    loader = TrainLoader
+    if config.engine == "ffcv":
+        from convneur.data.stream.ffcv import FfcvLoader  # FFCV is optional, and takes seconds to import
+
+        loader = FfcvLoader
+    return loader(config, store, seed=seed, rank=rank, world_size=world_size, accumulation=accumulation)

@@ -1,0 +1,1 @@
+"""From encoded bytes to the pixels that the model sees."""

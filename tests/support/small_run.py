@@ -1,0 +1,54 @@
+"""A run small enough for a test that still has everything in it: memory updates, drop path, mixing, averaging."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from convneur.config import Config, RunConfig, TrainConfig
+from convneur.data.config import AugmentConfig, DataConfig
+from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig
+from convneur.models.convneur.memory import MemoryConfig
+from convneur.models.convneur.model import ModelConfig
+from convneur.records.checkpoint import MANIFEST, OPTIMIZER_FILE, STATE_FILE
+
+STEPS = 11  # 1437 training digits in batches of 128
+
+
+def small_config(
+    digits: Path, zero_stage: int, *, autocast: bool = True, accumulation: int = 1, **run: object
+) -> Config:
+    """One epoch of 11 steps with a checkpoint after the 4th and the 8th."""
+    return Config(
+        run=RunConfig(
+            **{"name": "small", "determinism": "strict", "log_every_steps": 1, "checkpoint_every_steps": 4, **run}
+        ),
+        model=ModelConfig("n1", num_classes=10, memory=MemoryConfig(chunk_length=16), drop_path=0.3, layer_scale=0.1),
+        data=DataConfig(
+            root=str(digits),
+            image_size=32,
+            global_batch_size=128,
+            lanes=8,
+            workers=1,
+            eval_crop=1.0,
+            augment=AugmentConfig(hflip=0.0, randaugment="rand-m5-n1", mixup=0.4, cutmix=0.5),
+        ),
+        train=TrainConfig(accumulation=accumulation, ema_decay=0.9),
+        optimizer=OptimizerConfig(lr=2e-3),
+        schedule=ScheduleConfig(epochs=1, warmup_epochs=0.2),
+        deepspeed={
+            "zero_optimization": {"stage": zero_stage},
+            "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
+        },
+    )
+
+
+def complete(checkpoint: Path) -> None:
+    """Gives a folder that holds a model what else makes it a checkpoint: some files of no matter, and the manifest."""
+    for name in (STATE_FILE, OPTIMIZER_FILE):
+        (checkpoint / name).write_text("{}")
+    manifest = {}
+    for path in checkpoint.iterdir():
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        manifest[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
