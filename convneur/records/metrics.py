@@ -1,6 +1,5 @@
 """What a run says of itself: metrics.jsonl, TensorBoard events and a display of its progress."""
 
-import json
 import math
 import shutil
 import time
@@ -19,6 +18,7 @@ from convneur.data.files import atomic_write
 from convneur.monitoring.gauges import Gauges
 from convneur.records.saved import METRICS_FILE, salvage_metrics
 from convneur.records.saved import read_metrics as read_metrics  # it reads what this module writes
+from convneur.records.strict_json import json_text
 from convneur.system.world import World
 from convneur.tools.evaluate import Scores
 
@@ -147,7 +147,7 @@ class Records:
         kept = [record for record in records if record["step"] <= step]
         self.lacks_scores = bool(kept) and not any(r["step"] == step and "eval/top1" in r for r in kept)
         with atomic_write(folder / METRICS_FILE) as file:
-            file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
+            file.writelines(f"{json_text(record)}\n".encode() for record in kept)
         self._file = (folder / METRICS_FILE).open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._wandb = None
@@ -159,7 +159,7 @@ class Records:
 
     def add(self, done: int, epoch: float, values: dict[str, float]) -> None:
         """Records values, named like "train/loss", as they are after `done` optimizer steps."""
-        self._file.write(json.dumps({"step": done, "epoch": epoch, **values}) + "\n")
+        self._file.write(json_text({"step": done, "epoch": epoch, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, done)

@@ -94,6 +94,11 @@ class Parsed(NamedTuple):
         return [*self.bad_lines, *([self.bad_end] if self.bad_end else [])]
 
 
+def or_nan(value: float | None) -> float:
+    """What was measured; NaN where it was no finite number, which is null in a record."""
+    return math.nan if value is None else value
+
+
 def parse_metrics(data: bytes, before: int = 0) -> Parsed:
     """Reads the lines that follow the first `before` ones of a metrics.jsonl."""
     *lines, rest = data.split(b"\n")

@@ -7,7 +7,6 @@ file system can take different rows.
 
 import csv
 import io
-import json
 import platform
 import statistics
 import time
@@ -24,6 +23,7 @@ from convneur.data.files import atomic_write
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.models.describe import describe
 from convneur.records.saved import DamagedError
+from convneur.records.strict_json import json_text
 from convneur.records.summary import read_summary
 from convneur.studies.series import member, run_folder, standing
 from convneur.system.world import World
@@ -257,7 +257,7 @@ def save_table(folder: Path, results: Sequence[Result], caption: str) -> list[Pa
     markdown = "".join(f"| {' | '.join(row)} |\n" for row in rows) + f"\n{caption}\n"
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "table.json": json.dumps({"caption": caption, "rows": table}, indent=2) + "\n",
+        "table.json": json_text({"caption": caption, "rows": table}, indent=2) + "\n",
         "table.csv": lines.getvalue(),
         "table.md": markdown,
     }

@@ -3,7 +3,6 @@
 All of it works on the part of a study that is there. Where that is not enough, a line says why instead of a number.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from convneur.data.files import atomic_write
+from convneur.records.strict_json import json_text
 from convneur.studies.equal_compute import Difference, IsoFlop, differences, isoflops
 from convneur.studies.grid import LOCAL_ONLY, Point, StudyConfig, best_rates
 from convneur.studies.scaling_law import (
@@ -280,7 +280,7 @@ def save_findings(findings: Findings, folder: Path) -> Path:
     """Writes fit.json into the study's folder."""
     path = folder / FIT_FILE
     with atomic_write(path) as file:
-        file.write(json.dumps(_as_json(findings), indent=2).encode())
+        file.write(json_text(_as_json(findings), indent=2).encode())
     return path
 
 

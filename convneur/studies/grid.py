@@ -16,7 +16,7 @@ from convneur.data.stores.store import open_store
 from convneur.models.convneur.model import ModelConfig, Placement
 from convneur.models.describe import ModelInfo, describe
 from convneur.records.provenance import REPRODUCE_FILE, read_record
-from convneur.records.saved import METRICS_FILE, DamagedError, read_metrics
+from convneur.records.saved import METRICS_FILE, DamagedError, or_nan, read_metrics
 from convneur.records.summary import read_result, read_summary
 from convneur.studies.series import member, run_folder
 
@@ -225,16 +225,16 @@ def _point(place: Place, run: Config, folder: Path) -> Point | None:
     cores = re.match(r"[1-9]\d*", str(hardware.get("threads")))  # OMP_NUM_THREADS, which may be a list
     threads = int(cores[0]) if cores and not hardware.get("gpus") else 1
     commit = code.get("commit")
-    loss, top1 = (last.get(name + "_ema" * averaged) for name in ("eval/loss", "eval/top1"))
-    if loss is None or top1 is None:
+    names = [name + "_ema" * averaged for name in ("eval/loss", "eval/top1")]
+    if not last.keys() >= set(names):
         raise DamagedError(f"{folder / METRICS_FILE}: its last evaluation has no loss or top-1 of averaged weights")
     return Point(
         place=place,
         params=model.params,
         macs=TRAINING_PASSES * 1e9 * model.gmacs * summary.images,
         images=summary.images,
-        loss=loss,
-        top1=top1,
+        loss=or_nan(last[names[0]]),
+        top1=or_nan(last[names[1]]),
         hours=summary.seconds / 3600 * ranks * threads,
         device="GPU" if hardware.get("gpus") else "core",
         commit=commit and commit + (" + changes" if code.get("diff") else ""),

@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 from convneur.config import config_text
 from convneur.data.files import atomic_write
 from convneur.models.convneur.model import variant_named
-from convneur.records.saved import DamagedError, read_metrics
+from convneur.records.saved import DamagedError, or_nan, read_metrics
 from convneur.studies.cost import read_study_plan, total
 from convneur.studies.equal_compute import Difference
 from convneur.studies.fit import LEVEL, METRICS, Findings, StudyFit
@@ -471,7 +471,7 @@ def _training(config: StudyConfig, findings: Findings) -> Figure:
             if place.placement != placement or place.epochs != longest:
                 continue
             records = [r for r in read_metrics(point.folder) if "eval/loss" in r]
-            losses = [r.get("eval/loss_ema", r["eval/loss"]) for r in records]
+            losses = [or_nan(r.get("eval/loss_ema", r["eval/loss"])) for r in records]
             color = plt.get_cmap("viridis")(sizes.index(place.size) / max(len(sizes) - 1, 1))
             label = None if place.size in labelled else place.size
             labelled.add(place.size)

@@ -1,7 +1,6 @@
 """`convneur plan`, from parsed arguments to an exit status; and what it and `convneur study run --plan` print."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,12 +16,13 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from convneur.config import load_config
     from convneur.limits import check_values
     from convneur.planning.forecast import make_plan
+    from convneur.records.strict_json import json_text
 
     config = load_config(args.config, overrides)
     check_values(config)
     made = make_plan(config, cluster(args))
     if args.json:
-        print(json.dumps(made.as_json(), indent=2))
+        print(json_text(made.as_json(), indent=2))
         return 0
     print(_headline(made), end="\n\n")
     _show_memory(made)

@@ -260,6 +260,7 @@ def evaluate(args: argparse.Namespace, _: Overrides) -> int:
         return run_ranks(words, rank_count(args.nproc))
 
     with _joined_world() as world:
+        from convneur.records.strict_json import json_text
         from convneur.tools.evaluate import evaluate_checkpoint
 
         scores = evaluate_checkpoint(
@@ -273,7 +274,7 @@ def evaluate(args: argparse.Namespace, _: Overrides) -> int:
             class_map=args.class_map,
         )
         if world.is_main and args.json:
-            print(json.dumps(asdict(scores)))
+            print(json_text(asdict(scores)))
         elif world.is_main:
             print(
                 f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}, loss {scores.loss:.4f} on {scores.images:,} images"

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from convneur.launch.cli import main
 from convneur.launch.side_by_side import device_shares
 from convneur.models.convneur.model import ModelConfig, variant_named
 from convneur.records.checkpoint import list_checkpoints
+from convneur.records.saved import METRICS_FILE
 from convneur.records.summary import Summary, write_summary
 from convneur.studies.fit import Findings, find
 from convneur.studies.grid import StudyConfig, StudySettings, best_rates, cost, finished_points, progress, study_runs
@@ -349,6 +352,18 @@ def test_runs_that_diverged_are_named_and_left_out(finished: StudyConfig) -> Non
         "4 different numbers of parameters, expected at least 5",
         "1 different numbers of images seen, expected at least 5",
     }
+
+
+def test_a_loss_that_is_not_finite_is_no_damage(finished: StudyConfig, tmp_path: Path) -> None:
+    """In a run's metrics it is null."""
+    copy = replace(finished, run=replace(finished.run, root=str(tmp_path)))
+    shutil.copytree(series_folder(finished), series_folder(copy))
+    file = finished_points(copy)[0].folder / METRICS_FILE
+    *lines, last = file.read_text().splitlines()
+    diverged = {name: None if "loss" in name else value for name, value in json.loads(last).items()}
+    file.write_text("\n".join([*lines, json.dumps(diverged), ""]))
+    losses = [point.loss for point in finished_points(copy)]
+    assert [math.isnan(loss) for loss in losses] == [True] + [False] * (len(losses) - 1)
 
 
 def test_no_law_where_nothing_falls_and_no_error_of_nothing(finished: StudyConfig, tmp_path: Path) -> None:
