@@ -55,8 +55,8 @@ from convneur.data.prepare.synthetic import prepare_synthetic
 from convneur.data.stores.beton import beton_path
 from convneur.data.stores.store import TarStore, open_store
 from convneur.data.stream.choose import build_train_loader
-from convneur.data.stream.on_device import DeviceTransform
 from convneur.data.views.transforms import RESIZES, mend_posterize
+from convneur.tasks.mixing import DeviceTransform
 
 CLASSES, BATCH, SHARD_SAMPLES = 100, 64, 100
 STREAMING = "streaming-pil"

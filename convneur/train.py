@@ -14,13 +14,13 @@ from convneur.config import Config
 from convneur.data.errors import WorkerError
 from convneur.data.keys import key, seed_libraries
 from convneur.data.stream.loader import Batch
-from convneur.data.stream.on_device import DeviceTransform
 from convneur.engine.ema import Ema
 from convneur.monitoring.guards import Guards
 from convneur.records.summary import Summary
 from convneur.run.build import started_run
 from convneur.system.stopping import StopNow
 from convneur.system.world import World
+from convneur.tasks.mixing import DeviceTransform
 
 cross_entropy = SoftTargetCrossEntropy()
 

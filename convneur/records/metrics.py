@@ -20,7 +20,7 @@ from convneur.records.saved import METRICS_FILE, salvage_metrics
 from convneur.records.saved import read_metrics as read_metrics  # it reads what this module writes
 from convneur.records.strict_json import json_text
 from convneur.system.world import World
-from convneur.tools.evaluate import Scores
+from convneur.tasks.classification import Scores
 
 DAMAGED_FILE = f"{METRICS_FILE}.damaged"
 

@@ -16,7 +16,7 @@ from convneur.data.format.classes import check_same_classes
 from convneur.data.stores.store import open_store
 from convneur.data.stream.choose import build_train_loader
 from convneur.data.stream.loader import EvalLoader
-from convneur.data.stream.on_device import DeviceTransform, Normalize
+from convneur.data.stream.on_device import Normalize
 from convneur.data.stream.shuffle import shuffle_warning
 from convneur.engine.build import autocast, build_engine, engine_settings, true_shape, use_apex_norms, zero_stage
 from convneur.engine.ema import Ema
@@ -40,6 +40,7 @@ from convneur.system.agreement import led
 from convneur.system.determinism import set_determinism
 from convneur.system.stopping import StopRequest
 from convneur.system.world import World
+from convneur.tasks.mixing import DeviceTransform
 
 
 @contextmanager

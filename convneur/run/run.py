@@ -13,7 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from convneur.config import Config
 from convneur.data.errors import InputError
 from convneur.data.stream.loader import Batch, EvalBatch, EvalLoader, TrainLoader
-from convneur.data.stream.on_device import DeviceTransform, Normalize
+from convneur.data.stream.on_device import Normalize
 from convneur.engine.build import Weights, engine_settings
 from convneur.engine.ema import Ema
 from convneur.engine.state import gather, steps_made
@@ -42,7 +42,8 @@ from convneur.records.summary import Summary, write_summary
 from convneur.system.agreement import led
 from convneur.system.stopping import StopRequest
 from convneur.system.world import World
-from convneur.tools.evaluate import Scores, evaluate
+from convneur.tasks.classification import Scores, evaluate
+from convneur.tasks.mixing import DeviceTransform
 
 LAST_TRIES, TRY_SECONDS = 10, 20.0
 """How often, and how far apart, a checkpoint is tried that there will be no other chance for: 3 minutes.

@@ -1,15 +1,11 @@
-"""Exact top-1 and top-5 on any number of ranks."""
+"""A checkpoint scored on its run's data, or on others with the same classes."""
 
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
 
 from convneur.config import Config
 from convneur.data.errors import InputError
@@ -23,114 +19,8 @@ from convneur.models.convneur.model import SMALLEST_IMAGE
 from convneur.monitoring.watchdog import Watchdog
 from convneur.records.checkpoint import read_classes
 from convneur.system.world import World
+from convneur.tasks.classification import Scores, evaluate
 from convneur.tools.trained import open_trained
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Fractions of `images` whose label is the first, or among the first five, and their mean cross-entropy.
-
-    An image whose logits aren't all finite counts as answered wrongly, and is left out of the loss.
-
-    Attributes:
-        bad: a line for each image that couldn't be read; those are not among `images`.
-        among: of how many classes there are images, where the model tells more apart; else None. `top1` and `top5` are
-            about all of the model's classes.
-        top1_among: `top1` if the model chooses among those classes only, as is usual for ImageNet-A and -R.
-        top5_among: `top5`, likewise.
-        notes: what a reader of the scores should know.
-        not_finite: how many of `images` have logits that aren't all finite.
-    """
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
-    bad: tuple[str, ...] = ()
-    among: int | None = None
-    top1_among: float | None = None
-    top5_among: float | None = None
-    notes: tuple[str, ...] = ()
-    not_finite: int = 0
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """A line for everything that a reader of the scores should know."""
-        lines = [*self.notes, *(f"left out of the evaluation: {line}" for line in self.bad)]
-        if self.not_finite:
-            lines.append(
-                f"the logits of {self.not_finite:,} of {self.images:,} images aren't finite: they count as answered "
-                "wrongly, and the loss is that of the others"
-            )
-        return tuple(lines)
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[EvalBatch],
-    normalize: Normalize,
-    autocast: torch.autocast,
-    images: int,
-    among: torch.Tensor | None = None,
-) -> Scores:
-    """Scores a whole, unpartitioned model on this rank's share of `images` images and adds up the ranks' counts.
-
-    Args:
-        model: images (B, 3, H, W) to logits (B, K).
-        batches: this rank's.
-        normalize: what makes the model's input of a batch's images.
-        autocast: the precision to compute in.
-        images: on all ranks.
-        among: labels that there are images of, (P,) int64, for `Scores.top1_among`; None to leave that out.
-
-    Raises:
-        InputError: not one image can be read.
-        RuntimeError: the ranks together did not see every image once.
-    """
-    model.eval()
-    # Right at first, among five; the same if chosen from `among`; seen, bad, with logits that aren't finite.
-    counts = torch.zeros(7, dtype=torch.int64, device=normalize.device)
-    bad: list[str] = []
-    loss = torch.zeros((), dtype=torch.float64, device=normalize.device)
-    for batch in batches:
-        labels, mask = batch.labels.to(normalize.device), batch.mask.to(normalize.device)
-        with autocast:
-            logits = model(normalize(batch.images)).float()
-        answered = mask & logits.isfinite().all(1)
-        counts[:2] += _hits(logits, labels, answered)
-        counts[4] += mask.sum()
-        counts[6] += mask.sum() - answered.sum()
-        if among is not None:
-            others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-            others[among.to(logits.device)] = False
-            counts[2:4] += _hits(logits.masked_fill(others, -math.inf), labels, answered)
-        bad += [sample.reason for sample in batch.bad]
-        losses = F.cross_entropy(logits, labels, reduction="none").double()
-        loss += losses.where(answered, 0.0).sum()
-    counts[5] = len(bad)
-    dist.all_reduce(counts)
-    dist.all_reduce(loss)
-    top1, top5, top1_among, top5_among, seen, unreadable, not_finite = counts.tolist()
-    if seen + unreadable != images:
-        raise RuntimeError(f"evaluation saw {seen} images and {unreadable} bad ones, expected each of {images} once")
-    if unreadable:
-        gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, bad)
-        bad = sorted(line for part in gathered for line in part)
-    if not seen:
-        raise InputError(f"none of {images} images to evaluate on can be read; the first: {bad[0]}")
-    mean = loss.item() / (seen - not_finite) if seen > not_finite else math.nan
-    scores = Scores(top1 / seen, top5 / seen, mean, seen, tuple(bad), not_finite=not_finite)
-    if among is None:
-        return scores
-    return replace(scores, among=len(among), top1_among=top1_among / seen, top5_among=top5_among / seen)
-
-
-def _hits(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """How many of the images (B,) that the mask keeps have their label first, and among the first five, (2,) int64."""
-    hits = logits.topk(min(5, logits.shape[1])).indices.eq(labels[:, None]) & mask[:, None]
-    return torch.stack([hits[:, 0].sum(), hits.sum()])
 
 
 def evaluate_checkpoint(

@@ -95,9 +95,10 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
     Status 1 where the index of a split is damaged.
     """
     from convneur.config import load_config
-    from convneur.data.inspect.show import contact_sheet, measure_shuffle, summarize
+    from convneur.data.inspect.show import measure_shuffle, summarize
     from convneur.launch.tables import show_table
     from convneur.limits import check_values
+    from convneur.tools.contact_sheet import contact_sheet
 
     config = load_config(args.config, [*overrides, "--data.root", str(args.folder)])
     check_values(config)

@@ -44,7 +44,8 @@ from convneur.records.retention import BEST, Best
 from convneur.run.resume import best_so_far, choose_checkpoint
 from convneur.run.run import LAST_TRIES
 from convneur.system.world import World
-from convneur.tools.evaluate import Scores, evaluate_checkpoint, trained_classes
+from convneur.tasks.classification import Scores
+from convneur.tools.evaluate import evaluate_checkpoint, trained_classes
 from convneur.tools.explain import explain
 from convneur.tools.export import export_checkpoint
 from convneur.tools.trained import open_trained

@@ -30,7 +30,7 @@ from convneur.config import Config
 from convneur.records.checkpoint import checkpoint_step, list_checkpoints, newest_intact
 from convneur.records.metrics import TrainingLog, read_metrics
 from convneur.system.world import World
-from convneur.tools.evaluate import Scores
+from convneur.tasks.classification import Scores
 
 KILLS = 200
 

@@ -22,7 +22,7 @@ from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
 from convneur.data.format.selection import Tally
 from convneur.data.format.shards import INDEX_FIELDS, Manifest, Scan, Shard, write_index, write_shard
-from convneur.data.inspect.show import contact_sheet, summarize
+from convneur.data.inspect.show import summarize
 from convneur.data.inspect.verify import verify_dataset
 from convneur.data.prepare.foreign import prepare_index
 from convneur.data.prepare.synthetic import SyntheticImages, prepare_synthetic
@@ -30,6 +30,7 @@ from convneur.data.stores.store import TarStore
 from convneur.data.stream.loader import EvalLoader, TrainLoader
 from convneur.data.views.transforms import decode
 from convneur.launch.cli import main
+from convneur.tools.contact_sheet import contact_sheet
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,9 @@ from convneur.data.prepare.synthetic import SyntheticImages
 from convneur.data.stores.beton import JPG, RAW, BetonStore, Pixels, _lay_out, add_betons
 from convneur.data.stores.store import Store, TarStore, open_store
 from convneur.data.stream.loader import EvalLoader, TrainLoader
-from convneur.data.stream.on_device import DeviceTransform
 from convneur.data.views.transforms import decode
 from convneur.launch.cli import main
+from convneur.tasks.mixing import DeviceTransform
 
 pytestmark = pytest.mark.skipif(find_spec("ffcv") is None, reason="FFCV, WHICH IS OPTIONAL, IS NOT INSTALLED HERE")
 

@@ -29,7 +29,7 @@ from convneur.data.stream.loader import REPLACEMENTS, Batch, EvalLoader, TrainLo
 from convneur.data.stream.on_device import Normalize
 from convneur.data.views.transforms import RESIZES, TrainTransform, eval_transform
 from convneur.monitoring.bad_samples import BadSampleCount
-from convneur.tools.evaluate import evaluate
+from convneur.tasks.classification import evaluate
 
 SAMPLES, BATCH, STEPS = 41, 8, 8  # 5 steps an epoch
 

@@ -19,8 +19,8 @@ from convneur.data.keys import libraries_restored, seed_libraries, view_key
 from convneur.data.prepare.synthetic import prepare_synthetic
 from convneur.data.stores.store import TarStore
 from convneur.data.stream.loader import EvalBatch, EvalLoader, TrainLoader
-from convneur.data.stream.on_device import DeviceTransform
 from convneur.data.views.transforms import TrainTransform, decode, eval_transform
+from convneur.tasks.mixing import DeviceTransform
 
 STEPS_PER_EPOCH = 22  # 1,437 samples in batches of 64
 STOP = 33  # one and a half epochs

@@ -22,8 +22,8 @@ from convneur.data.format.shards import Manifest, Sample, write_split
 from convneur.data.keys import key, view_key
 from convneur.data.stores.store import TarStore
 from convneur.data.stream.loader import Batch, TrainLoader
-from convneur.data.stream.on_device import DeviceTransform
 from convneur.data.views.transforms import RESIZES
+from convneur.tasks.mixing import DeviceTransform
 
 SAMPLES, BATCH, STEPS_PER_EPOCH = 130, 24, 5
 STOP = 8  # one and a half epochs

@@ -7,7 +7,8 @@ import torch
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.stream.loader import Batch
-from convneur.data.stream.on_device import DeviceTransform, Normalize
+from convneur.data.stream.on_device import Normalize
+from convneur.tasks.mixing import DeviceTransform
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PLAIN = AugmentConfig(erase_prob=0, mixup=0, cutmix=0)
