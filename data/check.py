@@ -7,7 +7,7 @@ from convneur.data.errors import InputError
 from convneur.data.stores.store import open_store
 
 
-def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumulation: int) -> None:
+def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumulation: int) -> int:
     """Check that the settings are possible, fit each other, and fit the data.
 
     Args:
@@ -15,6 +15,9 @@ def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumul
         num_classes: classes that the model tells apart.
         world_size: ranks.
         accumulation: micro-batches an optimizer step and rank.
+
+    Returns:
+        How many steps an epoch has.
 
     Raises:
         InputError: the first setting that is wrong, and what to do.
@@ -35,6 +38,7 @@ def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumul
             f"data.global_batch_size is {config.global_batch_size} but {config.root} has only {len(train)} samples in "
             f"split '{config.train_split}': make it smaller"
         )
+    return len(train) // config.global_batch_size
 
 
 def check_values(config: DataConfig) -> None:

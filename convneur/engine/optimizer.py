@@ -164,11 +164,8 @@ def build_optimizer(
     return DeepSpeedFusedAdam(groups, adam_w_mode=True, **settings)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps_per_epoch: int) -> CosineLRScheduler:
-    """A schedule without state: `step_update(t)` sets the learning rate of optimizer step t = 0, 1, ...
-
-    A group with an lr_scale gets that multiple of it. Raises InputError where nothing follows the warm-up.
-    """
+def checked_steps(config: ScheduleConfig, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps of the warm-up and of the whole run; InputError where nothing follows the warm-up."""
     warmup_steps, total_steps = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
     if warmup_steps >= total_steps:
         raise InputError(
@@ -176,6 +173,15 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, ste
             f" {total_steps} steps of the run, expected to leave one to the cosine: take fewer, or a smaller"
             " data.global_batch_size"
         )
+    return warmup_steps, total_steps
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps_per_epoch: int) -> CosineLRScheduler:
+    """A schedule without state: `step_update(t)` sets the learning rate of optimizer step t = 0, 1, ...
+
+    A group with an lr_scale gets that multiple of it. Raises InputError where nothing follows the warm-up.
+    """
+    warmup_steps, total_steps = checked_steps(config, steps_per_epoch)
     return CosineLRScheduler(
         optimizer,
         t_initial=total_steps - (warmup_steps if config.warmup_prefix else 0),

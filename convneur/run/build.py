@@ -185,12 +185,17 @@ def _start(
     )
 
 
+def initial_model(config: Config) -> ConvNeur:
+    """The model with its initial weights, the same ones on every rank."""
+    torch.manual_seed(config.run.seed)
+    return ConvNeur(config.model)
+
+
 def _build_engine(
     config: Config, world: World, implementation: Implementation, steps_per_epoch: int
 ) -> tuple[DeepSpeedEngine, Scheduler]:
     """The model with its initial weights, in an engine, and the learning rate's schedule."""
-    torch.manual_seed(config.run.seed)  # the same initial weights on every rank
-    model = ConvNeur(config.model).to(world.device)
+    model = initial_model(config).to(world.device)
     model.set_grad_checkpointing(config.train.recompute)
     if config.train.norm_implementation == "apex":
         use_apex_norms(model)

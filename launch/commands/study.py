@@ -91,7 +91,7 @@ def _plan(args: argparse.Namespace, config: "StudyConfig", runs: "Mapping[Place,
 
 def _submit(args: argparse.Namespace, stand: "Standing[Place]", folder: Path) -> int:
     """Submits the runs that are neither finished nor in Slurm's hands already."""
-    from convneur.launch.commands.train import asked_resources, check
+    from convneur.launch.commands.train import asked_resources, check_start
     from convneur.launch.submit import array_limit, queued, submission_folder, submit
 
     in_queue = queued(folder)
@@ -102,8 +102,8 @@ def _submit(args: argparse.Namespace, stand: "Standing[Place]", folder: Path) ->
     if not waiting:
         return 0
     resources = asked_resources(args, args.jobs or len(waiting))
-    for one in {(one.data, one.schedule): one for one in waiting}.values():
-        check(one, resources.ranks)
+    for one in {(one.data, one.schedule, one.model): one for one in waiting}.values():
+        check_start(one, resources.ranks)  # the others differ in learning rate and seed alone
     now = waiting[: array_limit()]
     submission = submission_folder(folder, folder.name)
     for job, one in zip(submit(now, submission, folder.name, resources), now, strict=True):

@@ -41,7 +41,7 @@ def train(args: argparse.Namespace, overrides: Overrides) -> int:
 
     config = _repeated(args, overrides) if args.reproduce else load_config(args.config, overrides)
     if args.check is not None:
-        check(config, args.check)
+        check_start(config, args.check)
         folder = Path(config.run.root) / config.run.name
         if args.begin:
             _check_beginnings([config], args.begin)
@@ -208,7 +208,7 @@ def submit(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.array:
         runs = [replace(config.run, name=f"{config.run.name}-seed{seed}", seed=seed) for seed in range(args.array)]
         configs = [replace(config, run=run) for run in runs]
-    check(config, resources.ranks)
+    check_start(config, resources.ranks)
     if args.resume:
         _check_beginnings(configs, args.resume)
     folder = submission_folder(Path(config.run.root), config.run.name)
@@ -502,19 +502,30 @@ def _joined_world() -> Iterator["World"]:
     world.leave()
 
 
+def check_start(config: "Config", world_size: int) -> None:
+    """Refuses, where no run is to start yet, all that its start will: what `check` does, and the initial weights."""
+    check(config, world_size)
+    from convneur.models.convneur.overflow import check_memories
+    from convneur.run.build import initial_model
+
+    check_memories(initial_model(config), config.data.image_size)
+
+
 def check(config: "Config", world_size: int) -> None:
     """Holds a configuration against the data, the ranks and DeepSpeed, before anything is allocated or written."""
     from convneur.data.check import check_data
+    from convneur.engine.optimizer import checked_steps
     from convneur.engine.section import deepspeed_config, parse_with_deepspeed
     from convneur.limits import check_config
     from convneur.system.world import name_accelerator
 
     name_accelerator()
     check_config(config, world_size)
-    check_data(
+    steps_per_epoch = check_data(
         config.data,
         num_classes=config.model.num_classes,
         world_size=world_size,
         accumulation=config.train.accumulation,
     )
+    checked_steps(config.schedule, steps_per_epoch)
     parse_with_deepspeed(deepspeed_config(config, world_size))
