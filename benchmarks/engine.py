@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from convneur.config import Config, load_config
-from convneur.data.stream.loader import Batch
+from convneur.data.stream.batch import Batch
 from convneur.engine.build import build_engine
 from convneur.engine.ema import Ema
 from convneur.engine.optimizer import build_optimizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from convneur.config import Config
 from convneur.data.errors import WorkerError
 from convneur.data.keys import key, seed_libraries
-from convneur.data.stream.loader import Batch
+from convneur.data.stream.batch import Batch
 from convneur.engine.ema import Ema
 from convneur.monitoring.guards import Guards
 from convneur.records.summary import Summary

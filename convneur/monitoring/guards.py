@@ -37,7 +37,7 @@ from convneur.system.world import World
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from convneur.data.stream.loader import Batch
+    from convneur.data.stream.batch import Batch
     from convneur.engine.ema import Ema
 
 HISTORY = 200

@@ -15,7 +15,7 @@ from convneur.data.errors import InputError
 from convneur.data.format.classes import check_same_classes
 from convneur.data.stores.store import open_store
 from convneur.data.stream.choose import build_train_loader
-from convneur.data.stream.loader import EvalLoader
+from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
 from convneur.data.stream.shuffle import shuffle_warning
 from convneur.engine.build import autocast, build_engine, engine_settings, true_shape, use_apex_norms, zero_stage

@@ -12,8 +12,10 @@ from timm.scheduler.scheduler import Scheduler
 
 from convneur.config import Config
 from convneur.data.errors import InputError
-from convneur.data.stream.loader import Batch, EvalBatch, EvalLoader, TrainLoader
+from convneur.data.stream.batch import Batch, EvalBatch
+from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
+from convneur.data.stream.train import TrainLoader
 from convneur.engine.build import Weights, engine_settings
 from convneur.engine.ema import Ema
 from convneur.engine.state import gather, steps_made

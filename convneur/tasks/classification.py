@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from convneur.data.errors import InputError
-from convneur.data.stream.loader import EvalBatch
+from convneur.data.stream.batch import EvalBatch
 from convneur.data.stream.on_device import Normalize
 
 

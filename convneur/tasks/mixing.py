@@ -9,7 +9,7 @@ from timm.data.random_erasing import RandomErasing
 
 from convneur.data.config import DataConfig
 from convneur.data.keys import key, libraries_restored, seed_libraries, view_key
-from convneur.data.stream.loader import Batch
+from convneur.data.stream.batch import Batch
 from convneur.data.stream.on_device import Normalize
 
 

@@ -12,7 +12,8 @@ from convneur.data.errors import InputError
 from convneur.data.format.classes import map_classes, read_class_map
 from convneur.data.format.shards import Manifest
 from convneur.data.stores.store import Store, open_store
-from convneur.data.stream.loader import EvalBatch, EvalLoader
+from convneur.data.stream.batch import EvalBatch
+from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
 from convneur.engine.build import autocast
 from convneur.models.convneur.model import SMALLEST_IMAGE

@@ -2,7 +2,7 @@
 
 from convneur.data.config import DataConfig
 from convneur.data.stores.store import Store
-from convneur.data.stream.loader import TrainLoader
+from convneur.data.stream.train import TrainLoader
 
 
 def build_train_loader(

@@ -34,7 +34,9 @@ from convneur.data.config import DataConfig
 from convneur.data.keys import key
 from convneur.data.stores.beton import JPG, BetonStore
 from convneur.data.stores.store import Store
-from convneur.data.stream.loader import BadSample, Batch, Request, TrainLoader, blamed_on_sample, read_or_replace
+from convneur.data.stream.batch import BadSample, Batch, Request
+from convneur.data.stream.reading import blamed_on_sample, read_or_replace
+from convneur.data.stream.train import TrainLoader
 from convneur.data.views.transforms import decode
 
 Word = Any

@@ -13,7 +13,7 @@ from places import RANKS, SUPPORT
 from safetensors.torch import load_file
 from small_run import STEPS
 
-from convneur.data.stream.loader import Batch
+from convneur.data.stream.batch import Batch
 from convneur.engine.build import build_engine
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.monitoring.guards import GuardConfig, Guards, _stop_by, checksum, odd_ranks, spike_limit

@@ -14,7 +14,9 @@ from small_run import small_config
 
 from convneur.config import Config
 from convneur.data.errors import WorkerError
-from convneur.data.stream.loader import Batch, EvalBatch, EvalLoader, TrainLoader
+from convneur.data.stream.batch import Batch, EvalBatch
+from convneur.data.stream.eval import EvalLoader
+from convneur.data.stream.train import TrainLoader
 from convneur.records.checkpoint import list_checkpoints
 from convneur.records.metrics import read_metrics
 from convneur.system.world import World

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from convneur.data.config import AugmentConfig, DataConfig
-from convneur.data.stream.loader import Batch
+from convneur.data.stream.batch import Batch
 from convneur.data.stream.on_device import Normalize
 from convneur.tasks.mixing import DeviceTransform
 

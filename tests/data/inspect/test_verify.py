@@ -27,7 +27,8 @@ from convneur.data.inspect.verify import verify_dataset
 from convneur.data.prepare.foreign import prepare_index
 from convneur.data.prepare.synthetic import SyntheticImages, prepare_synthetic
 from convneur.data.stores.store import TarStore
-from convneur.data.stream.loader import EvalLoader, TrainLoader
+from convneur.data.stream.eval import EvalLoader
+from convneur.data.stream.train import TrainLoader
 from convneur.data.views.transforms import decode
 from convneur.launch.cli import main
 from convneur.tools.contact_sheet import contact_sheet
@@ -440,7 +441,7 @@ def test_the_first_batch_at_step_300000_comes_as_soon_as_at_step_0(
 ) -> None:
     store = TarStore(large, "train")
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
-    monkeypatch.setattr("convneur.data.stream.loader._read", lambda *_: (pixels, 0))  # the shards hold no images
+    monkeypatch.setattr("convneur.data.stream.train.read_pixels", lambda *_: (pixels, 0))  # the shards hold no images
     config = replace(DataConfig(), workers=0, image_size=8, global_batch_size=1024)
     taken: dict[int, list[float]] = {0: [], 300_000: []}
     for _ in range(3):

@@ -28,7 +28,8 @@ from convneur.data.prepare.digits import prepare_digits
 from convneur.data.prepare.synthetic import SyntheticImages
 from convneur.data.stores.beton import JPG, RAW, BetonStore, Pixels, _lay_out, add_betons
 from convneur.data.stores.store import Store, TarStore, open_store
-from convneur.data.stream.loader import EvalLoader, TrainLoader
+from convneur.data.stream.eval import EvalLoader
+from convneur.data.stream.train import TrainLoader
 from convneur.data.views.transforms import decode
 from convneur.launch.cli import main
 from convneur.tasks.mixing import DeviceTransform

@@ -29,7 +29,8 @@ from convneur.data.prepare.foreign import prepare_index
 from convneur.data.prepare.synthetic import prepare_synthetic
 from convneur.data.stores.cache import ShardCache
 from convneur.data.stores.store import TarStore, open_store
-from convneur.data.stream.loader import EvalLoader, TrainLoader
+from convneur.data.stream.eval import EvalLoader
+from convneur.data.stream.train import TrainLoader
 
 Fault = Callable[["Handler", bytes], None]
 SHARDS = 8

@@ -24,9 +24,12 @@ from convneur.data.errors import InputError
 from convneur.data.format.shards import Manifest, Sample, write_split
 from convneur.data.inspect.verify import verify_dataset
 from convneur.data.stores.store import TarStore
-from convneur.data.stream import loader
-from convneur.data.stream.loader import REPLACEMENTS, Batch, EvalLoader, TrainLoader
+from convneur.data.stream import reading
+from convneur.data.stream.batch import Batch
+from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
+from convneur.data.stream.reading import REPLACEMENTS
+from convneur.data.stream.train import TrainLoader
 from convneur.data.views.transforms import RESIZES, TrainTransform, eval_transform
 from convneur.monitoring.bad_samples import BadSampleCount
 from convneur.tasks.classification import evaluate
@@ -175,7 +178,7 @@ def test_evaluation_shows_the_middle_of_a_very_long_image() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("float"), RuntimeError("a\nb"), OSError(5, "x")])
-@pytest.mark.parametrize(("owner", "name"), [(loader, "decode"), (TrainTransform, "show"), (TrainTransform, "draw")])
+@pytest.mark.parametrize(("owner", "name"), [(reading, "decode"), (TrainTransform, "show"), (TrainTransform, "draw")])
 def test_whatever_a_sample_raises_is_that_samples_fault(
     config: DataConfig, owner: object, name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:

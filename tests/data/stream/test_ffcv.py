@@ -26,8 +26,10 @@ from convneur.data.prepare.digits import prepare_digits
 from convneur.data.prepare.synthetic import SyntheticImages
 from convneur.data.stores.beton import BetonStore, add_betons
 from convneur.data.stores.store import open_store
+from convneur.data.stream.batch import Batch
 from convneur.data.stream.choose import build_train_loader
-from convneur.data.stream.loader import REPLACEMENTS, Batch, TrainLoader
+from convneur.data.stream.reading import REPLACEMENTS
+from convneur.data.stream.train import TrainLoader
 from convneur.data.views.transforms import decode
 from convneur.records.metrics import read_metrics
 from convneur.system.world import World

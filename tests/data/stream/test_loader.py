@@ -18,7 +18,9 @@ from convneur.data.format.shards import Manifest, Sample, write_split
 from convneur.data.keys import libraries_restored, seed_libraries, view_key
 from convneur.data.prepare.synthetic import prepare_synthetic
 from convneur.data.stores.store import TarStore
-from convneur.data.stream.loader import EvalBatch, EvalLoader, TrainLoader
+from convneur.data.stream.batch import EvalBatch
+from convneur.data.stream.eval import EvalLoader
+from convneur.data.stream.train import TrainLoader
 from convneur.data.views.transforms import TrainTransform, decode, eval_transform
 from convneur.tasks.mixing import DeviceTransform
 

@@ -21,7 +21,8 @@ from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.format.shards import Manifest, Sample, write_split
 from convneur.data.keys import key, view_key
 from convneur.data.stores.store import TarStore
-from convneur.data.stream.loader import Batch, TrainLoader
+from convneur.data.stream.batch import Batch
+from convneur.data.stream.train import TrainLoader
 from convneur.data.views.transforms import RESIZES
 from convneur.tasks.mixing import DeviceTransform
 
@@ -205,7 +206,7 @@ def test_an_error_ends_the_process_and_its_workers(config: DataConfig) -> None:
     """The traceback keeps the iterator alive until the interpreter ends, which waits for what ignores TERM."""
     script = f"""
 from convneur.data.config import DataConfig
-from convneur.data.stream.loader import TrainLoader
+from convneur.data.stream.train import TrainLoader
 from convneur.data.stores.store import TarStore
 
 config = DataConfig(root={config.root!r}, image_size=16, global_batch_size={BATCH}, lanes=4, workers=2)

@@ -18,7 +18,7 @@ from torch import Tensor
 from convneur import train
 from convneur.config import Config
 from convneur.data.keys import key, seed_libraries
-from convneur.data.stream.loader import TrainLoader
+from convneur.data.stream.train import TrainLoader
 from convneur.engine.build import zero_stage
 from convneur.engine.state import gather, gather_scalars, moment_names
 from convneur.errors import TrainingError

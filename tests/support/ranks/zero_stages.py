@@ -11,7 +11,7 @@ from pathlib import Path
 
 from small_run import small_config
 
-from convneur.data.stream.loader import TrainLoader
+from convneur.data.stream.train import TrainLoader
 from convneur.system.world import World
 from convneur.train import train
 

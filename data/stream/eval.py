@@ -1,0 +1,97 @@
+"""Every sample of a split once, in batches of one shape.
+
+Legend: N samples, R ranks, b = eval_batch_size samples in a batch of a rank, H x W pixels.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from convneur.data.config import DataConfig
+from convneur.data.errors import InputError, SampleError
+from convneur.data.stores.store import Store
+from convneur.data.stream.batch import BadSample, EvalBatch
+from convneur.data.stream.reading import blamed_on_sample, read_pixels
+from convneur.data.stream.workers import PREFETCH_BATCHES, Slots, request_loader, results, unwrap
+from convneur.data.views.transforms import Transform, eval_transform
+
+
+class EvalLoader:
+    """Every sample of a split exactly once over all ranks: rank r evaluates samples r, r + R, ...
+
+    All ranks have the same number of batches of the same shape; what is missing is padded and masked.
+
+    Args:
+        config: has eval_batch_size, workers and what the transform needs.
+        store: the split.
+        rank: this rank, 0..world_size-1.
+        world_size: R.
+    """
+
+    def __init__(self, config: DataConfig, store: Store, *, rank: int, world_size: int):
+        batch_size = config.eval_batch_size
+        samples = np.arange(rank, len(store), world_size)
+        largest = -(-len(store) // world_size)
+        requests = [samples[first : first + batch_size] for first in range(0, largest, batch_size)]
+        # Not more memory than there are batches; a slot is always the same worker's, in one evaluation.
+        slots = max((PREFETCH_BATCHES + 1) * config.workers, 1)
+        self._slots = Slots(min(slots, max(len(requests), 1)), batch_size, config.image_size)
+        dataset = _EvalDataset(store, eval_transform(config), self._slots)
+        self._batches = len(requests)
+        self._loader = request_loader(dataset, list(enumerate(requests)), config.workers, persistent=True)
+
+    def __len__(self) -> int:
+        """Batches on each rank."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        """Go through this rank's samples once.
+
+        Raises:
+            InputError: the storage fails time and again.
+            WorkerError: a worker was killed.
+        """
+        for made in results(self._loader):
+            yield unwrap(made).batch(self._slots)
+
+
+class _EvalMade(NamedTuple):
+    """What a worker says of a batch to evaluate whose images it has left in the slot of request `number`."""
+
+    number: int
+    labels: list[int]
+    mask: list[bool]
+    bad: tuple[BadSample, ...]
+
+    def batch(self, slots: Slots) -> EvalBatch:
+        """The batch, its images copied: into page-locked memory where there is a GPU."""
+        images = torch.empty_like(slots[self.number], pin_memory=torch.cuda.is_available())
+        images.copy_(slots[self.number])
+        return EvalBatch(images, torch.tensor(self.labels), torch.tensor(self.mask), self.bad)
+
+
+class _EvalDataset(Dataset[_EvalMade | InputError]):
+    """Reads a batch of samples, fewer than its size perhaps, and pads it."""
+
+    def __init__(self, store: Store, transform: Transform, slots: Slots):
+        self._store, self._transform, self._slots = store, transform, slots
+
+    def __getitem__(self, numbered: tuple[int, np.ndarray]) -> _EvalMade | InputError:
+        number, indices = numbered
+        images = self._slots[number].zero_()
+        labels, mask = [0] * len(images), [False] * len(images)
+        bad = []
+        for position, index in enumerate(indices.tolist()):
+            try:
+                pixels, label = read_pixels(self._store, index)
+                with blamed_on_sample(self._store, index):
+                    images[position] = self._transform(pixels)
+                labels[position], mask[position] = label, True
+            except SampleError as error:
+                bad.append(BadSample(index, str(error)))
+            except InputError as error:
+                return error
+        return _EvalMade(number, labels, mask, tuple(bad))

@@ -1,0 +1,280 @@
+"""Micro-batches of an optimizer step, for each rank, in the one order that all world sizes share.
+
+Legend: N samples, L lanes, B global batch size, R ranks, A micro-batches an optimizer step and rank, b = B / (R A)
+samples a micro-batch, H x W pixels.
+
+Micro-batch a of rank r owns the lanes m L / (R A) to (m + 1) L / (R A), m = r A + a. Workers have no state: a request
+names all that a micro-batch depends on.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from convneur.data.config import DataConfig
+from convneur.data.errors import InputError, SampleError
+from convneur.data.format.shards import Sample
+from convneur.data.keys import libraries_restored, seed_libraries, view_key
+from convneur.data.stores.store import Store
+from convneur.data.stream.batch import BadSample, Batch, Request
+from convneur.data.stream.reading import blamed_on_sample, read_or_replace, read_pixels
+from convneur.data.stream.shuffle import lane_order
+from convneur.data.stream.workers import PREFETCH_BATCHES, Slots, request_loader, results, unwrap
+from convneur.data.views.transforms import TrainTransform, View, plain_jpeg_size
+
+STATE_FORMAT = 1
+AHEAD = 16
+"""For how many views at a time a worker reads and draws before it decodes them."""
+
+PREFETCH_STEPS = 64
+"""How many optimizer steps ahead remote shards are fetched."""
+
+Reached: TypeAlias = "Synchronized[int]"
+
+
+class TrainLoader:
+    """The stream of training samples, as one rank sees it.
+
+    A sample that can't be read is replaced by one drawn from (seed, epoch, place in the epoch, attempt), so the stream
+    stays the same for every number of ranks; `bad_samples` collects those that this rank has met, number and reason.
+
+    Args:
+        config: what `check_data` found right.
+        store: the training split.
+        seed: the run's seed.
+        rank: this rank, 0..world_size-1.
+        world_size: R.
+        accumulation: A.
+    """
+
+    def __init__(self, config: DataConfig, store: Store, *, seed: int, rank: int, world_size: int, accumulation: int):
+        self._order = lane_order(config, store, seed)
+        self._config, self._seed, self._store = config, seed, store
+        self._transform = TrainTransform(config)
+        share = config.lanes // (world_size * accumulation)
+        first = rank * accumulation
+        self._micro_lanes = [range(m * share, (m + 1) * share) for m in range(first, first + accumulation)]
+        self.steps_per_epoch = self._order.steps_per_epoch
+        self.index_hash = store.index_hash
+        self.bad_samples: dict[int, str] = {}
+
+    def iterate(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
+        """Read optimizer steps `start_step` to `stop_step - 1`, counted over all epochs, with one set of workers.
+
+        Starting anywhere costs the same; nothing is replayed.
+
+        Yields:
+            This rank's A micro-batches of a step.
+
+        Raises:
+            InputError: the storage fails time and again, or hardly a sample can be read.
+            WorkerError: a worker was killed.
+        """
+        workers, size = self._config.workers, self._config.image_size
+        batch_size = self._config.global_batch_size // self._config.lanes * len(self._micro_lanes[0])
+        # One more than are under way would do; as many for each worker, and a slot is always the same worker's.
+        slots = Slots(max((PREFETCH_BATCHES + 1) * workers, 1), batch_size, size)
+        dataset = _TrainDataset(self._store, self._transform, self._seed, slots)
+        batches = results(request_loader(dataset, enumerate(self._requests(start_step, stop_step)), workers))
+        try:
+            with self._prefetching(start_step, stop_step) as reached:
+                for step in range(start_step, stop_step):
+                    reached.value = step
+                    micro_batches: list[Batch] = [unwrap(next(batches)).batch(slots) for _ in self._micro_lanes]
+                    for batch in micro_batches:
+                        self.bad_samples.update(batch.bad)
+                    yield micro_batches
+        finally:
+            del batches  # ends the workers, also while an error's traceback keeps this frame
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint must hold to resume after `step` optimizer steps; nothing in it depends on the rank."""
+        return {
+            "format": STATE_FORMAT,
+            "seed": self._seed,
+            "global_batch_size": self._config.global_batch_size,
+            "lanes": self._config.lanes,
+            "window": self._config.window,
+            "block": self._config.block,
+            "repeats": self._config.repeats,
+            "engine": self._config.engine,
+            "index_hash": self.index_hash,
+            "epoch": step // self.steps_per_epoch,
+            "step": step,
+        }
+
+    def check_state(self, saved: Mapping[str, Any]) -> None:
+        """Check that a checkpoint's `state` belongs to this very stream, so that going on at its step is exact.
+
+        Raises:
+            InputError: something the stream depends on differs.
+        """
+        saved = {"block": 0, **saved}  # older ones have none
+        for name, here in self.state(saved.get("step", 0)).items():
+            if saved.get(name) != here:
+                raise InputError(
+                    f"the checkpoint's data stream has {name} {saved.get(name)!r}, this run {here!r}: "
+                    f"resume with the former, or start a new run"
+                )
+
+    @contextmanager
+    def _prefetching(self, start_step: int, stop_step: int) -> Iterator["Reached"]:
+        """Let a process fetch remote shards in the order of the lanes, ahead of the step that is written down here."""
+        context = get_context("fork")
+        reached: Reached = context.Value("q", start_step)
+        if not self._store.is_remote:
+            yield reached
+            return
+        requests = self._requests(start_step, stop_step)
+        # A process: a thread that held a lock while workers were forked would leave them waiting for it.
+        process = context.Process(target=_prefetch, args=(self._store, requests, reached, os.getpid()), daemon=True)
+        process.start()
+        try:
+            yield reached
+        finally:
+            process.kill()  # it may have inherited a handler for TERM; what it leaves half-fetched, the cache removes
+            process.join()
+
+    def _requests(self, start_step: int, stop_step: int) -> Iterator["Request"]:
+        for step in range(start_step, stop_step):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            for lanes in self._micro_lanes:
+                samples = self._order.samples(epoch, position, lanes)
+                repetitions = np.tile(self._order.repetitions(position), len(lanes))
+                first = position * self._config.global_batch_size + lanes.start * samples.shape[1]
+                yield Request(epoch, step, lanes, first, samples.ravel(), repetitions)
+
+
+def _prefetch(store: Store, requests: Iterable[Request], reached: Reached, parent: int) -> None:
+    """Fetch the shards of `requests`, up to `PREFETCH_STEPS` ahead; a failure ends it, for the reader to report."""
+    for request in requests:
+        while request.step > reached.value + PREFETCH_STEPS:
+            if os.getppid() != parent:
+                return
+            time.sleep(0.05)
+        try:
+            store.prefetch(request.indices)
+        except (InputError, OSError):
+            return
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a worker says of a micro-batch whose images it has left in the slot of request `number`."""
+
+    number: int
+    request: Request
+    indices: list[int]
+    labels: list[int]
+    bad: tuple[BadSample, ...]
+
+    def batch(self, slots: Slots) -> Batch:
+        """The micro-batch, its images copied: into page-locked memory where there is a GPU."""
+        images = torch.empty_like(slots[self.number], pin_memory=torch.cuda.is_available())
+        return Batch(
+            images=images.copy_(slots[self.number]),
+            labels=torch.tensor(self.labels),
+            indices=torch.tensor(self.indices),
+            epoch=self.request.epoch,
+            step=self.request.step,
+            lanes=self.request.lanes,
+            repetitions=torch.from_numpy(self.request.repetitions),
+            bad=self.bad,
+        )
+
+
+class _TrainDataset(Dataset[_Made | InputError]):
+    """Reads and augments a micro-batch. An `InputError` is returned: raised in a worker, it would lose its one line."""
+
+    def __init__(self, store: Store, transform: TrainTransform, seed: int, slots: Slots):
+        self._store, self._transform, self._seed, self._slots = store, transform, seed, slots
+
+    def __getitem__(self, numbered: tuple[int, Request]) -> _Made | InputError:
+        number, request = numbered
+        images = self._slots[number]
+        bad: list[BadSample] = []
+        indices, labels = [], []
+        last = _LastImage(self._store)
+        try:
+            with libraries_restored():
+                for offset, drawn in enumerate(self._drawn(request)):
+                    index, label = read_or_replace(
+                        partial(self._show, last, request.epoch, drawn, images[offset]),
+                        len(self._store),
+                        seed=self._seed,
+                        epoch=request.epoch,
+                        place=request.first + offset,
+                        index=drawn.number,
+                        bad=bad,
+                    )
+                    indices.append(index)
+                    labels.append(label)
+        except InputError as error:
+            return error
+        return _Made(number, request, indices, labels, tuple(bad))
+
+    def _drawn(self, request: Request) -> Iterator["_Drawn"]:
+        """Read and draw for `AHEAD` views at a time: between two images, decoding empties the processor's caches."""
+        views = list(zip(request.indices.tolist(), request.repetitions.tolist(), strict=True))
+        for first in range(0, len(views), AHEAD):
+            yield from [self._draw(request.epoch, *view) for view in views[first : first + AHEAD]]
+
+    def _draw(self, epoch: int, index: int, repetition: int) -> "_Drawn":
+        sample = view = None
+        if self._transform.draws_all:
+            with suppress(SampleError), blamed_on_sample(self._store, index):  # `_show` meets it again
+                sample = self._store.read(index)
+                if size := plain_jpeg_size(sample.image):
+                    self._seed_view(epoch, index, repetition)
+                    view = self._transform.draw(*size)
+        return _Drawn(index, repetition, sample, view)
+
+    def _show(self, last: "_LastImage", epoch: int, drawn: "_Drawn", seen: torch.Tensor, index: int) -> int:
+        """Leave in `seen` what is drawn, or the sample that stands in for it; its label."""
+        if index == drawn.number and drawn.view:
+            pixels, label = last.read(index, drawn.sample)
+            view: View | None = drawn.view
+        else:
+            pixels, label = last.read(index)
+            self._seed_view(epoch, index, drawn.repetition)
+            view = None
+        with blamed_on_sample(self._store, index):
+            self._transform.show(pixels, view or self._transform.draw(*pixels.shape[:2]), seen)
+        return label
+
+    def _seed_view(self, epoch: int, index: int, repetition: int) -> None:
+        seed_libraries(view_key(self._seed, "augment", epoch, index, repetition))
+
+
+class _Drawn(NamedTuple):
+    """A view of a sample; the sample, if it could be read, and what is shown of it, if that is drawn already."""
+
+    number: int
+    repetition: int
+    sample: Sample | None
+    view: View | None
+
+
+class _LastImage:
+    """Decodes samples; the last one only once, as repeated views of it follow each other."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._index = -1
+
+    def read(self, index: int, sample: Sample | None = None) -> tuple[np.ndarray, int]:
+        """Pixels and label of a sample, which may have been read already; raises what `read_pixels` does."""
+        if index != self._index:
+            self._read = read_pixels(self._store, index, sample)
+            self._index = index
+        return self._read
