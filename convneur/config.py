@@ -21,13 +21,12 @@ import jsonargparse
 import yaml
 
 from convneur.data.config import DataConfig
-from convneur.data.errors import InputError
-from convneur.data.files import atomic_write
+from convneur.data.errors import DamagedError, InputError
+from convneur.data.files import atomic_write, check_kind
 from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig
 from convneur.models.convneur.model import ModelConfig
 from convneur.monitoring.guards import GuardConfig
 from convneur.monitoring.watchdog import WatchdogConfig
-from convneur.records.saved import DamagedError, check_kind
 from convneur.system.determinism import Determinism
 
 

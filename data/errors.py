@@ -24,6 +24,10 @@ class SampleError(InputError):
     """One sample's bytes are damaged or not an image; the rest of the dataset may well be usable."""
 
 
+class DamagedError(InputError):
+    """A saved file is there, but doesn't hold what it should."""
+
+
 class WorkerError(Exception):
     """A process that decodes images has ended before its time. Nobody's input is to blame."""
 

@@ -2,10 +2,13 @@
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from convneur.data.errors import DamagedError
 
 TEMPORARY = ".*.tmp"
 """Pattern of the names that unfinished files go by."""
@@ -43,3 +46,10 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_kind(path: Path) -> None:
+    """Raises DamagedError where reading would wait, as of a pipe, or never end, as of a device; OSError without one."""
+    kind = path.stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a folder is an error anyhow
+        raise DamagedError(f"{path}: is no ordinary file")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from convneur.config import Config, saved_config
+from convneur.data.errors import DamagedError
 from convneur.launch.supervise import ATTEMPTS_FILE, TIME_FORMAT
-from convneur.records.saved import METRICS_FILE, DamagedError, Metrics, contents, parse_metrics
+from convneur.records.saved import METRICS_FILE, Metrics, contents, parse_metrics
 from convneur.records.summary import SUMMARY_FILE, Summary, read_summary
 
 CONFIG_FILE = "config.yaml"

@@ -13,11 +13,11 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from convneur.data.errors import InputError
+from convneur.data.errors import DamagedError, InputError
 from convneur.launch.run_reader import CONFIG_FILE, RunReader
 from convneur.launch.supervise import ATTEMPTS_FILE, Record
 from convneur.launch.tables import show_table, table_of
-from convneur.records.saved import METRICS_FILE, DamagedError
+from convneur.records.saved import METRICS_FILE
 from convneur.records.summary import SUMMARY_FILE, ends_as_told
 
 SUBMITTED = "submitted"

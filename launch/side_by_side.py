@@ -15,11 +15,10 @@ import torch
 from scipy.optimize import nnls
 
 from convneur.config import Config, save_config
-from convneur.data.errors import InputError
+from convneur.data.errors import DamagedError, InputError
 from convneur.launch.leash import LAUNCHER
 from convneur.launch.local import WAKE_SECONDS
 from convneur.launch.signals import handling, stoppable
-from convneur.records.saved import DamagedError
 from convneur.records.summary import Summary, read_summary
 from convneur.studies.grid import Place, StudyConfig, progress
 from convneur.studies.series import Standing, run_folder

@@ -22,10 +22,10 @@ import yaml
 
 from convneur.config import Config, config_text, load_config
 from convneur.data.config import DataConfig
-from convneur.data.errors import InputError
+from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write
 from convneur.ops.native import compiler_version
-from convneur.records.saved import DamagedError, read_object
+from convneur.records.saved import read_object
 
 REPRODUCE_FILE = "reproduce.json"
 LONGEST_VALUE = 60  # characters of a value that a line of differences shows

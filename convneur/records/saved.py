@@ -6,18 +6,14 @@ What is damaged is said, as DamagedError, and never passes for something else.
 
 import json
 import math
-import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convneur.data.errors import InputError
+from convneur.data.errors import DamagedError
+from convneur.data.files import check_kind
 
 METRICS_FILE = "metrics.jsonl"
 Metrics = dict[str, Any]
-
-
-class DamagedError(InputError):
-    """A file of a run is there, but doesn't hold what it should."""
 
 
 def contents(path: Path) -> bytes | None:
@@ -29,13 +25,6 @@ def contents(path: Path) -> bytes | None:
         return None
     except OSError as error:
         raise DamagedError(f"{path}: can't be read ({error.strerror})") from error
-
-
-def check_kind(path: Path) -> None:
-    """Raises DamagedError where reading would wait, as of a pipe, or never end, as of a device; OSError without one."""
-    kind = path.stat().st_mode
-    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a folder is an error anyhow
-        raise DamagedError(f"{path}: is no ordinary file")
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from convneur.config import Config, load_config
-from convneur.data.errors import InputError
+from convneur.data.errors import DamagedError, InputError
 from convneur.records.checkpoint import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -21,7 +21,7 @@ from convneur.records.checkpoint import (
     restore_replaced,
 )
 from convneur.records.retention import Best
-from convneur.records.saved import DamagedError, salvage_metrics
+from convneur.records.saved import salvage_metrics
 from convneur.system.agreement import led
 from convneur.system.world import World
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from convneur.config import Config
+from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.models.describe import describe
-from convneur.records.saved import DamagedError
 from convneur.records.strict_json import json_text
 from convneur.records.summary import read_summary
 from convneur.studies.series import member, run_folder, standing

@@ -12,11 +12,12 @@ from itertools import product
 from pathlib import Path
 
 from convneur.config import Config
+from convneur.data.errors import DamagedError
 from convneur.data.stores.store import open_store
 from convneur.models.convneur.model import ModelConfig, Placement
 from convneur.models.describe import ModelInfo, describe
 from convneur.records.provenance import REPRODUCE_FILE, read_record
-from convneur.records.saved import METRICS_FILE, DamagedError, or_nan, read_metrics
+from convneur.records.saved import METRICS_FILE, or_nan, read_metrics
 from convneur.records.summary import read_result, read_summary
 from convneur.studies.series import member, run_folder
 

@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from convneur.config import config_text
+from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
 from convneur.models.convneur.model import variant_named
-from convneur.records.saved import DamagedError, or_nan, read_metrics
+from convneur.records.saved import or_nan, read_metrics
 from convneur.studies.cost import read_study_plan, total
 from convneur.studies.equal_compute import Difference
 from convneur.studies.fit import LEVEL, METRICS, Findings, StudyFit

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from convneur.config import Config, saved_config
-from convneur.data.errors import InputError
+from convneur.data.errors import DamagedError, InputError
 from convneur.models.convneur.model import ModelConfig
-from convneur.records.saved import DamagedError
 from convneur.records.summary import Summary, read_summary
 
 Key = TypeVar("Key", bound=Hashable)
