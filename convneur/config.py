@@ -1,24 +1,14 @@
 """The configuration of a run: dataclass defaults, then YAML files, then `--section.key value`.
 
-A key is written with dots, `section.key`. Sections are dataclasses beside the code they configure; every value is
-checked against its field's type before anything is built from it. Only `deepspeed` is a free mapping. A file may name
-others to start from, `include: FILE`, beside its sections; what is saved with a run is resolved and includes nothing.
+Sections are dataclasses beside the code they configure; `convneur.settings` reads them. Only `deepspeed` is a free
+mapping. What is saved with a run is resolved and includes nothing.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from difflib import SequenceMatcher
-from functools import cache
-from math import isfinite
+from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import Repr
-from types import NoneType
-from typing import Any, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
-
-import jsonargparse
-import yaml
+from typing import Any, Literal
 
 from convneur.data.config import DataConfig
 from convneur.data.errors import DamagedError, InputError
@@ -27,7 +17,14 @@ from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig
 from convneur.models.convneur.model import ModelConfig
 from convneur.monitoring.guards import GuardConfig
 from convneur.monitoring.watchdog import WatchdogConfig
+from convneur.settings import load_as, read_file, resolve, yaml_text
 from convneur.system.determinism import Determinism
+
+_DEEPSPEED = {
+    "example": "zero_optimization.stage",
+    # People know it from apex, which has it no more.
+    "instead_of": {"amp": "deepspeed.torch_autocast sets mixed precision"},
+}
 
 
 @dataclass(frozen=True)
@@ -105,18 +102,11 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict, metadata=_DEEPSPEED)
 
 
-INCLUDE = "include"
-NOT_FINITE = re.compile(r"[-+]?(nan|inf(inity)?)", re.IGNORECASE)
-LONG_YAML = 1 << 14
-_SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
 SAVED_SECTIONS = ("run", "model", "data", "train", "optimizer", "schedule", "deepspeed")
 """What every saved configuration has, however old: the others came later. `deepspeed` is the last in the file."""
-Tree = dict[str, Any]
-_Section = TypeVar("_Section")
 
 
 def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -138,25 +128,13 @@ def saved_config(path: Path) -> Config:
     try:
         with suppress(OSError):  # which reading reports
             check_kind(path)
-        sources = list(_read_file(path, ()))
+        sources = list(read_file(path))
         absent = [name for name in SAVED_SECTIONS if name not in sources[-1][1]]
         if absent:
             raise InputError(f"{path}: has no {', '.join(absent)}, expected every section of a run; restore it")
-        return _resolved(Config, sources)
+        return resolve(Config, sources)
     except InputError as error:
         raise DamagedError(str(error)) from error
-
-
-def load_as(schema: type[_Section], config_files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> _Section:
-    """The same for a dataclass that adds sections to `Config`."""
-    return _resolved(schema, [*_read_files(config_files), *_parse_overrides(overrides, schema)])
-
-
-def _resolved(schema: type[_Section], sources: Iterable[tuple[str, Tree]]) -> _Section:
-    merged: Tree = {}
-    for where, tree in sources:
-        merged = _merge(merged, _typed(tree, schema, where))
-    return _build(schema, merged, "")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -167,256 +145,4 @@ def save_config(config: Config, path: Path) -> None:
 
 def config_text(config: Config) -> str:
     """Every key of a configuration, as YAML."""
-    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False)
-
-
-def config_keys(section: type = Config, prefix: str = "") -> Iterator[str]:
-    """All keys, in the order of their fields, each section before its own keys."""
-    for name, hint in get_type_hints(section).items():
-        yield prefix + name
-        if _is_section(hint):
-            yield from config_keys(hint, f"{prefix}{name}.")
-
-
-def nearest_key(key: str, keys: Iterable[str]) -> str | None:
-    """The key that was probably meant, if any is close; a right name in the wrong section counts as close."""
-
-    def closeness(candidate: str) -> tuple[float, float]:
-        whole = SequenceMatcher(None, key, candidate).ratio()
-        name = SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        return max(whole, name), whole
-
-    best = max(keys, key=closeness, default=None)
-    return best if best is not None and closeness(best) > (0.6,) else None
-
-
-# Reading sources. Each is a tree of raw values and a prefix that makes its keys findable: "FILE: " or "--".
-
-
-def _read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, Tree]]:
-    for path in paths:
-        yield from _read_file(Path(path), ())
-
-
-def _read_file(path: Path, including: tuple[Path, ...]) -> Iterator[tuple[str, Tree]]:
-    """What a file includes, by paths relative to it, and then the file itself, which therefore wins."""
-    where = f"{including[-1]}: include: {path}" if including else str(path)
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{where}: can't be read ({error.strerror}), expected a YAML file") from error
-    tree = _yaml(text, f"{path}: not valid YAML")
-    if not isinstance(tree, dict | None):
-        raise InputError(f"{path}: holds {_SHORT.repr(tree)}, expected sections such as 'model:' with keys below them")
-    tree = tree or {}
-    if INCLUDE in tree:
-        included = tree.pop(INCLUDE)
-        if not isinstance(included, str):
-            raise InputError(f"{path}: {INCLUDE} is {included!r}, expected a path, relative to this file")
-        if path.resolve() in [file.resolve() for file in including]:
-            raise InputError(f"{where}: these files include each other, expected an end to it")
-        yield from _read_file(path.parent / included, (*including, path))
-    yield f"{path}: ", tree
-
-
-def _parse_overrides(words: Iterable[str], schema: type) -> Iterator[tuple[str, Tree]]:
-    words = iter(words)
-    for word in words:
-        if not word.startswith("--"):
-            raise InputError(f"{word!r} belongs to no flag, expected --section.key value")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            text = next(words, "--")
-            if text.startswith("--"):
-                raise InputError(f"--{key} has no value, expected --{key} VALUE, or --{key}=VALUE if it starts with --")
-        first, *rest = key.split(".")
-        if first != "deepspeed" and key not in config_keys(schema):
-            raise _unknown("--", key, config_keys(schema))
-        value: Any = text
-        if first == "deepspeed":  # free values have no type to read them by
-            value = _yaml(text.encode(errors="surrogateescape"), f"--{key} is {text!r}, which is not valid YAML")
-        for name in reversed(rest):
-            value = {name: value}
-        yield "--", {first: value}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML where `1e-3` is a number, as in YAML 1.2, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys, as they are written, are all different."""
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{name!r} is given twice", problem_mark=node.start_mark
-                )
-        return yaml.constructor.SafeConstructor.construct_mapping(self, node, deep)
-
-
-class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The same by libyaml where PyYAML has it, a tenth of the time; it recurses on the stack, so for short texts."""
-
-    construct_mapping = _Loader.construct_mapping
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would take for a number."""
-
-
-for _class in (_Loader, _FastLoader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-
-def _yaml(text: bytes, complaint: str) -> Any:
-    try:
-        return yaml.load(text, _FastLoader if len(text) < LONG_YAML else _Loader)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # the others: 2026-02-30, [[[[...
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        last = text.count(b"\n") + 1  # libyaml points beyond what ends too early
-        where = f"line {min(mark.line + 1, last)}: " if mark else ""
-        raise InputError(f"{complaint} ({where}{problem})") from error
-
-
-def _merge(base: Tree, extra: Tree) -> Tree:
-    """`base` with the values of `extra`, mapping by mapping."""
-    merged = dict(base)
-    for key, value in extra.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-# Types.
-
-
-_hints: Callable[[type], dict[str, Any]] = cache(get_type_hints)
-
-
-def _is_section(hint: Any) -> TypeGuard[type]:
-    return isinstance(hint, type) and is_dataclass(hint)
-
-
-def _typed(tree: Tree, section: type, where: str, prefix: str = "") -> Tree:
-    """The tree with every value converted to the type of its field; InputError for the first one that can't be."""
-    hints = _hints(section)
-    typed: Tree = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if name not in hints:
-            raise _unknown(where, key, {*config_keys(), *config_keys(section, prefix)})
-        hint = hints[name]
-        if _is_section(hint) or get_origin(hint) is dict:
-            if not isinstance(value, dict | None):
-                raise InputError(f"{where}{key} is {value!r}, expected keys below it, such as {_example(key, hint)}")
-            value = value or {}
-            if not _is_section(hint):
-                _check_finite(_without_words(value), where + key, "a number")
-            typed[name] = _typed(value, hint, where, f"{key}.") if _is_section(hint) else value
-        else:
-            typed[name] = _converted(value, hint, where + key)
-    _build(section, typed, where)
-    return typed
-
-
-def _converted(value: Any, hint: Any, label: str) -> Any:
-    if _fits_as_it_is(value, hint):
-        _check_finite(value, label, _expected(hint))
-        return value
-    try:
-        converted = _converter(hint).parse_object({"value": value}).value
-        fits = converted is not None or NoneType in get_args(hint)  # jsonargparse takes null for any type
-    except (jsonargparse.ArgumentError, OverflowError):
-        fits = False
-    if not fits:
-        raise InputError(f"{label} is {value!r}, expected {_expected(hint)}")
-    _check_finite(converted, label, _expected(hint))
-    return converted
-
-
-def _check_finite(value: Any, label: str, expected: str) -> None:
-    """Refuses nan and infinity, which no setting means, wherever in a value they are."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            _check_finite(part, f"{label}.{key}", expected)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _check_finite(part, label, expected)
-    elif isinstance(value, float) and not isfinite(value):
-        raise InputError(f"{label} is {value}, expected {expected}; it can't be nan or infinite")
-
-
-def _without_words(value: Any) -> Any:
-    """A free value with `nan` and `inf`, which are numbers to DeepSpeed but words to YAML, as numbers."""
-    if isinstance(value, dict):
-        return {key: _without_words(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_words(part) for part in value]
-    return float(value) if isinstance(value, str) and NOT_FINITE.fullmatch(value) else value
-
-
-def _fits_as_it_is(value: Any, hint: Any) -> bool:
-    """Whether a value is of just this type, as nearly all of a saved configuration are: jsonargparse takes its time."""
-    if hint in (int, float, bool, str):
-        return type(value) is hint
-    if get_origin(hint) is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
-    if get_origin(hint) is list:
-        return type(value) is list and all(_fits_as_it_is(item, get_args(hint)[0]) for item in value)
-    return value is None and NoneType in get_args(hint)
-
-
-@cache
-def _converter(hint: Any) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
-    return parser
-
-
-def _build(section: type[_Section], tree: Tree, where: str) -> _Section:
-    """The dataclass of a section from typed values; what its own checks say is bad input."""
-    hints = _hints(section)
-    values = {
-        name: _build(hints[name], value, where) if _is_section(hints[name]) else value for name, value in tree.items()
-    }
-    try:
-        return section(**values)
-    except ValueError as error:
-        raise InputError(f"{where}{error}") from error
-
-
-def _unknown(where: str, key: str, keys: Iterable[str]) -> InputError:
-    if key.rpartition(".")[2] == "amp":  # people know it from apex, which has it no more
-        return InputError(f"{where}{key} is not a configuration key; deepspeed.torch_autocast sets mixed precision")
-    nearest = nearest_key(key, keys)
-    hint = (
-        f"did you mean {'--' if where == '--' else ''}{nearest}?" if nearest else "`convneur train --help` lists them"
-    )
-    return InputError(f"{where}{key} is not a configuration key; {hint}")
-
-
-def _expected(hint: Any) -> str:
-    """A type in words."""
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text, in quotes if YAML takes it for something else",
-        NoneType: "null",
-    }
-    if hint in words:
-        return words[hint]
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(repr(choice) for choice in get_args(hint))}"
-    if get_origin(hint) is list:
-        return f"a list, each {_expected(get_args(hint)[0])}"
-    if get_origin(hint) is tuple:
-        return f"a list of {len(get_args(hint))}, each {_expected(get_args(hint)[0])}"
-    return " or ".join(_expected(part) for part in get_args(hint))
-
-
-def _example(key: str, hint: Any) -> str:
-    return f"{key}.{fields(hint)[0].name}" if _is_section(hint) else f"{key}.zero_optimization.stage"
+    return yaml_text(config)

@@ -96,13 +96,14 @@ def _call(command: Command, args: argparse.Namespace, overrides: Sequence[str]) 
 
 def _unknown(word: str, args: argparse.Namespace) -> InputError:
     """Says which flag was probably meant: one of the command, or a configuration key without its section."""
-    from convneur.config import config_keys, nearest_key
+    from convneur.config import Config
+    from convneur.settings import config_keys, nearest_key
 
     if not word.startswith("--"):
         return InputError(f"{word!r} belongs to no flag; see `convneur {args.command} --help`")
     flags = re.findall(r"--([\w-]+)", args.parser.format_usage())
     if args.takes_overrides:
-        flags += (key for key in config_keys() if "." in key)  # the sections themselves are no flags
+        flags += (key for key in config_keys(Config) if "." in key)  # the sections themselves are no flags
     nearest = nearest_key(word[2:].partition("=")[0], flags)
     hint = f"did you mean --{nearest}?" if nearest else f"see `convneur {args.command} --help`"
     return InputError(f"{word} is not a flag of `convneur {args.command}`; {hint}")

@@ -4,7 +4,8 @@ import argparse
 
 from jsonargparse import SUPPRESS, ArgumentParser, DefaultHelpFormatter
 
-from convneur.config import Config, config_keys
+from convneur.config import Config
+from convneur.settings import config_keys
 
 
 class _KeysOnly(DefaultHelpFormatter):
@@ -12,7 +13,7 @@ class _KeysOnly(DefaultHelpFormatter):
 
     def add_argument(self, action: argparse.Action) -> None:
         """Adds an argument's help if it is a key with a value."""
-        if not any(key.startswith(f"{action.dest}.") for key in config_keys()):
+        if not any(key.startswith(f"{action.dest}.") for key in config_keys(Config)):
             super().add_argument(action)
 
 

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import CONFIGS
 
-from convneur.config import Config, config_keys, load_config, nearest_key, save_config
+from convneur.config import Config, load_config, save_config
 from convneur.data.errors import InputError
 from convneur.engine.section import deepspeed_config, parse_with_deepspeed
 from convneur.limits import check_config
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.model import VARIANTS, ModelConfig
+from convneur.settings import config_keys, nearest_key
 
 
 def write(path: Path, text: str) -> Path:
@@ -165,7 +166,7 @@ def test_no_number_may_be_nan_or_infinite(tmp_path: Path, value: str) -> None:
         parts = [str(part) for part in default] if isinstance(default, tuple) else []
         return f"[{', '.join([*parts[1:], value])}]" if parts else value
 
-    defaults = {key: attrgetter(key)(Config()) for key in config_keys()}
+    defaults = {key: attrgetter(key)(Config()) for key in config_keys(Config)}
     found = {key: default for key, default in defaults.items() if re.search(r"\d\.\d|e-", str(default))}
     found = {key: default for key, default in found.items() if isinstance(default, float | tuple)}
     assert {"data.mean", "optimizer.betas", "data.augment.mixup", "guards.spike", "schedule.min_lr"} < found.keys()
@@ -220,7 +221,7 @@ def test_defaults_are_possible() -> None:
     ],
 )
 def test_nearest_key(key: str, meant: str | None) -> None:
-    assert nearest_key(key, config_keys()) == meant
+    assert nearest_key(key, config_keys(Config)) == meant
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -292,7 +293,7 @@ def test_saved_configuration_is_read_back(tmp_path_factory: pytest.TempPathFacto
 def test_saved_configuration_names_every_key(tmp_path: Path) -> None:
     save_config(Config(), tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
-    assert all(f"{key.rpartition('.')[2]}:" in text for key in config_keys())
+    assert all(f"{key.rpartition('.')[2]}:" in text for key in config_keys(Config))
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     assert asdict(load_config([tmp_path / "config.yaml"])) == asdict(Config())
 

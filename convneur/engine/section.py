@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from convneur.config import Config, nearest_key
+from convneur.config import Config
 from convneur.data.errors import InputError
+from convneur.settings import nearest_key
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

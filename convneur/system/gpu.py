@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from convneur.config import load_as
 from convneur.data.errors import InputError
+from convneur.settings import load_as
 
 FOLDER = files("convneur.system") / "gpus"
 

@@ -207,8 +207,8 @@ def _load(args: argparse.Namespace, overrides: Overrides) -> "StudyConfig":
     from convneur.system.world import name_accelerator
 
     name_accelerator()
-    from convneur.config import load_as
     from convneur.limits import check_values
+    from convneur.settings import load_as
     from convneur.studies.grid import StudyConfig, study_runs
 
     config = load_as(StudyConfig, [args.config], overrides)

@@ -348,8 +348,9 @@ def plot(args: argparse.Namespace, _: Overrides) -> int:
 def ablate(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur ablate`: trains the rows of the ablation table that are missing, and prints and saves the table."""
     outlast_output()
-    from convneur.config import load_as, save_config
+    from convneur.config import save_config
     from convneur.limits import check_values
+    from convneur.settings import load_as
     from convneur.studies.ablation import AblationConfig, run_configs, train_rows
     from convneur.studies.series import series_folder, standing
 

@@ -12,10 +12,11 @@ import psutil
 import pytest
 from small_run import small_config
 
-from convneur.config import config_keys, save_config
+from convneur.config import Config, save_config
 from convneur.launch.cli import main
 from convneur.launch.folder import run_folder
 from convneur.records.metrics import read_metrics
+from convneur.settings import config_keys
 
 CONVNEUR = [sys.executable, "-P", "-m", "convneur.launch"]
 ENV = {name: value for name, value in os.environ.items() if name != "RANK"} | {"OMP_NUM_THREADS": "1"}
@@ -111,7 +112,7 @@ def test_train_help_explains_every_key(capsys: pytest.CaptureFixture[str], monke
     assert exit_info.value.code == 0
     output = capsys.readouterr().out
     flags = [line.split()[0] for line in output.splitlines() if line.startswith("  --")]
-    keys = list(config_keys())
+    keys = list(config_keys(Config))
     sections = {key.rpartition(".")[0] for key in keys} - {""}
     assert set(flags) >= {f"--{key}" for key in keys if key not in sections}
     assert not {f"--{section}" for section in sections} & set(flags)

@@ -14,13 +14,14 @@ from places import ROOT
 from slurm_cluster import go_untested
 from submitit.slurm.slurm import _make_sbatch_string
 
-from convneur.config import load_as, load_config
+from convneur.config import load_config
 from convneur.data.errors import InputError
 from convneur.launch.cli import main
 from convneur.launch.submit import Resources, executor
 from convneur.launch.supervise import free_port
 from convneur.limits import check_config
 from convneur.models.convneur.model import VARIANTS
+from convneur.settings import load_as
 from convneur.studies.grid import StudyConfig
 
 SLURM = ROOT / "slurm"

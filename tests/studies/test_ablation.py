@@ -13,12 +13,13 @@ import torch
 from places import CONFIGS
 from small_run import small_config
 
-from convneur.config import Config, load_as, load_config, save_config
+from convneur.config import Config, load_config, save_config
 from convneur.data.errors import InputError
 from convneur.launch.cli import main
 from convneur.models.convneur.model import ModelConfig
 from convneur.models.describe import describe
 from convneur.records.summary import Summary, write_summary
+from convneur.settings import load_as
 from convneur.studies.ablation import (
     ROWS,
     AblationConfig,

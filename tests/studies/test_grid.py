@@ -20,7 +20,7 @@ import pytest
 from places import CONFIGS
 from small_run import small_config
 
-from convneur.config import load_as, save_config
+from convneur.config import save_config
 from convneur.data.errors import InputError
 from convneur.data.stores.store import open_store
 from convneur.launch.cli import main
@@ -29,6 +29,7 @@ from convneur.models.convneur.model import ModelConfig, variant_named
 from convneur.records.checkpoint import list_checkpoints
 from convneur.records.saved import METRICS_FILE
 from convneur.records.summary import Summary, write_summary
+from convneur.settings import load_as
 from convneur.studies.fit import Findings, find
 from convneur.studies.grid import StudyConfig, StudySettings, best_rates, cost, finished_points, progress, study_runs
 from convneur.studies.report import fit_lines, write_report
