@@ -19,6 +19,7 @@ from convneur.records.metrics import read_metrics
 from convneur.settings import config_keys
 
 CONVNEUR = [sys.executable, "-P", "-m", "convneur.launch"]
+OVERFLOWS = "overflows on an image of 32 x 32 pixels"
 ENV = {name: value for name, value in os.environ.items() if name != "RANK"} | {"OMP_NUM_THREADS": "1"}
 
 BAD_LINES = {
@@ -42,8 +43,8 @@ BAD_LINES = {
     "train --config digits.yaml --check 3": "data.global_batch_size is 128, expected a multiple of 3 (3 ranks",
     "train --config digits.yaml --check 2 --schedule.warmup_epochs 0.99": "rounds to all 11 steps of the run",
     "train --config digits.yaml --nproc 2 --schedule.warmup_epochs 0.99": "rounds to all 11 steps of the run",
-    "train --config digits.yaml --check 2 --model.memory.inner_lr 1e9 --model.memory.chunk_length 1": "overflows on an image of 32 x 32 pixels",
-    "submit --config digits.yaml --dry-run --model.memory.inner_lr 1e9 --model.memory.chunk_length 1": "overflows on an image of 32 x 32 pixels",
+    "train --config digits.yaml --check 2 --model.memory.inner_lr 1e9 --model.memory.chunk_length 1": OVERFLOWS,
+    "submit --config digits.yaml --dry-run --model.memory.inner_lr 1e9 --model.memory.chunk_length 1": OVERFLOWS,
     "train --config digits.yaml --check 0": "--check is 0, expected the number of ranks, at least 1",
     "train --config digits.yaml --schedule.min_lr 1": "schedule.min_lr is 1.0, expected at most optimizer.lr, 0.002",
     "train --config digits.yaml --deepspeed.train_batch_size 3": "deepspeed.train_batch_size is 3, but",
