@@ -70,24 +70,25 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never", pr
     """
     with started_run(config, world, run_dir, resume, profile) as run:
         try:
+            trainer, monitors = run.trainer, run.monitors
             run.evaluate_if_missed()
             for step, batches in run.steps():
                 # Drop path draws from (seed, step, rank) alone, so a resumed run needs no saved generators.
                 seed_libraries(key(config.run.seed, "step", step, world.rank), world.device)
-                run.schedule.step_update(step)
-                loss = train_step(run.engine, batches, run.prepare, run.ema, run.guards)
+                trainer.schedule.step_update(step)
+                loss = train_step(trainer.engine, batches, run.prepare, trainer.ema, monitors.guards)
                 run.done = step + 1
-                run.guards.observe(step, batches, loss)
-                run.log.step(step + 1, loss, run.learning_rate, run.gauges)
+                monitors.guards.observe(step, batches, loss)
+                run.log.step(step + 1, loss, trainer.learning_rate, monitors.gauges)
                 run.guard_if_due(step + 1)
                 run.evaluate_if_due(step + 1)
                 run.stop_request.check()
-                run.checkpoint_if_due(step + 1)
+                run.keeper.save_if_due(step + 1)
             return run.finish()
         except StopNow as stop:
             run.stop(stop.signal)
             return None
         except WorkerError:
-            if world.size == 1 and run.saved != run.done:  # of several ranks, others are in the middle of the step
-                run.checkpoint_if_due(run.done, at_once=True)
+            if world.size == 1:  # of several, others are in the middle of the step
+                run.save_unsaved()
             raise

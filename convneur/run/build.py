@@ -6,36 +6,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
-from timm.scheduler.scheduler import Scheduler
-
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
 from convneur.data.format.classes import check_same_classes
 from convneur.data.stores.store import open_store
 from convneur.data.stream.choose import build_train_loader
 from convneur.data.stream.eval import EvalLoader
-from convneur.data.stream.on_device import Normalize
 from convneur.data.stream.shuffle import shuffle_warning
-from convneur.engine.build import autocast, build_engine, engine_settings, true_shape, use_apex_norms, zero_stage
-from convneur.engine.ema import Ema
-from convneur.engine.optimizer import Implementation, build_optimizer, build_schedule, choose_implementation
-from convneur.engine.section import deepspeed_config, offloads_optimizer
-from convneur.models.convneur.model import ConvNeur
-from convneur.models.convneur.overflow import check_memories
+from convneur.engine.build import engine_settings, true_shape, zero_stage
+from convneur.engine.optimizer import choose_implementation
+from convneur.engine.section import offloads_optimizer
 from convneur.monitoring.bad_samples import BadSampleCount
 from convneur.monitoring.gauges import Gauges, step_flops
 from convneur.monitoring.guards import Guards
+from convneur.monitoring.monitors import Monitors
 from convneur.monitoring.profiler import Profiler
 from convneur.monitoring.watchdog import Watchdog
-from convneur.records.checkpoint import CHECKPOINTS, CONFIG_FILE, load_checkpoint, read_classes, read_state
+from convneur.records.checkpoint import CHECKPOINTS, CONFIG_FILE, read_classes, read_state
 from convneur.records.metrics import TrainingLog
 from convneur.records.provenance import REPRODUCE_FILE, differences, read_record, record, write_record
 from convneur.records.saved import salvage_metrics
 from convneur.records.summary import SUMMARY_FILE
+from convneur.run.keeper import Keeper
 from convneur.run.resume import best_so_far, check_fit, check_length, choose_checkpoint
 from convneur.run.run import Run
+from convneur.run.scorer import Scorer
+from convneur.run.trainer import build_trainer
 from convneur.system.agreement import led
 from convneur.system.determinism import set_determinism
 from convneur.system.stopping import StopRequest
@@ -54,8 +50,7 @@ def started_run(config: Config, world: World, folder: Path, resume: str, profile
         try:
             yield run
         finally:
-            if run.profiler:
-                run.profiler.close()
+            run.monitors.close()
             run.log.close()
 
 
@@ -90,8 +85,8 @@ def _start(
         device=world.device,
     )
     implementation = choose_implementation(config.optimizer, world.device.type, offloads_optimizer(config.deepspeed))
-    engine, schedule = _build_engine(config, world, implementation, loader.steps_per_epoch)
-    ema = Ema(engine, config.train.ema_decay) if config.train.ema_decay else None
+    trainer = build_trainer(config, world, implementation, loader.steps_per_epoch)
+    engine = trainer.engine
 
     checkpoint, faults = choose_checkpoint(folder, resume, world)
     state = None
@@ -101,7 +96,7 @@ def _start(
         if trained := read_classes(checkpoint):
             check_same_classes(trained, store.classes, checkpoint, config.data.root)
         loader.check_state(state.data)
-        load_checkpoint(checkpoint, engine, ema)
+        trainer.load(checkpoint)
     made = [record["step"] for record in salvage_metrics(folder)[0]] if resume == "auto" and not state else []
     lost = max(made, default=0)
     start_step, total_steps = state.step if state else 0, config.schedule.epochs * loader.steps_per_epoch
@@ -153,58 +148,41 @@ def _start(
         f"{config.optimizer.name} of {implementation}, {len(store):,} training images, "
         f"{loader.steps_per_epoch} steps an epoch, {flops / 1e9:.3g} GFLOPs to train on an image"
     )
-    guards = Guards(config.guards, world, engine, ema, store.where, config.data.image_size, log.say)
+    guards = Guards(config.guards, world, engine, trainer.ema, store.where, config.data.image_size, log.say)
     return Run(
         config=config,
         world=world,
         folder=folder,
         loader=loader,
-        bad_samples=BadSampleCount(config.data, len(store), loader.bad_samples, world.device),
-        eval_loader=eval_loader,
-        eval_images=len(eval_store),
-        classes=store.classes,
         prepare=prepare,
-        normalize=Normalize(config.data, world.device),
-        autocast=autocast(config.deepspeed, world.device),
-        engine=engine,
-        schedule=schedule,
-        ema=ema,
+        trainer=trainer,
+        monitors=Monitors(
+            watchdog=watchdog,
+            guards=guards,
+            gauges=Gauges(world, flops, guards.gradient_norm, loader.bad_samples),
+            bad_samples=BadSampleCount(config.data, len(store), loader.bad_samples, world.device),
+            profiler=Profiler(folder, world, log.say) if profile else None,
+        ),
+        scorer=Scorer(config, world, eval_loader, len(eval_store), trainer, log, watchdog, stop_request),
+        keeper=Keeper(
+            folder=folder / CHECKPOINTS,
+            config=config,
+            world=world,
+            trainer=trainer,
+            loader=loader,
+            classes=store.classes,
+            log=log,
+            watchdog=watchdog,
+            saved=start_step if checkpoint is None or checkpoint.parent == folder / CHECKPOINTS else -1,
+            best=best,
+            went_back=state.went_back if state else False,
+            seconds_before=state.seconds if state else 0.0,
+            started=started,
+        ),
         log=log,
-        guards=guards,
-        gauges=Gauges(world, flops, guards.gradient_norm, loader.bad_samples),
-        profiler=Profiler(folder, world, log.say) if profile else None,
         stop_request=stop_request,
-        watchdog=watchdog,
-        start_step=start_step,
-        seconds_before=state.seconds if state else 0.0,
-        best=best,
-        went_back=state.went_back if state else False,
-        started=started,
         done=start_step,
-        saved=start_step if checkpoint is None or checkpoint.parent == folder / CHECKPOINTS else -1,
     )
-
-
-def initial_model(config: Config) -> ConvNeur:
-    """The model with its initial weights, the same ones on every rank."""
-    torch.manual_seed(config.run.seed)
-    return ConvNeur(config.model)
-
-
-def _build_engine(
-    config: Config, world: World, implementation: Implementation, steps_per_epoch: int
-) -> tuple[DeepSpeedEngine, Scheduler]:
-    """The model with its initial weights, in an engine, and the learning rate's schedule."""
-    model = initial_model(config).to(world.device)
-    model.set_grad_checkpointing(config.train.recompute)
-    if config.train.norm_implementation == "apex":
-        use_apex_norms(model)
-    check_memories(model, config.data.image_size)
-    offload = offloads_optimizer(config.deepspeed)
-    optimizer = build_optimizer(model, config.optimizer, implementation, config.data.global_batch_size, offload)
-    schedule = build_schedule(optimizer, config.schedule, steps_per_epoch)
-    engine = build_engine(model, optimizer, deepspeed_config(config, world.size), compile=config.train.compile)
-    return engine, schedule
 
 
 def _write_records(config: Config, world: World, folder: Path, resumed: bool) -> list[str]:

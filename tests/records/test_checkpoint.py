@@ -41,8 +41,8 @@ from convneur.records.checkpoint import (
 )
 from convneur.records.metrics import read_metrics
 from convneur.records.retention import BEST, Best
+from convneur.run.keeper import LAST_TRIES
 from convneur.run.resume import best_so_far, choose_checkpoint
-from convneur.run.run import LAST_TRIES
 from convneur.system.world import World
 from convneur.tasks.classification import Scores
 from convneur.tools.evaluate import evaluate_checkpoint, trained_classes
@@ -193,7 +193,7 @@ def test_a_best_evaluation_that_could_not_be_saved_is_not_the_best(
 ) -> None:
     """Its weights are gone, so BEST goes on naming those that are there."""
     accuracies = iter([0.5, 0.9, 0.7])  # after each of the three epochs
-    monkeypatch.setattr("convneur.run.run.evaluate", lambda *_: Scores(next(accuracies), 1.0, 0.0, 360))
+    monkeypatch.setattr("convneur.run.scorer.evaluate", lambda *_: Scores(next(accuracies), 1.0, 0.0, 360))
     short = replace(
         config,
         run=replace(config.run, checkpoint_every_steps=100, eval_every_epochs=1),
@@ -438,7 +438,7 @@ def test_a_save_that_fails_raises_an_alarm_and_the_run_goes_on(
 def test_a_last_checkpoint_is_tried_again_until_there_is_room(
     world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("convneur.run.run.TRY_SECONDS", 0.0)
+    monkeypatch.setattr("convneur.run.keeper.TRY_SECONDS", 0.0)
     fail_at_the_end(monkeypatch, times=3)
     train(config, world, tmp_path)
     said = capfd.readouterr().out
@@ -450,7 +450,7 @@ def test_a_last_checkpoint_is_tried_again_until_there_is_room(
 def test_a_last_checkpoint_that_fails_ends_the_run_as_failed(
     world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convneur.run.run.TRY_SECONDS", 0.0)
+    monkeypatch.setattr("convneur.run.keeper.TRY_SECONDS", 0.0)
     fail_at_the_end(monkeypatch, times=LAST_TRIES)
     with pytest.raises(SaveError, match=r"^at the run's end .*No space left.*; mend that, and use --resume auto$"):
         train(config, world, tmp_path)

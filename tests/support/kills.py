@@ -10,7 +10,7 @@ from typing import Any
 
 from convneur.config import Config
 from convneur.records import checkpoint
-from convneur.run import run
+from convneur.run import keeper
 
 PHASES = (
     "_write_weights: before",
@@ -51,7 +51,7 @@ def train_and_die(config: Config, folder: Path, phase: str) -> None:
 def train_with_small_files(config: Config, folder: Path, limit: int) -> None:
     """Resumes a run in which no file may grow above a number of bytes, as if the disk were full."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    run.TRY_SECONDS = 0.0
+    keeper.TRY_SECONDS = 0.0
     train_alone(config, folder)
 
 
@@ -71,7 +71,7 @@ def train_on_a_full_disk(config: Config, folder: Path) -> None:
         return gather(engine)
 
     checkpoint.gather_scalars = filling
-    run.TRY_SECONDS = 0.0
+    keeper.TRY_SECONDS = 0.0
     train_alone(config, folder)
 
 

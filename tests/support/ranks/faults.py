@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from small_run import small_config
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from convneur.errors import TrainingError
 from convneur.monitoring.guards import GuardConfig
 from convneur.records import checkpoint
 from convneur.run.build import started_run
-from convneur.run.run import Run
 from convneur.system.world import World
 
 Play = Callable[[Config, World, Path], None]
@@ -68,27 +68,27 @@ def skip(config: Config, world: World, folder: Path) -> None:
     """The third of four steps is not finite on one rank, and must leave no trace on any."""
     train.cross_entropy = poison({2}, world)
     with started_run(config, world, folder, "never") as run:
-        states = []
+        guards, states = run.monitors.guards, []
         for step, batches in run.steps():
             if step == 4:
                 break
             seed_libraries(key(0, "step", step, world.rank), world.device)
-            run.schedule.step_update(step)
-            loss = train.train_step(run.engine, batches, run.prepare, None, run.guards)
-            run.guards.observe(step, batches, loss)
-            states.append(state_of(run))
-        run.guards.review()
+            run.trainer.schedule.step_update(step)
+            loss = train.train_step(run.trainer.engine, batches, run.prepare, None, guards)
+            guards.observe(step, batches, loss)
+            states.append(state_of(run.trainer.engine))
+        guards.review()
         same = [same_bits(a, b) for a, b in pairwise(states)]
-        print(f"same {same} skipped {run.guards.skipped}")
+        print(f"same {same} skipped {guards.skipped}")
     train.cross_entropy = CROSS_ENTROPY
 
 
-def state_of(run: Run) -> dict[str, Tensor]:
-    state = {"steps": torch.tensor(list(gather_scalars(run.engine)["steps"].values()))}
-    for moment in (None, *moment_names(run.engine)):
-        state |= {f"{moment} {name}": weight.clone() for name, weight in gather(run.engine, moment).items()}
-    if zero_stage(run.engine) < 3:  # which leaves nothing of the parameters themselves
-        state |= {f"own {name}": p.detach().clone() for name, p in run.engine.module.named_parameters()}
+def state_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    state = {"steps": torch.tensor(list(gather_scalars(engine)["steps"].values()))}
+    for moment in (None, *moment_names(engine)):
+        state |= {f"{moment} {name}": weight.clone() for name, weight in gather(engine, moment).items()}
+    if zero_stage(engine) < 3:  # which leaves nothing of the parameters themselves
+        state |= {f"own {name}": p.detach().clone() for name, p in engine.module.named_parameters()}
     return state
 
 

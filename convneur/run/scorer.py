@@ -1,0 +1,112 @@
+"""The evaluations of a run in progress, each of its raw and of its averaged weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from convneur.config import Config
+from convneur.data.stream.batch import EvalBatch
+from convneur.data.stream.eval import EvalLoader
+from convneur.data.stream.on_device import Normalize
+from convneur.engine.build import Weights, autocast
+from convneur.engine.state import gather
+from convneur.models.convneur.model import ConvNeur
+from convneur.monitoring.gauges import watched_gates
+from convneur.monitoring.watchdog import Watchdog
+from convneur.records.metrics import TrainingLog
+from convneur.records.retention import Best
+from convneur.run.trainer import Trainer
+from convneur.system.stopping import StopRequest
+from convneur.system.world import World
+from convneur.tasks.classification import Scores, evaluate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of the weights after a number of steps."""
+
+    step: int
+    raw: Scores
+    averaged: Scores | None
+
+    @property
+    def best(self) -> Best:
+        """The better of the two accuracies."""
+        if self.averaged and self.averaged.top1 > self.raw.top1:
+            return Best(self.step, self.averaged.top1, "averaged")
+        return Best(self.step, self.raw.top1, "raw")
+
+
+class Scorer:
+    """Evaluates the weights that are in training, and says how they do.
+
+    Args:
+        config: the run's.
+        world: this process among the ranks.
+        loader: this rank's share of the held-out images.
+        images: held-out images there are.
+        trainer: whose weights are evaluated.
+        log: takes the scores.
+        watchdog: gets the time that an evaluation needs.
+        stop_request: ends an evaluation.
+
+    Attributes:
+        newest: the newest evaluation since this start of the run; None before the first.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        loader: EvalLoader,
+        images: int,
+        trainer: Trainer,
+        log: TrainingLog,
+        watchdog: Watchdog,
+        stop_request: StopRequest,
+    ) -> None:
+        self._model_config, self._device = config.model, world.device
+        self._loader, self._images, self._trainer = loader, images, trainer
+        self._log, self._watchdog, self._stop_request = log, watchdog, stop_request
+        self._normalize = Normalize(config.data, world.device)
+        self._autocast = autocast(config.deepspeed, world.device)
+        self.newest: Evaluation | None = None
+
+    def evaluate(self, done: int) -> Evaluation:
+        """Evaluates the weights as they are after `done` steps. Collective.
+
+        Raises StopNow where a signal ends it.
+        """
+        ema = self._trainer.ema
+        with self._log.paused(), self._watchdog.paused():
+            raw, gates = self._score(gather(self._trainer.engine))
+            averaged = self._score(ema.full_weights())[0] if ema else None
+        self._log.scores(done, raw, averaged, gates)
+        self.newest = Evaluation(done, raw, averaged)
+        for line in raw.warnings:
+            self._log.say(f"warning: {line}")
+        if averaged and averaged.not_finite:
+            self._log.say(f"warning: of the averaged weights, {averaged.warnings[-1]}")
+        return self.newest
+
+    def _score(self, weights: Weights) -> tuple[Scores, dict[str, float]]:
+        """Scores whole weights in a model of its own, so that evaluation can't touch the one in training.
+
+        Also returns the statistics of the gates in this rank's first batch.
+        """
+        model = ConvNeur(self._model_config).to(self._device)
+        model.load_state_dict(weights)
+        with watched_gates(model) as gates:
+            scores = evaluate(model, self._batches(), self._normalize, self._autocast, self._images)
+        return scores, gates
+
+    def _batches(self) -> Iterator[EvalBatch]:
+        """What is evaluated, as many batches on every rank. A signal ends it, and each has the watchdog's time."""
+        batches = iter(self._loader)
+        while True:
+            with self._stop_request.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+            self._watchdog.step()
+            self._stop_request.check()
