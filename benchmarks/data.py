@@ -50,10 +50,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
 
 from convneur.data.config import AugmentConfig, DataConfig
+from convneur.data.format.beton import beton_path
 from convneur.data.prepare.parallel import processors
 from convneur.data.prepare.synthetic import prepare_synthetic
-from convneur.data.stores.beton import beton_path
-from convneur.data.stores.store import TarStore, open_store
+from convneur.data.stores.choose import open_store
+from convneur.data.stores.tar import TarStore
 from convneur.data.stream.choose import build_train_loader
 from convneur.data.views.transforms import RESIZES, mend_posterize
 from convneur.tasks.mixing import DeviceTransform

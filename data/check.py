@@ -4,7 +4,7 @@ from math import inf
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
-from convneur.data.stores.store import open_store
+from convneur.data.stores.choose import open_store
 
 
 def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumulation: int) -> int:

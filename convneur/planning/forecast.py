@@ -16,8 +16,8 @@ from typing import Any, Literal
 from convneur.config import Config
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
-from convneur.data.format.shards import MANIFEST
-from convneur.data.stores.store import open_store
+from convneur.data.format.manifest import MANIFEST
+from convneur.data.stores.choose import open_store
 from convneur.engine.section import deepspeed_config
 from convneur.models.convneur.model import ModelConfig
 from convneur.planning.footprint import FLOAT, HALF, Layout, Memory, host_bytes, largest_micro_batch, layout, peak

@@ -9,7 +9,7 @@ from typing import Any
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
 from convneur.data.format.classes import check_same_classes
-from convneur.data.stores.store import open_store
+from convneur.data.stores.choose import open_store
 from convneur.data.stream.choose import build_train_loader
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.shuffle import shuffle_warning

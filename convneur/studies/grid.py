@@ -13,7 +13,7 @@ from pathlib import Path
 
 from convneur.config import Config
 from convneur.data.errors import DamagedError
-from convneur.data.stores.store import open_store
+from convneur.data.stores.choose import open_store
 from convneur.models.convneur.model import ModelConfig, Placement
 from convneur.models.describe import ModelInfo, describe
 from convneur.records.provenance import REPRODUCE_FILE, read_record

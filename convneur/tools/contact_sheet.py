@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
-from convneur.data.stores.store import open_store
+from convneur.data.stores.choose import open_store
 from convneur.data.stream.choose import build_train_loader
 from convneur.tasks.mixing import DeviceTransform
 

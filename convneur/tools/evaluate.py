@@ -10,8 +10,9 @@ import torch
 from convneur.config import Config
 from convneur.data.errors import InputError
 from convneur.data.format.classes import map_classes, read_class_map
-from convneur.data.format.shards import Manifest
-from convneur.data.stores.store import Store, open_store
+from convneur.data.format.manifest import Manifest
+from convneur.data.stores.choose import open_store
+from convneur.data.stores.store import Store
 from convneur.data.stream.batch import EvalBatch
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize

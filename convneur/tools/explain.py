@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.data.stream.on_device import Normalize
-from convneur.data.views.transforms import decode, eval_transform, in_one_line
+from convneur.data.views.decode import decode, in_one_line
+from convneur.data.views.transforms import eval_transform
 from convneur.models.convneur.memory import MemoryState, NeuralMemory, recurrence, update_factors
 from convneur.models.convneur.mixers import MemoryMixer
 from convneur.models.convneur.model import ConvNeur, GlobalBranch

@@ -7,8 +7,9 @@ import numpy as np
 
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
-from convneur.data.format.shards import Manifest, read_index
-from convneur.data.stores.store import open_store
+from convneur.data.format.index import read_index
+from convneur.data.format.manifest import Manifest
+from convneur.data.stores.choose import open_store
 from convneur.data.stream.shuffle import ShuffleQuality, shuffle_quality
 
 

@@ -11,14 +11,15 @@ import google_crc32c
 import numpy as np
 
 from convneur.data.errors import InputError
-from convneur.data.format.shards import Denied, Manifest, Shard, content_hash, file_crc32c, read_index
+from convneur.data.format.index import content_hash, read_index
+from convneur.data.format.manifest import Denied, Manifest, Shard, file_crc32c
 from convneur.data.prepare.claim import folder_locked
 from convneur.data.prepare.parallel import in_parallel
 from convneur.data.stores.addresses import is_remote, public
 from convneur.data.stores.beton import BetonStore
 from convneur.data.stores.remote import download
 from convneur.data.stores.retry import retrying
-from convneur.data.views.transforms import decoding_fault
+from convneur.data.views.decode import decoding_fault
 
 
 @dataclass(frozen=True)

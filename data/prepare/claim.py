@@ -14,7 +14,7 @@ from pathlib import Path
 
 from convneur.data.errors import InputError
 from convneur.data.files import TEMPORARY, atomic_write
-from convneur.data.format.shards import MANIFEST, UNFINISHED, Manifest, read_source
+from convneur.data.format.manifest import MANIFEST, UNFINISHED, Manifest, read_source
 
 LOCK = ".lock"
 PATIENCE_SECONDS = 10.0

@@ -12,11 +12,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from convneur.data.format.shards import Manifest, Sample, write_split
+from convneur.data.format.manifest import Manifest
+from convneur.data.format.shards import Sample, write_split
+from convneur.data.prepare.betons import Format, Pixels, add_betons
 from convneur.data.prepare.claim import claimed
 from convneur.data.prepare.writing import check_files
-from convneur.data.stores.beton import BetonStore, Format, Pixels, add_betons
-from convneur.data.stores.store import TarStore
+from convneur.data.stores.beton import BetonStore
+from convneur.data.stores.tar import TarStore
 
 SOURCE = "digits"
 VAL_SAMPLES = 360

@@ -14,8 +14,9 @@ import numpy as np
 from braceexpand import braceexpand
 
 from convneur.data.errors import InputError
+from convneur.data.format.index import Scan, scan_shard, write_index
+from convneur.data.format.manifest import Manifest
 from convneur.data.format.selection import Tally
-from convneur.data.format.shards import Manifest, Scan, scan_shard, write_index
 from convneur.data.prepare.claim import claimed, discarded_on_failure
 from convneur.data.prepare.parallel import in_parallel
 from convneur.data.stores.addresses import is_remote, public

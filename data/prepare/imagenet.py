@@ -30,10 +30,10 @@ from convneur.data.format.selection import HIDDEN, IMAGE_EXTENSIONS, OTHER, Tall
 from convneur.data.format.shards import Sample
 from convneur.data.format.tar import Member, tar_members
 from convneur.data.keys import permutation
+from convneur.data.prepare.betons import Format, Pixels
 from convneur.data.prepare.parallel import in_parallel
 from convneur.data.prepare.writing import SHARD_SAMPLES, Part, prepare
-from convneur.data.stores.beton import Format, Pixels
-from convneur.data.views.transforms import decode
+from convneur.data.views.decode import decode
 
 SOURCE = "imagenet"
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 
 from convneur.data.format.shards import Sample
 from convneur.data.keys import key
+from convneur.data.prepare.betons import Format, Pixels
 from convneur.data.prepare.writing import SHARD_SAMPLES, prepare
-from convneur.data.stores.beton import Format, Pixels
 
 SOURCE = "synthetic"
 QUALITY = 90

@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from convneur.data.errors import InputError
-from convneur.data.format.shards import (
-    Manifest,
-    Sample,
-    Scan,
-    Split,
-    scan_shard,
-    shard_path,
-    write_index,
-    write_shard,
-)
+from convneur.data.format.index import Scan, scan_shard, write_index
+from convneur.data.format.manifest import Manifest, Split
+from convneur.data.format.shards import Sample, shard_path, write_shard
+from convneur.data.prepare.betons import Format, Pixels, add_betons
 from convneur.data.prepare.claim import claimed
 from convneur.data.prepare.parallel import in_parallel
-from convneur.data.stores.beton import BetonStore, Format, Pixels, add_betons
-from convneur.data.stores.store import TarStore
+from convneur.data.stores.beton import BetonStore
+from convneur.data.stores.tar import TarStore
 
 EXTENSION = "jpg"
 SHARD_SAMPLES = 1000
@@ -72,7 +66,7 @@ def prepare(
         shard_samples: samples a shard.
         format: "tar" for shards, "ffcv" for betons, or "both". Betons are written from shards, which are removed then
             unless they were asked for, or were there before.
-        pixels: what betons hold; see `convneur.data.stores.beton.add_betons`.
+        pixels: what betons hold; see `convneur.data.prepare.betons.add_betons`.
 
     Returns:
         False if the dataset was there, complete.

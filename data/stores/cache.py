@@ -26,7 +26,7 @@ from pathlib import Path
 
 from convneur.data.errors import InputError
 from convneur.data.files import fsync
-from convneur.data.format.shards import Shard
+from convneur.data.format.manifest import Shard
 from convneur.data.stores.addresses import public
 from convneur.data.stores.remote import download, read_range
 from convneur.data.stores.retry import retrying

@@ -1,27 +1,16 @@
 """Where encoded samples come from: random access by number, whatever the files look like."""
 
-import errno
-import os
-import tempfile
-from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import google_crc32c
 import numpy as np
 
-from convneur.data.config import DataConfig
-from convneur.data.errors import InputError, SampleError
-from convneur.data.format.shards import MANIFEST, Manifest, Sample, count, file_crc32c, read_index
+from convneur.data.errors import InputError
+from convneur.data.format.index import count, read_index
+from convneur.data.format.manifest import MANIFEST, Manifest
+from convneur.data.format.shards import Sample
 from convneur.data.keys import permutation, raw_bits
-from convneur.data.stores.addresses import is_remote, public
-from convneur.data.stores.cache import ShardCache
-from convneur.data.stores.retry import retrying
-
-OPEN_SHARDS = 64
-FETCHES = 4
 
 
 class Store(Protocol):
@@ -65,34 +54,6 @@ class Store(Protocol):
 
     def where(self, sample: int) -> str:
         """Name the split, shard and key of a sample, for messages."""
-
-
-def open_store(config: DataConfig, split: str) -> Store:
-    """Open a split of the dataset at `config.root`, in the format that `config.format` and `config.engine` ask for.
-
-    Raises:
-        InputError: it can't be used; see `TarStore` and `BetonStore`.
-    """
-    subset = Subset(config.subset, config.subset_seed) if config.subset and split == config.train_split else None
-    if reads_beton(config):
-        from convneur.data.stores.beton import BetonStore  # FFCV is optional, and takes seconds to import
-
-        return BetonStore(config.root, split, subset)
-    default = Path(tempfile.gettempdir()) / f"convneur-cache-{os.getuid()}"
-    budget = round(config.cache_gb * 1e9)
-    cache = ShardCache(Path(config.cache_dir or default), budget, private=not config.cache_dir)
-    return TarStore(config.root, split, cache, subset)
-
-
-def reads_beton(config: DataConfig) -> bool:
-    """Whether the dataset is read from files in FFCV's format.
-
-    Raises:
-        InputError: the format has to be looked up, and there is no dataset.
-    """
-    if config.format == "auto":
-        return config.engine == "ffcv" or not Manifest.read(Path(config.root)).has_shards
-    return config.format == "ffcv"
 
 
 class Subset(NamedTuple):
@@ -193,124 +154,3 @@ class IndexedStore:
         if self._kept is not None:
             return np.bincount(self._index[field][self.rows(np.arange(len(self)))], minlength=values)
         return count(self._index[field], values) - np.bincount(self._index[field][self._denied], minlength=values)
-
-
-class TarStore(IndexedStore):
-    """A split of WebDataset shards with their index, as `convneur prepare` writes them.
-
-    Reads are one `pread` and a checksum. File descriptors carry no position, so forked workers may share them; a
-    pickled store opens its files anew.
-
-    Shards that the manifest names by URL are read through a cache, whole.
-
-    Args:
-        root: folder of the dataset.
-        split: "train", "val" or whatever was prepared.
-        cache: where shards from servers go; none are accepted without.
-        subset: what of the split is used; None for all.
-
-    Raises:
-        InputError: the folder, the split, the index or a shard is missing, or has another size or checksum than the
-            manifest says.
-    """
-
-    def __init__(self, root: str | Path, split: str, cache: ShardCache | None = None, subset: Subset | None = None):
-        super().__init__(root, split, subset)
-        self._cache = cache
-        self._shards = self._entry.shards
-        if not self._manifest.has_shards:
-            raise InputError(f"{root} holds the dataset in FFCV's format alone: set data.format to ffcv")
-        self.is_remote = any(is_remote(shard.name) for shard in self._shards)
-        if self.is_remote and cache is None:
-            raise InputError(f"{root} has shards on servers: they are read through a cache only")
-        for shard in self._shards:
-            if is_remote(shard.name):
-                continue
-            path = self._root / shard.name
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard.size:
-                what = "is missing" if size is None else f"has {size} bytes, not {shard.size}"
-                raise InputError(f"{path} {what}: {self._remedy}")
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-
-    def __reduce__(self) -> tuple[type["TarStore"], tuple[Path, str, ShardCache | None, Subset | None]]:
-        return TarStore, (self._root, self._split, self._cache, self._subset)
-
-    def read(self, sample: int) -> Sample:
-        """Read a sample.
-
-        Raises:
-            SampleError: its bytes aren't those that were indexed.
-            InputError: the shard can't be opened or read, or ends before the sample does, and goes on so.
-        """
-        row = self._index[self.row(sample)]
-        shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
-
-        def read() -> tuple[bytes, bool]:
-            image = retrying(lambda: self._pread(shard, size, offset), self._place(shard), OSError)
-            return image, google_crc32c.value(image) == row["crc32c"]
-
-        image, intact = read()
-        if not intact and self._cache and is_remote(self._shards[shard].name):
-            self._cache.drop(self._shards[shard])  # it was right when it was fetched
-            image, intact = read()
-        if not intact:
-            raise SampleError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
-        return Sample(row["key"].decode(), image, int(row["label"]))
-
-    def prefetch(self, samples: np.ndarray) -> None:
-        """Have the shards of `samples`, of any shape, in the cache.
-
-        Raises:
-            InputError: one can't be fetched.
-        """
-        shards = [self._shards[number] for number in np.unique(self._index["shard"][self.rows(samples)])]
-        with ThreadPoolExecutor(FETCHES) as pool:
-            assert self._cache is not None
-            list(pool.map(self._cache.touch, [shard for shard in shards if is_remote(shard.name)]))
-
-    def verify(self) -> None:
-        """Check every byte of every shard, all of which must lie in the dataset's folder.
-
-        Raises:
-            InputError: a shard isn't the one that was indexed.
-        """
-        for shard in self._shards:
-            if file_crc32c(self._root / shard.name) != shard.crc32c:
-                raise InputError(f"{self._root / shard.name}: checksum mismatch, the file is damaged: {self._remedy}")
-
-    def where(self, sample: int) -> str:
-        """Name the split, shard and key of a sample."""
-        row = self._index[self.row(sample)]
-        return f"{self._place(row['shard'])}, split {self._split}, key {row['key'].decode()}"
-
-    def _place(self, shard: int) -> str:
-        name = self._shards[shard].name
-        return public(name) if is_remote(name) else str(self._root / name)
-
-    def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        if self._cache and is_remote(self._shards[shard].name):
-            return self._cache.read(self._shards[shard], size, offset)
-        try:
-            content = os.pread(self._descriptor(shard), size, offset)
-        except OSError:
-            if shard in self._descriptors:
-                os.close(self._descriptors.pop(shard))
-            raise
-        if len(content) < size:
-            raise OSError(errno.EIO, f"it ends within the sample at byte {offset}")
-        return content
-
-    def _descriptor(self, shard: int) -> int:
-        """Descriptor of an open shard; the least recently read one is closed for it."""
-        if shard in self._descriptors:
-            self._descriptors.move_to_end(shard)
-        else:
-            if len(self._descriptors) == OPEN_SHARDS:
-                os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[shard] = os.open(self._root / self._shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptors[shard]
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)

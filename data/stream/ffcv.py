@@ -31,13 +31,14 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.traversal_order.base import TraversalOrder
 
 from convneur.data.config import DataConfig
+from convneur.data.format.beton import JPG
 from convneur.data.keys import key
-from convneur.data.stores.beton import JPG, BetonStore
+from convneur.data.stores.beton import BetonStore
 from convneur.data.stores.store import Store
 from convneur.data.stream.batch import BadSample, Batch, Request
 from convneur.data.stream.reading import blamed_on_sample, read_or_replace
 from convneur.data.stream.train import TrainLoader
-from convneur.data.views.transforms import decode
+from convneur.data.views.decode import decode
 
 Word = Any
 """A whole number that compiled code takes for 64 bits without a sign."""

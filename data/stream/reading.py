@@ -11,7 +11,7 @@ from convneur.data.format.shards import Sample
 from convneur.data.keys import key
 from convneur.data.stores.store import Store
 from convneur.data.stream.batch import BadSample
-from convneur.data.views.transforms import decode, in_one_line
+from convneur.data.views.decode import decode, in_one_line
 
 REPLACEMENTS = 16
 """How many unreadable samples in a row a single place of the stream puts up with."""

@@ -30,7 +30,8 @@ from convneur.data.stream.batch import BadSample, Batch, Request
 from convneur.data.stream.reading import blamed_on_sample, read_or_replace, read_pixels
 from convneur.data.stream.shuffle import lane_order
 from convneur.data.stream.workers import PREFETCH_BATCHES, Slots, request_loader, results, unwrap
-from convneur.data.views.transforms import TrainTransform, View, plain_jpeg_size
+from convneur.data.views.decode import plain_jpeg_size
+from convneur.data.views.transforms import TrainTransform, View
 
 STATE_FORMAT = 1
 AHEAD = 16

@@ -13,7 +13,7 @@ from torch import nn
 
 from convneur.config import load_config
 from convneur.data.errors import InputError
-from convneur.data.stores.store import open_store
+from convneur.data.stores.choose import open_store
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
 from convneur.launch.cli import main

@@ -20,9 +20,12 @@ from torchvision.transforms.functional import normalize
 
 from convneur.config import Config, load_config
 from convneur.data.errors import InputError, is_outage
-from convneur.data.format.shards import Manifest, write_split
-from convneur.data.stores.store import TarStore, open_store
-from convneur.data.views.transforms import decode, eval_transform
+from convneur.data.format.manifest import Manifest
+from convneur.data.format.shards import write_split
+from convneur.data.stores.choose import open_store
+from convneur.data.stores.tar import TarStore
+from convneur.data.views.decode import decode
+from convneur.data.views.transforms import eval_transform
 from convneur.errors import NonFiniteError, SaveError
 from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.guards import GuardConfig

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from convneur.config import load_config
 from convneur.data.config import DataConfig
 from convneur.data.inspect.verify import verify_dataset
-from convneur.data.stores.store import open_store
+from convneur.data.stores.choose import open_store
 from convneur.launch.cli import main
 from convneur.records.metrics import read_metrics
 from convneur.records.summary import read_summary

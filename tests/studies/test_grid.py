@@ -22,7 +22,7 @@ from small_run import small_config
 
 from convneur.config import save_config
 from convneur.data.errors import InputError
-from convneur.data.stores.store import open_store
+from convneur.data.stores.choose import open_store
 from convneur.launch.cli import main
 from convneur.launch.side_by_side import device_shares
 from convneur.models.convneur.model import ModelConfig, variant_named

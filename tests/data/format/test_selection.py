@@ -15,14 +15,14 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from convneur.data.errors import InputError
+from convneur.data.format.manifest import Manifest
 from convneur.data.format.selection import Tally
-from convneur.data.format.shards import Manifest
 from convneur.data.inspect.verify import verify_dataset
 from convneur.data.prepare import claim
 from convneur.data.prepare.claim import LOCK, claimed, folder_locked
 from convneur.data.prepare.foreign import prepare_index
 from convneur.data.prepare.imagenet import prepare_imagenet
-from convneur.data.stores.store import TarStore
+from convneur.data.stores.tar import TarStore
 
 Members = list[tuple[str, bytes]]
 

@@ -17,9 +17,11 @@ from sklearn.datasets import load_digits
 
 from convneur.data.errors import InputError
 from convneur.data.files import TEMPORARY, atomic_write
-from convneur.data.format.shards import Manifest, Sample, index_split, write_split
+from convneur.data.format.index import index_split
+from convneur.data.format.manifest import Manifest
+from convneur.data.format.shards import Sample, write_split
 from convneur.data.prepare.digits import prepare_digits
-from convneur.data.stores.store import OPEN_SHARDS, TarStore
+from convneur.data.stores.tar import OPEN_SHARDS, TarStore
 
 
 @pytest.fixture

@@ -20,16 +20,18 @@ from PIL import Image
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
+from convneur.data.format.index import INDEX_FIELDS, Scan, write_index
+from convneur.data.format.manifest import Manifest, Shard
 from convneur.data.format.selection import Tally
-from convneur.data.format.shards import INDEX_FIELDS, Manifest, Scan, Shard, write_index, write_shard
+from convneur.data.format.shards import write_shard
 from convneur.data.inspect.show import summarize
 from convneur.data.inspect.verify import verify_dataset
 from convneur.data.prepare.foreign import prepare_index
 from convneur.data.prepare.synthetic import SyntheticImages, prepare_synthetic
-from convneur.data.stores.store import TarStore
+from convneur.data.stores.tar import TarStore
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.train import TrainLoader
-from convneur.data.views.transforms import decode
+from convneur.data.views.decode import decode
 from convneur.launch.cli import main
 from convneur.tools.contact_sheet import contact_sheet
 

@@ -23,8 +23,8 @@ from convneur.data.errors import InputError
 from convneur.data.prepare.claim import LOCK
 from convneur.data.prepare.imagenet import prepare_imagenet, shrink
 from convneur.data.prepare.writing import Part
-from convneur.data.stores.store import TarStore
-from convneur.data.views.transforms import decode
+from convneur.data.stores.tar import TarStore
+from convneur.data.views.decode import decode
 
 WNIDS = ["n01440764", "n01443537", "n02084071", "n07754684"]
 DEVKIT_ORDER = ["n02084071", "n01440764", "n07754684", "n01443537"]  # ILSVRC2012_ID 1, 2, ...

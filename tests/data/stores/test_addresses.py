@@ -15,12 +15,13 @@ import pytest
 
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
-from convneur.data.format.shards import Manifest
+from convneur.data.format.manifest import Manifest
 from convneur.data.prepare.foreign import expand, prepare_index
 from convneur.data.prepare.synthetic import prepare_synthetic
 from convneur.data.stores.addresses import SIGNED_URLS, public, redact
+from convneur.data.stores.choose import open_store
 from convneur.data.stores.remote import _bucket_and_key, download, read_range
-from convneur.data.stores.store import TarStore, open_store
+from convneur.data.stores.tar import TarStore
 
 SECRET = "s3cr3tS3cr3tS3cr3t"
 CONTENT = bytes(range(256)) * 40

@@ -22,15 +22,20 @@ from convneur.data.check import check_data
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError, SampleError
 from convneur.data.files import TEMPORARY
-from convneur.data.format.shards import Manifest, Sample, write_split
+from convneur.data.format.beton import JPG, RAW
+from convneur.data.format.manifest import Manifest
+from convneur.data.format.shards import Sample, write_split
 from convneur.data.inspect.verify import verify_dataset
+from convneur.data.prepare.betons import Pixels, _lay_out, add_betons
 from convneur.data.prepare.digits import prepare_digits
 from convneur.data.prepare.synthetic import SyntheticImages
-from convneur.data.stores.beton import JPG, RAW, BetonStore, Pixels, _lay_out, add_betons
-from convneur.data.stores.store import Store, TarStore, open_store
+from convneur.data.stores.beton import BetonStore
+from convneur.data.stores.choose import open_store
+from convneur.data.stores.store import Store
+from convneur.data.stores.tar import TarStore
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.train import TrainLoader
-from convneur.data.views.transforms import decode
+from convneur.data.views.decode import decode
 from convneur.launch.cli import main
 from convneur.tasks.mixing import DeviceTransform
 

@@ -16,7 +16,7 @@ import google_crc32c
 import pytest
 
 from convneur.data.errors import InputError
-from convneur.data.format.shards import Shard
+from convneur.data.format.manifest import Shard
 from convneur.data.stores.cache import ShardCache
 
 SIZE = 100_000

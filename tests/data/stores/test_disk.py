@@ -10,7 +10,7 @@ import pytest
 from convneur.data.errors import InputError
 from convneur.data.files import TEMPORARY
 from convneur.data.prepare.synthetic import prepare_synthetic
-from convneur.data.stores.store import TarStore
+from convneur.data.stores.tar import TarStore
 
 
 @pytest.fixture

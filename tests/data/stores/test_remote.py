@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
-from convneur.data.format.shards import Manifest
+from convneur.data.format.manifest import Manifest
 from convneur.data.inspect.verify import verify_dataset
 from convneur.data.prepare.foreign import prepare_index
 from convneur.data.prepare.synthetic import prepare_synthetic
 from convneur.data.stores.cache import ShardCache
-from convneur.data.stores.store import TarStore, open_store
+from convneur.data.stores.choose import open_store
+from convneur.data.stores.tar import TarStore
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.train import TrainLoader
 

@@ -21,9 +21,10 @@ from torch.multiprocessing.spawn import start_processes
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
-from convneur.data.format.shards import Manifest, Sample, write_split
+from convneur.data.format.manifest import Manifest
+from convneur.data.format.shards import Sample, write_split
 from convneur.data.inspect.verify import verify_dataset
-from convneur.data.stores.store import TarStore
+from convneur.data.stores.tar import TarStore
 from convneur.data.stream import reading
 from convneur.data.stream.batch import Batch
 from convneur.data.stream.eval import EvalLoader

@@ -20,17 +20,19 @@ from small_run import STEPS as STEPS_A_RUN
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
-from convneur.data.format.shards import Manifest, Sample, write_split
+from convneur.data.format.manifest import Manifest
+from convneur.data.format.shards import Sample, write_split
 from convneur.data.keys import key
+from convneur.data.prepare.betons import add_betons
 from convneur.data.prepare.digits import prepare_digits
 from convneur.data.prepare.synthetic import SyntheticImages
-from convneur.data.stores.beton import BetonStore, add_betons
-from convneur.data.stores.store import open_store
+from convneur.data.stores.beton import BetonStore
+from convneur.data.stores.choose import open_store
 from convneur.data.stream.batch import Batch
 from convneur.data.stream.choose import build_train_loader
 from convneur.data.stream.reading import REPLACEMENTS
 from convneur.data.stream.train import TrainLoader
-from convneur.data.views.transforms import decode
+from convneur.data.views.decode import decode
 from convneur.records.metrics import read_metrics
 from convneur.system.world import World
 from convneur.tools.evaluate import evaluate_checkpoint

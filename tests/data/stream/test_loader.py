@@ -14,14 +14,16 @@ from PIL import Image
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError, WorkerError
-from convneur.data.format.shards import Manifest, Sample, write_split
+from convneur.data.format.manifest import Manifest
+from convneur.data.format.shards import Sample, write_split
 from convneur.data.keys import libraries_restored, seed_libraries, view_key
 from convneur.data.prepare.synthetic import prepare_synthetic
-from convneur.data.stores.store import TarStore
+from convneur.data.stores.tar import TarStore
 from convneur.data.stream.batch import EvalBatch
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.train import TrainLoader
-from convneur.data.views.transforms import TrainTransform, decode, eval_transform
+from convneur.data.views.decode import decode
+from convneur.data.views.transforms import TrainTransform, eval_transform
 from convneur.tasks.mixing import DeviceTransform
 
 STEPS_PER_EPOCH = 22  # 1,437 samples in batches of 64

@@ -18,9 +18,10 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from convneur.data.config import AugmentConfig, DataConfig
-from convneur.data.format.shards import Manifest, Sample, write_split
+from convneur.data.format.manifest import Manifest
+from convneur.data.format.shards import Sample, write_split
 from convneur.data.keys import key, view_key
-from convneur.data.stores.store import TarStore
+from convneur.data.stores.tar import TarStore
 from convneur.data.stream.batch import Batch
 from convneur.data.stream.train import TrainLoader
 from convneur.data.views.transforms import RESIZES
@@ -207,7 +208,7 @@ def test_an_error_ends_the_process_and_its_workers(config: DataConfig) -> None:
     script = f"""
 from convneur.data.config import DataConfig
 from convneur.data.stream.train import TrainLoader
-from convneur.data.stores.store import TarStore
+from convneur.data.stores.tar import TarStore
 
 config = DataConfig(root={config.root!r}, image_size=16, global_batch_size={BATCH}, lanes=4, workers=2)
 loader = TrainLoader(config, TarStore(config.root, "train"), seed=0, rank=0, world_size=1, accumulation=1)

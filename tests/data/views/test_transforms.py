@@ -15,7 +15,8 @@ from timm.data.transforms_factory import create_transform
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.keys import key, libraries_restored, seed_libraries
-from convneur.data.views.transforms import RESIZES, TrainTransform, decode, eval_transform, mend_posterize
+from convneur.data.views.decode import decode
+from convneur.data.views.transforms import RESIZES, TrainTransform, eval_transform, mend_posterize
 
 
 @pytest.fixture
