@@ -21,7 +21,7 @@ from convneur.launch.local import WAKE_SECONDS
 from convneur.launch.signals import handling, stoppable
 from convneur.records.summary import Summary, read_summary
 from convneur.studies.grid import Place, StudyConfig, progress
-from convneur.studies.series import Standing, run_folder
+from convneur.studies.series import Standing, member_folder
 
 CONFIGS = "configs"
 LOGS = "logs"
@@ -104,7 +104,7 @@ def run_missing(config: StudyConfig, stand: Standing[Place], folder: Path, jobs:
 
 def _summary(run: Config) -> Summary | None:
     try:
-        return read_summary(run_folder(run))
+        return read_summary(member_folder(run))
     except DamagedError:
         return None
 

@@ -25,7 +25,7 @@ from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.models.describe import describe
 from convneur.records.strict_json import json_text
 from convneur.records.summary import read_summary
-from convneur.studies.series import member, run_folder, standing
+from convneur.studies.series import member, member_folder, standing
 from convneur.system.world import World
 
 WARM_UP_ROUNDS, LATENCY_ROUNDS = 2, 9
@@ -149,11 +149,11 @@ def train_rows(config: AblationConfig, world: World) -> None:
     runs = run_configs(config)
     damaged = standing(runs, "ablation").damaged
     for number, ((row, seed), run) in enumerate(runs.items(), 1):
-        if (row, seed) in damaged or read_summary(run_folder(run)):
+        if (row, seed) in damaged or read_summary(member_folder(run)):
             continue
         if world.is_main:
             print(f"[{number}/{len(runs)}] {row}, seed {seed}", flush=True)
-        if train(run, world, run_folder(run), resume="auto") is None:
+        if train(run, world, member_folder(run), resume="auto") is None:
             return  # told to stop
 
 
@@ -164,7 +164,7 @@ def tabulate(config: AblationConfig, device: torch.device) -> list[Result]:
     top1: dict[str, dict[int, float]] = {row: {} for row in models}
     for (row, seed), run in run_configs(config).items():
         with suppress(DamagedError):  # it isn't among the seeds of the table, then
-            if summary := read_summary(run_folder(run)):
+            if summary := read_summary(member_folder(run)):
                 top1[row][seed] = 100 * (summary.top1 if summary.top1_ema is None else summary.top1_ema)
     results = []
     for row, model in models.items():

@@ -19,7 +19,7 @@ from convneur.models.describe import ModelInfo, describe
 from convneur.records.provenance import REPRODUCE_FILE, read_record
 from convneur.records.saved import METRICS_FILE, or_nan, read_metrics
 from convneur.records.summary import read_result, read_summary
-from convneur.studies.series import member, run_folder
+from convneur.studies.series import member, member_folder
 
 TRAINING_PASSES = 3  # a forward pass, and a backward pass that costs two
 LOCAL_ONLY: Placement = "none"
@@ -185,8 +185,8 @@ def progress(config: StudyConfig) -> dict[Place, Progress]:
         images = sizes[place.unique_images] // batch * batch * place.epochs
         weight = TRAINING_PASSES * 1e9 * cost(run.model, run.data.image_size).gmacs * images
         try:
-            finished = read_summary(run_folder(run)) is not None
-            records = [] if finished else read_metrics(run_folder(run))
+            finished = read_summary(member_folder(run)) is not None
+            records = [] if finished else read_metrics(member_folder(run))
         except DamagedError as error:
             found[place] = Progress(0.0, False, weight, str(error))
             continue
@@ -203,7 +203,7 @@ def finished_points(config: StudyConfig, damaged: list[str] | None = None) -> li
     points = []
     for place, run in study_runs(config).items():
         try:
-            point = _point(place, run, run_folder(run))
+            point = _point(place, run, member_folder(run))
         except DamagedError as error:
             if damaged is None:
                 raise

@@ -26,7 +26,7 @@ def member(config: Config, name: str, seed: int, model: ModelConfig) -> Config:
     return Config(**{**recipe, "run": run, "model": model})
 
 
-def run_folder(run: Config) -> Path:
+def member_folder(run: Config) -> Path:
     """The folder of one of the runs."""
     return Path(run.run.root) / run.run.name
 
@@ -57,7 +57,7 @@ def standing(runs: Mapping[Key, Config], what: str) -> Standing[Key]:
     """
     finished, missing, damaged = {}, {}, {}
     for key, run in runs.items():
-        saved = run_folder(run) / "config.yaml"
+        saved = member_folder(run) / "config.yaml"
         try:
             made = saved_config(saved) if os.path.lexists(saved) else run
             summary = read_summary(saved.parent)

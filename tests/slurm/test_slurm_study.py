@@ -17,7 +17,7 @@ from convneur.config import save_config
 from convneur.records.metrics import read_metrics
 from convneur.records.summary import Summary, read_summary, write_summary
 from convneur.studies.grid import StudyConfig, StudySettings, study_runs
-from convneur.studies.series import run_folder, series_folder
+from convneur.studies.series import member_folder, series_folder
 
 pytestmark = pytest.mark.slurm
 
@@ -32,7 +32,7 @@ def study(digits: Path, tmp_path: Path) -> StudyConfig:
     config = StudyConfig(**vars(base), study=settings)
     save_config(config, tmp_path / "study.yaml")
     first = replace(next(iter(study_runs(config).values())))
-    folder = tmp_path / run_folder(first)
+    folder = tmp_path / member_folder(first)
     folder.mkdir(parents=True)
     save_config(first, folder / "config.yaml")
     write_summary(Summary(0.1, None, epochs=2, images=1024, seconds=1, checkpoint="none"), folder)

@@ -30,7 +30,7 @@ from convneur.studies.ablation import (
     save_table,
     tabulate,
 )
-from convneur.studies.series import run_folder, series_folder, standing
+from convneur.studies.series import member_folder, series_folder, standing
 
 CPU = torch.device("cpu")
 ABLATIONS = CONFIGS / "ablations"
@@ -45,7 +45,7 @@ def ablation(digits: Path, root: Path, rows: list[str], seeds: list[int]) -> Abl
 
 def finish(run: Config, top1: float, top1_ema: float | None) -> None:
     """Leaves what a finished run leaves, without training it."""
-    folder = run_folder(run)
+    folder = member_folder(run)
     folder.mkdir(parents=True)
     save_config(run, folder / "config.yaml")
     write_summary(Summary(top1, top1_ema, epochs=1, images=1408, seconds=1.0, checkpoint="none"), folder)
@@ -69,7 +69,7 @@ def test_committed_ablations_are_all_rows_by_one_recipe(name: str) -> None:
     assert len(config.ablation.seeds) >= 2
     runs = run_configs(config)
     assert len(runs) == len(ROWS) * len(config.ablation.seeds)
-    assert len({run_folder(run) for run in runs.values()}) == len(runs)
+    assert len({member_folder(run) for run in runs.values()}) == len(runs)
     recipes = {str(asdict(replace(run, run=config.run, model=config.model))) for run in runs.values()}
     assert len(recipes) == 1
     assert {run.run.seed for run in runs.values()} == set(config.ablation.seeds)
@@ -102,7 +102,7 @@ def test_table_of_finished_runs(digits: Path, tmp_path: Path) -> None:
     stand = standing(run_configs(config), "ablation")
     assert (len(stand.finished), len(stand.missing), stand.damaged) == (4, 5, {})
     finish(run_configs(config)["neural_memory", 0], 0.9, 0.9)
-    (run_folder(run_configs(config)["neural_memory", 0]) / "summary.json").write_text("{")
+    (member_folder(run_configs(config)["neural_memory", 0]) / "summary.json").write_text("{")
     assert [*standing(run_configs(config), "ablation").damaged] == [("neural_memory", 0)]
     local, memory, titans = tabulate(config, CPU)
     assert local.top1 == pytest.approx({0: 90.0, 1: 92.0, 2: 94.0})
@@ -170,7 +170,7 @@ def test_a_small_ablation_goes_on_where_it_stopped(digits: Path, tmp_path: Path)
     assert all(10 < line["top1"]["4"] <= 100 for line in table["rows"])
 
     # As if it had been killed between the last checkpoint of one run and its summary.
-    (run_folder(run_configs(config)["cbam", 4]) / "summary.json").unlink()
+    (member_folder(run_configs(config)["cbam", 4]) / "summary.json").unlink()
     out = run()
     assert "local_only, seed 4" not in out
     assert "resuming from" in out

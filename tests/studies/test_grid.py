@@ -33,7 +33,7 @@ from convneur.settings import load_as
 from convneur.studies.fit import Findings, find
 from convneur.studies.grid import StudyConfig, StudySettings, best_rates, cost, finished_points, progress, study_runs
 from convneur.studies.report import fit_lines, write_report
-from convneur.studies.series import run_folder, series_folder
+from convneur.studies.series import member_folder, series_folder
 
 STUDIES = CONFIGS / "studies"
 ENV = {name: value for name, value in os.environ.items() if name != "RANK"} | {"OMP_NUM_THREADS": "1"}
@@ -51,7 +51,7 @@ def finish(config: StudyConfig, keep: int | None = None) -> None:
     """Leaves what the first `keep` runs would leave, with losses of a known law, without training them."""
     noise = np.random.default_rng(0)
     for place, run in list(study_runs(config).items())[:keep]:
-        folder = run_folder(run)
+        folder = member_folder(run)
         folder.mkdir(parents=True)
         save_config(run, folder / "config.yaml")
         params = cost(run.model, 32).params
@@ -90,7 +90,7 @@ def test_every_axis_reaches_its_runs(digits: Path, tmp_path: Path) -> None:
         "lrs": [1e-3, 2e-3],
     }
     runs = study_runs(study(digits, tmp_path, seeds=[3, 4], **axes))
-    assert len(runs) == len({str(run_folder(run)) for run in runs.values()}) == 2 * 2 * 2 * 2 * 2 * 2
+    assert len(runs) == len({str(member_folder(run)) for run in runs.values()}) == 2 * 2 * 2 * 2 * 2 * 2
     for place, run in runs.items():
         assert run.run.name == place.name
         values = run.model.variant, run.model.placement, run.data.subset, run.schedule.epochs, run.optimizer.lr
@@ -305,7 +305,7 @@ def test_the_runs_of_a_study_stop_go_on_and_end_with_it(digits: Path, tmp_path: 
     process.kill()
     process.wait()
     waits_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started))
-    (run,) = [run_folder(run) for run in study_runs(config).values() if run_folder(run).exists()]
+    (run,) = [member_folder(run) for run in study_runs(config).values() if member_folder(run).exists()]
     assert list_checkpoints(run / "checkpoints")
     assert "stopped by SIGTERM after " in next(iter(logs.glob("*.log"))).read_text()
 
@@ -317,7 +317,7 @@ def test_damaged_runs_hide_no_others_and_are_not_counted(
     config = study(digits, tmp_path / "runs", sizes=LADDER, seeds=[0])
     save_config(config, tmp_path / "study.yaml")
     finish(config)
-    cut, stale, unknown, *_ = map(run_folder, study_runs(config).values())
+    cut, stale, unknown, *_ = map(member_folder, study_runs(config).values())
     (cut / "summary.json").write_text('{"top1": 0.')
     (stale / "metrics.jsonl").write_text((stale / "metrics.jsonl").read_text().replace('"epoch": 1.0', '"epoch": 0.5'))
     (unknown / "reproduce.json").write_bytes(b"\xff")
