@@ -91,9 +91,8 @@ def run_missing(config: StudyConfig, stand: Standing[Place], folder: Path, jobs:
                     ended = {one: seconds for one, seconds in spent.items() if seconds > 0}
                     left = _seconds_left(ended, weights, [*running, *waiting]) / jobs
                     done = len(stand.finished) + len(missing) - len(waiting) - len(running) - len(failed)
-                    top1 = summary.top1 if summary.top1_ema is None else summary.top1_ema
                     print(
-                        f"[{done}/{len(weights)}] {place.name}  top1 {top1:.4f}  {summary.seconds:.0f} s"
+                        f"[{done}/{len(weights)}] {place.name}  top1 {summary.final_top1:.4f}  {summary.seconds:.0f} s"
                         f"  {finished / total:.0%} of the operations, about {left / 60:.0f} min left",
                         flush=True,
                     )

@@ -33,6 +33,11 @@ class Summary:
     seconds: float
     checkpoint: str
 
+    @property
+    def final_top1(self) -> float:
+        """Of the averaged weights where an average was kept, else of the raw ones: those that one takes of a run."""
+        return self.top1 if self.top1_ema is None else self.top1_ema
+
 
 def write_summary(summary: Summary, folder: Path) -> None:
     """Writes a run's summary; its presence says that the run has ended."""

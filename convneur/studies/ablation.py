@@ -165,7 +165,7 @@ def tabulate(config: AblationConfig, device: torch.device) -> list[Result]:
     for (row, seed), run in run_configs(config).items():
         with suppress(DamagedError):  # it isn't among the seeds of the table, then
             if summary := read_summary(member_folder(run)):
-                top1[row][seed] = 100 * (summary.top1 if summary.top1_ema is None else summary.top1_ema)
+                top1[row][seed] = 100 * summary.final_top1
     results = []
     for row, model in models.items():
         cost = describe(model, config.data.image_size)
