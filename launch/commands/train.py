@@ -507,9 +507,11 @@ def check_start(config: "Config", world_size: int) -> None:
     """Refuses, where no run is to start yet, all that its start will: what `check` does, and the initial weights."""
     check(config, world_size)
     from convneur.models.convneur.overflow import check_memories
+    from convneur.ops import native
     from convneur.run.trainer import initial_model
 
-    check_memories(initial_model(config), config.data.image_size)
+    with native.unused():
+        check_memories(initial_model(config), config.data.image_size)
 
 
 def check(config: "Config", world_size: int) -> None:

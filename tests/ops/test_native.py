@@ -54,7 +54,7 @@ def test_other_vector_lengths(processor: str, monkeypatch: pytest.MonkeyPatch, t
     flags = [f"-march={processor}" if flag.startswith("-march") else flag for flag in native.FLAGS]
     monkeypatch.setattr(native, "FLAGS", flags)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled = native.library.__wrapped__()
+    compiled = native._library.__wrapped__()
     monkeypatch.setattr(native, "library", lambda: compiled)
     actual = compute(torch.float64) + compute(torch.float32)
     assert len(actual) == 5

@@ -12,6 +12,9 @@ import shlex
 import shutil
 import subprocess
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,9 +42,26 @@ def compiler_version() -> str | None:
     return answer.stdout.partition("\n")[0]
 
 
-@cache
+_unused: ContextVar[bool] = ContextVar("unused", default=False)
+
+
+@contextmanager
+def unused() -> Iterator[None]:
+    """A block that does without, so that nothing is compiled, as on a login node for a single pass."""
+    token = _unused.set(True)
+    try:
+        yield
+    finally:
+        _unused.reset(token)
+
+
 def library() -> ctypes.CDLL | None:
     """The compiled sources; None, after a warning, where it can't be had."""
+    return None if _unused.get() else _library()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
     try:
         return _load_or_compile(_cache_folder() / f"native-{_key()}.so")
     except subprocess.CalledProcessError as error:
@@ -51,7 +71,7 @@ def library() -> ctypes.CDLL | None:
         reason = f"{error}"
         if shutil.which(compiler()[0]) is None:
             reason = f"there is no C++ compiler {compiler()[0]!r}; install g++ (apt-get install g++), or set CXX"
-    warnings.warn(f"models will be slower on this CPU, the neural memory up to three times: {reason}", stacklevel=2)
+    warnings.warn(f"models will be slower on this CPU, the neural memory up to three times: {reason}", stacklevel=3)
     return None
 
 
