@@ -18,7 +18,7 @@ from convneur.data.errors import InputError
 from convneur.engine.optimizer import check_no_lock, choose_implementation, peak_lr
 from convneur.engine.section import deepspeed_config, offloads_optimizer
 from convneur.models.convneur.model import SMALLEST_IMAGE
-from convneur.system.doctor import examine_apex
+from convneur.system.apex import examine_apex
 
 Range = tuple[str, Callable[[float], bool]]
 COUNT: Range = ("at least 1", lambda x: x >= 1)

@@ -12,7 +12,7 @@ from timm.scheduler import CosineLRScheduler
 from convneur.data.errors import InputError
 from convneur.models.convneur import mup
 from convneur.models.convneur.model import ConvNeur
-from convneur.system.doctor import examine_apex
+from convneur.system.apex import examine_apex
 
 Implementation = Literal["torch", "deepspeed", "apex"]
 

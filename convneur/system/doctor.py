@@ -7,35 +7,12 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Status = Literal["ok", "missing", "broken", "wrong"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One component.
-
-    Attributes:
-        group: what it belongs to.
-        name: its name.
-        status: "ok"; "missing"; "broken", where it is there but doesn't work; "wrong", where its name is another's.
-        version: what is there, if anything.
-        note: what is wrong and what that costs; empty where all is well.
-        required: whether ConvNeur doesn't work without it.
-    """
-
-    group: str
-    name: str
-    status: Status
-    version: str | None = None
-    note: str = ""
-    required: bool = False
+from convneur.system.apex import examine_apex
+from convneur.system.finding import Finding
 
 
 class Package(NamedTuple):
@@ -70,11 +47,6 @@ REQUIRED_PACKAGES = (
 )
 
 _FFCV = Package("ffcv", "ffcv", "no data.engine ffcv, no .beton files; data come from WebDataset shards")
-_APEX_COST = "no fused optimizers of apex; PyTorch's AdamW doesn't need it"
-_APEX_BUILD = (
-    "build NVIDIA's from github.com/NVIDIA/apex: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
-)
-
 _COMPILERS = {
     "g++": "the neural memory is slower on CPUs; FFCV and DeepSpeed's CPU extensions can't be built",
     "nvcc": "apex and DeepSpeed's CUDA extensions can't be built; PyTorch's own kernels are used",
@@ -135,25 +107,6 @@ def _survived(group: str, name: str, examine_it: Callable[[], Finding]) -> Findi
         return examine_it()
     except Exception as error:
         return Finding(group, name, "broken", None, _reason(error))
-
-
-def examine_apex() -> Finding:
-    """Tells NVIDIA's apex from the registry's unrelated package of that name, without importing either."""
-    spec = find_spec("apex")
-    if spec is None:
-        return Finding("packages", "apex", "missing", None, f"{_APEX_COST}; {_APEX_BUILD}")
-    try:
-        version = metadata.version("apex")
-    except metadata.PackageNotFoundError:
-        version = "of unknown version"
-    if not any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
-        note = f"another package has this name; {_APEX_COST}; pip uninstall apex, then {_APEX_BUILD}"
-        return Finding("packages", "apex", "wrong", version, note)
-    if find_spec("amp_C") is None:
-        return Finding(
-            "packages", "apex", "broken", version, f"built without CUDA extensions: {_APEX_COST}; {_APEX_BUILD}"
-        )
-    return Finding("packages", "apex", "ok", version)
 
 
 def _examine_accelerators() -> Iterator[Finding]:

@@ -13,17 +13,17 @@ from packaging.requirements import Requirement
 from places import ROOT
 
 from convneur.launch.cli import main
+from convneur.system.apex import examine_apex
 from convneur.system.doctor import (
     REQUIRED_PACKAGES,
-    Finding,
     Package,
     _examine_tool,
     _survived,
-    examine_apex,
     examine_package,
     examine_slurm,
     is_healthy,
 )
+from convneur.system.finding import Finding
 
 
 def test_json_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
