@@ -11,6 +11,7 @@ import google_crc32c
 import numpy as np
 
 from convneur.data.errors import InputError
+from convneur.data.format.beton import JPG
 from convneur.data.format.index import content_hash, read_index
 from convneur.data.format.manifest import Denied, Manifest, Shard, file_crc32c
 from convneur.data.prepare.claim import folder_locked
@@ -127,7 +128,15 @@ def _check_shard(
 def _check_block(store: BetonStore, index: np.ndarray, edges: np.ndarray, number: int) -> tuple[list[Denied], str]:
     """Samples of a shard that can't be read in FFCV's format; `verify_dataset` looks at what is between them."""
     rows = range(edges[number], edges[number + 1])
-    return [Denied(row, index[row]["key"].decode(), reason) for row in rows if (reason := store.fault(row))], ""
+    return [Denied(row, index[row]["key"].decode(), reason) for row in rows if (reason := _beton_fault(store, row))], ""
+
+
+def _beton_fault(store: BetonStore, row: int) -> str:
+    """Why what a beton holds of a row of the index can't be read; empty if it can."""
+    content = store.intact_content(row)
+    if content is None:
+        return "checksum mismatch"
+    return decoding_fault(content) if store.images[row]["mode"] == JPG else ""
 
 
 def _fetch(shard: Shard, path: Path) -> None:

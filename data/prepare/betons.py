@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -75,72 +75,95 @@ def add_betons(folder: Path, format: Format, pixels: Pixels, processes: int) -> 
 
 
 def _write_beton(folder: Path, name: str, split: Split, pixels: Pixels, processes: int) -> Beton:
-    """Write a split's beton and its checksums; the checksums last."""
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
-
+    """Writes a split's beton and its checksums; the checksums last."""
     index = read_index(folder, name, split)
     if any(is_remote(shard.name) for shard in split.shards):
         raise InputError(f"{folder} has shards on servers: a beton is written from shards on disk only")
     source = _Source(folder, split.shards, index, frozenset(denied.row for denied in split.denied))
-    shards = range(len(split.shards))
+    on_shards = partial(in_parallel, tasks=range(len(split.shards)), processes=processes, unit="images")
     sizes = [shard.samples for shard in split.shards]
-    inspected = in_parallel(
-        partial(_inspect, source, pixels), shards, processes, what=f"inspecting {name}", unit="images", sizes=sizes
+    stored = np.concatenate(on_shards(partial(_inspect, source, pixels), what=f"inspecting {name}", sizes=sizes))
+    layout = _Layout.of(index, stored)
+    with atomic_write(beton_path(folder, name)) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, layout.size)
+        except OSError as error:
+            raise InputError(f"{file.name} can't get its {layout.size} bytes ({error})") from None
+        for content, place in zip(layout.tables, (0, layout.table), strict=True):
+            file.seek(place)
+            file.write(content)
+        file.flush()
+        copy = partial(_copy, source, stored, layout.places, file.name)
+        checksums = on_shards(copy, what=f"writing {name}.beton", sizes=sizes)
+    with atomic_write(checksums_path(folder, name)) as file:
+        np.save(file, np.concatenate(checksums))
+    return Beton(
+        size=layout.size,
+        pixels=pixels,
+        head=layout.head,
+        table=layout.table,
+        tables_crc32c=google_crc32c.value(b"".join(layout.tables)),
+        checksums_crc32c=file_crc32c(checksums_path(folder, name)),
     )
-    stored = np.concatenate(inspected)
 
-    fields = {"image": RGBImageField(), "label": IntField()}
-    descriptors = np.zeros(len(fields), FieldDescType)
-    for descriptor, field_name, type_id in zip(descriptors, fields, (2, 1), strict=True):  # see ffcv.types
-        descriptor["type_id"] = type_id
-        descriptor["name"][: len(field_name)] = list(field_name.encode())
-    head = HeaderType.itemsize + descriptors.nbytes + len(index) * get_metadata_type(list(fields.values())).itemsize
+
+class _Layout(NamedTuple):
+    """What a beton holds besides images, and where everything lies, in bytes from its beginning.
+
+    Attributes:
+        head: where the table of samples ends.
+        places: where the images begin, (samples,) uint64.
+        table: where the table of allocations begins, which goes on to the end.
+        tables: what is before `head`, and what is after `table`.
+    """
+
+    head: int
+    places: np.ndarray
+    table: int
+    tables: tuple[bytes, bytes]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.table + len(self.tables[1])
+
+    @classmethod
+    def of(cls, index: np.ndarray, stored: np.ndarray) -> "_Layout":
+        """Lays out the samples of an index, whose images are to be `stored`, (samples,) of `STORED_FIELDS`."""
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+
+        fields = {"image": RGBImageField(), "label": IntField()}
+        descriptors = np.zeros(len(fields), FieldDescType)
+        for descriptor, field_name, type_id in zip(descriptors, fields, (2, 1), strict=True):  # see ffcv.types
+            descriptor["type_id"] = type_id
+            descriptor["name"][: len(field_name)] = list(field_name.encode())
+        metadata = np.zeros(len(index), get_metadata_type(list(fields.values())))
+        head = HeaderType.itemsize + descriptors.nbytes + metadata.nbytes
+        page = _page_size(index, stored)
+        places, table = _lay_out(stored["size"], -(-head // page) * page, page)
+
+        header = np.zeros((), HeaderType)
+        header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(fields), page
+        header["num_samples"], header["alloc_table_ptr"] = len(index), table
+        for field_name in ("mode", "width", "height"):
+            metadata["f0"][field_name] = stored[field_name]
+        metadata["f0"]["data_ptr"], metadata["f1"] = places, index["label"]
+        allocations = np.zeros(len(index), ALLOC_TABLE_TYPE)
+        allocations["sample_id"], allocations["ptr"] = np.arange(len(index)), places
+        allocations["size"] = stored["size"]
+        head_table = header.tobytes() + descriptors.tobytes() + metadata.tobytes()
+        return cls(head, places, table, (head_table, allocations.tobytes()))
+
+
+def _page_size(index: np.ndarray, stored: np.ndarray) -> int:
+    """Bytes of a page: a power of 2 that the largest image fits into."""
     page = SMALLEST_PAGE
     while page < stored["size"].max():
         page *= 2
     if page > LARGEST_PAGE:
         raise InputError(f"{index['key'][stored['size'].argmax()].decode()} is too large an image for FFCV's format")
-    places, table = _lay_out(stored["size"], -(-head // page) * page, page)
-
-    header = np.zeros((), HeaderType)
-    header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(fields), page
-    header["num_samples"], header["alloc_table_ptr"] = len(index), table
-    metadata = np.zeros(len(index), get_metadata_type(list(fields.values())))
-    for field_name in ("mode", "width", "height"):
-        metadata["f0"][field_name] = stored[field_name]
-    metadata["f0"]["data_ptr"], metadata["f1"] = places, index["label"]
-    allocations = np.zeros(len(index), ALLOC_TABLE_TYPE)
-    allocations["sample_id"], allocations["ptr"], allocations["size"] = np.arange(len(index)), places, stored["size"]
-    tables = header.tobytes() + descriptors.tobytes() + metadata.tobytes(), allocations.tobytes()
-
-    with atomic_write(beton_path(folder, name)) as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, table + allocations.nbytes)
-        except OSError as error:
-            raise InputError(f"{file.name} can't get its {table + allocations.nbytes} bytes ({error})") from None
-        for content, place in zip(tables, (0, table), strict=True):
-            file.seek(place)
-            file.write(content)
-        file.flush()
-        checksums = in_parallel(
-            partial(_copy, source, stored, places, file.name),
-            shards,
-            processes,
-            what=f"writing {name}.beton",
-            unit="images",
-            sizes=sizes,
-        )
-    with atomic_write(checksums_path(folder, name)) as file:
-        np.save(file, np.concatenate(checksums))
-    return Beton(
-        size=table + allocations.nbytes,
-        pixels=pixels,
-        head=head,
-        table=table,
-        tables_crc32c=google_crc32c.value(b"".join(tables)),
-        checksums_crc32c=file_crc32c(checksums_path(folder, name)),
-    )
+    return page
 
 
 class _Source:

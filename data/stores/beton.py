@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from convneur.data.errors import InputError, SampleError
-from convneur.data.format.beton import JPG, RAW, beton_path, checksums_path
+from convneur.data.format.beton import RAW, beton_path, checksums_path
 from convneur.data.format.manifest import Beton, file_crc32c
 from convneur.data.format.shards import Sample
 from convneur.data.stores.retry import retrying
 from convneur.data.stores.store import IndexedStore, Subset
-from convneur.data.views.decode import decoding_fault
 
 BLOCK = 1 << 20
 
@@ -83,31 +82,25 @@ class BetonStore(IndexedStore):
             InputError: the file can't be opened or read, or ends before the sample does, and goes on so.
         """
         row = self.row(sample)
-        image, entry = self._content(sample), self.images[row]
+        image, entry = self.intact_content(row), self.images[row]
+        if image is None:
+            raise SampleError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
         if entry["mode"] == RAW:
             image = b"P6 %d %d 255\n" % (entry["width"], entry["height"]) + image
         return Sample(self._index[row]["key"].decode(), image, int(self._index[row]["label"]))
 
-    def _content(self, sample: int) -> bytes:
-        row = self.row(sample)
-        content = self._pread(row)
-        if not self._matches(row, content):
-            raise SampleError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
-        return content
-
     def is_intact(self, sample: int) -> bool:
         """Whether the beton holds of a sample what was written; raises `InputError` where `read` does."""
-        row = self.row(sample)
-        return self._matches(row, self._pread(row))
+        return self.intact_content(self.row(sample)) is not None
 
-    def fault(self, row: int) -> str:
-        """Why the image of a row of the index, denied or not, can't be read; empty if it can."""
+    def intact_content(self, row: int) -> bytes | None:
+        """What is stored of a row of the index, denied or not: an image file, or pixels; None if it is damaged.
+
+        Raises:
+            InputError: the file can't be opened or read, or ends before the sample does, and goes on so.
+        """
         content = self._pread(row)
-        if not self._matches(row, content):
-            return "checksum mismatch"
-        if self.images[row]["mode"] == JPG:
-            return decoding_fault(content)
-        return ""
+        return content if google_crc32c.value(content) == self._checksums[row] else None
 
     def gaps_fault(self) -> str:
         """A line if there is something between tables and images, where nothing was written; empty if not."""
@@ -128,9 +121,6 @@ class BetonStore(IndexedStore):
     def where(self, sample: int) -> str:
         """Name the split, file and key of a sample."""
         return f"{self.path}, split {self._split}, key {self._index[self.row(sample)]['key'].decode()}"
-
-    def _matches(self, row: int, content: bytes) -> bool:
-        return bool(google_crc32c.value(content) == self._checksums[row])
 
     def _pread(self, row: int) -> bytes:
         size, place = int(self._sizes[row]), int(self.images[row]["data_ptr"])

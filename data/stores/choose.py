@@ -6,6 +6,7 @@ from pathlib import Path
 
 from convneur.data.config import DataConfig
 from convneur.data.format.manifest import Manifest
+from convneur.data.stores.beton import BetonStore
 from convneur.data.stores.cache import ShardCache
 from convneur.data.stores.store import Store, Subset
 from convneur.data.stores.tar import TarStore
@@ -19,8 +20,6 @@ def open_store(config: DataConfig, split: str) -> Store:
     """
     subset = Subset(config.subset, config.subset_seed) if config.subset and split == config.train_split else None
     if reads_beton(config):
-        from convneur.data.stores.beton import BetonStore  # FFCV is optional, and takes seconds to import
-
         return BetonStore(config.root, split, subset)
     default = Path(tempfile.gettempdir()) / f"convneur-cache-{os.getuid()}"
     budget = round(config.cache_gb * 1e9)

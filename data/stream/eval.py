@@ -15,7 +15,7 @@ from convneur.data.errors import InputError, SampleError
 from convneur.data.stores.store import Store
 from convneur.data.stream.batch import BadSample, EvalBatch
 from convneur.data.stream.reading import blamed_on_sample, read_pixels
-from convneur.data.stream.workers import PREFETCH_BATCHES, Slots, request_loader, results, unwrap
+from convneur.data.stream.workers import Slots, request_loader, results, slot_count, unwrap
 from convneur.data.views.transforms import Transform, eval_transform
 
 
@@ -37,8 +37,8 @@ class EvalLoader:
         largest = -(-len(store) // world_size)
         requests = [samples[first : first + batch_size] for first in range(0, largest, batch_size)]
         # Not more memory than there are batches; a slot is always the same worker's, in one evaluation.
-        slots = max((PREFETCH_BATCHES + 1) * config.workers, 1)
-        self._slots = Slots(min(slots, max(len(requests), 1)), batch_size, config.image_size)
+        slots = min(slot_count(config.workers), max(len(requests), 1))
+        self._slots = Slots(slots, batch_size, config.image_size)
         dataset = _EvalDataset(store, eval_transform(config), self._slots)
         self._batches = len(requests)
         self._loader = request_loader(dataset, list(enumerate(requests)), config.workers, persistent=True)
@@ -67,10 +67,8 @@ class _EvalMade(NamedTuple):
     bad: tuple[BadSample, ...]
 
     def batch(self, slots: Slots) -> EvalBatch:
-        """The batch, its images copied: into page-locked memory where there is a GPU."""
-        images = torch.empty_like(slots[self.number], pin_memory=torch.cuda.is_available())
-        images.copy_(slots[self.number])
-        return EvalBatch(images, torch.tensor(self.labels), torch.tensor(self.mask), self.bad)
+        """The batch, its images copied out of the slot."""
+        return EvalBatch(slots.copied(self.number), torch.tensor(self.labels), torch.tensor(self.mask), self.bad)
 
 
 class _EvalDataset(Dataset[_EvalMade | InputError]):

@@ -7,15 +7,11 @@ Micro-batch a of rank r owns the lanes m L / (R A) to (m + 1) L / (R A), m = r A
 names all that a micro-batch depends on.
 """
 
-import os
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.sharedctypes import Synchronized
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,20 +23,16 @@ from convneur.data.format.shards import Sample
 from convneur.data.keys import libraries_restored, seed_libraries, view_key
 from convneur.data.stores.store import Store
 from convneur.data.stream.batch import BadSample, Batch, Request
+from convneur.data.stream.prefetch import prefetching
 from convneur.data.stream.reading import blamed_on_sample, read_or_replace, read_pixels
 from convneur.data.stream.shuffle import lane_order
-from convneur.data.stream.workers import PREFETCH_BATCHES, Slots, request_loader, results, unwrap
+from convneur.data.stream.workers import Slots, request_loader, results, slot_count, unwrap
 from convneur.data.views.decode import plain_jpeg_size
 from convneur.data.views.transforms import TrainTransform, View
 
 STATE_FORMAT = 1
 AHEAD = 16
 """For how many views at a time a worker reads and draws before it decodes them."""
-
-PREFETCH_STEPS = 64
-"""How many optimizer steps ahead remote shards are fetched."""
-
-Reached: TypeAlias = "Synchronized[int]"
 
 
 class TrainLoader:
@@ -83,12 +75,11 @@ class TrainLoader:
         """
         workers, size = self._config.workers, self._config.image_size
         batch_size = self._config.global_batch_size // self._config.lanes * len(self._micro_lanes[0])
-        # One more than are under way would do; as many for each worker, and a slot is always the same worker's.
-        slots = Slots(max((PREFETCH_BATCHES + 1) * workers, 1), batch_size, size)
+        slots = Slots(slot_count(workers), batch_size, size)
         dataset = _TrainDataset(self._store, self._transform, self._seed, slots)
         batches = results(request_loader(dataset, enumerate(self._requests(start_step, stop_step)), workers))
         try:
-            with self._prefetching(start_step, stop_step) as reached:
+            with prefetching(self._store, self._requests(start_step, stop_step), start_step) as reached:
                 for step in range(start_step, stop_step):
                     reached.value = step
                     micro_batches: list[Batch] = [unwrap(next(batches)).batch(slots) for _ in self._micro_lanes]
@@ -128,25 +119,7 @@ class TrainLoader:
                     f"resume with the former, or start a new run"
                 )
 
-    @contextmanager
-    def _prefetching(self, start_step: int, stop_step: int) -> Iterator["Reached"]:
-        """Let a process fetch remote shards in the order of the lanes, ahead of the step that is written down here."""
-        context = get_context("fork")
-        reached: Reached = context.Value("q", start_step)
-        if not self._store.is_remote:
-            yield reached
-            return
-        requests = self._requests(start_step, stop_step)
-        # A process: a thread that held a lock while workers were forked would leave them waiting for it.
-        process = context.Process(target=_prefetch, args=(self._store, requests, reached, os.getpid()), daemon=True)
-        process.start()
-        try:
-            yield reached
-        finally:
-            process.kill()  # it may have inherited a handler for TERM; what it leaves half-fetched, the cache removes
-            process.join()
-
-    def _requests(self, start_step: int, stop_step: int) -> Iterator["Request"]:
+    def _requests(self, start_step: int, stop_step: int) -> Iterator[Request]:
         for step in range(start_step, stop_step):
             epoch, position = divmod(step, self.steps_per_epoch)
             for lanes in self._micro_lanes:
@@ -154,19 +127,6 @@ class TrainLoader:
                 repetitions = np.tile(self._order.repetitions(position), len(lanes))
                 first = position * self._config.global_batch_size + lanes.start * samples.shape[1]
                 yield Request(epoch, step, lanes, first, samples.ravel(), repetitions)
-
-
-def _prefetch(store: Store, requests: Iterable[Request], reached: Reached, parent: int) -> None:
-    """Fetch the shards of `requests`, up to `PREFETCH_STEPS` ahead; a failure ends it, for the reader to report."""
-    for request in requests:
-        while request.step > reached.value + PREFETCH_STEPS:
-            if os.getppid() != parent:
-                return
-            time.sleep(0.05)
-        try:
-            store.prefetch(request.indices)
-        except (InputError, OSError):
-            return
 
 
 @dataclass(frozen=True)
@@ -180,10 +140,9 @@ class _Made:
     bad: tuple[BadSample, ...]
 
     def batch(self, slots: Slots) -> Batch:
-        """The micro-batch, its images copied: into page-locked memory where there is a GPU."""
-        images = torch.empty_like(slots[self.number], pin_memory=torch.cuda.is_available())
+        """The micro-batch, its images copied out of the slot."""
         return Batch(
-            images=images.copy_(slots[self.number]),
+            images=slots.copied(self.number),
             labels=torch.tensor(self.labels),
             indices=torch.tensor(self.indices),
             epoch=self.request.epoch,

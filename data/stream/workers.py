@@ -36,6 +36,19 @@ class Slots:
         """Room for the images of request `number`, (b, 3, H, W) uint8 in channels_last memory format."""
         return self._images[number % len(self._images)]
 
+    def copied(self, number: int) -> torch.Tensor:
+        """The images of request `number` in memory of their own: page-locked where there is a GPU."""
+        images = self[number]
+        return torch.empty_like(images, pin_memory=torch.cuda.is_available()).copy_(images)
+
+
+def slot_count(workers: int) -> int:
+    """How many slots so many workers need.
+
+    One more than the batches under way would do; with as many for each worker a slot is always the same worker's.
+    """
+    return max((PREFETCH_BATCHES + 1) * workers, 1)
+
 
 def request_loader(
     dataset: Dataset[Any], requests: Iterable[Any], workers: int, *, persistent: bool = False

@@ -232,16 +232,16 @@ def test_killed_and_repeated_it_goes_on(prepared: Path, archives: Path, tmp_path
     """Killed with SIGKILL at several moments: nothing half-written has a final name, and the end result is the same."""
     expected, out = contents(prepared), tmp_path / "out"
     script = (
-        "import sys, time; from pathlib import Path; from convneur.data import imagenet, prepare\n"
-        "write = prepare.write_shard\n"
-        "prepare.write_shard = lambda *args: (time.sleep(0.05), write(*args))\n"
+        "import sys, time; from pathlib import Path; from convneur.data.prepare import imagenet, writing\n"
+        "write = writing.write_shard\n"
+        "writing.write_shard = lambda *args: (time.sleep(0.05), write(*args))\n"
         "print('go', flush=True)\n"
         "imagenet.prepare_imagenet(Path(sys.argv[1]), Path(sys.argv[2]), processes=2, shard_samples=10)"
     )
     for delay in (0.05, 0.15, 0.3):
         process = subprocess.Popen([sys.executable, "-c", script, archives, out], stdout=subprocess.PIPE)
         assert process.stdout is not None
-        process.stdout.readline()
+        assert process.stdout.readline() == b"go\n"
         time.sleep(delay)
         orphans = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
