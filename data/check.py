@@ -8,7 +8,7 @@ from convneur.data.stores.choose import open_store
 
 
 def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumulation: int) -> int:
-    """Check that the settings are possible, fit each other, and fit the data.
+    """Checks that the settings are possible, fit each other, and fit the data.
 
     Args:
         config: settings to check.
@@ -42,7 +42,7 @@ def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumul
 
 
 def check_values(config: DataConfig) -> None:
-    """Check the settings that can be judged without the dataset; InputError for the first that is impossible."""
+    """Checks the settings that can be judged without the dataset; InputError for the first that is impossible."""
     for name in ("image_size", "global_batch_size", "lanes", "window", "repeats", "eval_batch_size"):
         _require(getattr(config, name) >= 1, f"data.{name}", getattr(config, name), "at least 1")
     for name, most in (("image_size", 1 << 16), ("global_batch_size", 10**7), ("workers", 4096)):
@@ -80,7 +80,7 @@ def _check_randaugment(text: str) -> None:
 
 
 def _check_ffcv(config: DataConfig) -> None:
-    """Refuse what FFCV's loader would leave out or do otherwise."""
+    """Refuses what FFCV's loader would leave out or do otherwise."""
     for name, value, able in (
         ("data.format", config.format, ("auto", "ffcv")),
         ("data.interpolation", config.interpolation, ("area",)),

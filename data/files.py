@@ -16,7 +16,7 @@ TEMPORARY = ".*.tmp"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` that takes its place, on disk, once the block ends without an exception.
+    """Opens a temporary file beside `path` that takes its place, on disk, once the block ends without an exception.
 
     With an exception, or if the machine stops, `path` stays as it was.
 
@@ -40,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def fsync(path: Path) -> None:
-    """Make a file's bytes durable, or the names in a folder: what was created, renamed or removed there."""
+    """Makes a file's bytes durable, or the names in a folder: what was created, renamed or removed there."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,7 +14,7 @@ import torch
 
 
 def key(*parts: int | str) -> int:
-    """Hash `parts` to 64 bits, the same on every machine and in every version."""
+    """Hashes `parts` to 64 bits, the same on every machine and in every version."""
     text = "".join(f"s{len(part)}:{part};" if isinstance(part, str) else f"i{int(part)};" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -25,7 +25,7 @@ def view_key(seed: int, what: str, epoch: int, sample: int, repetition: int) -> 
 
 
 def raw_bits(count: int, *parts: int | str) -> np.ndarray:
-    """Draw (count,) uint64 uniform words from Philox keyed by `parts`.
+    """Draws (count,) uint64 uniform words from Philox keyed by `parts`.
 
     NumPy promises that a bit generator's words never change; it doesn't promise so for `Generator`'s methods.
     """
@@ -33,12 +33,12 @@ def raw_bits(count: int, *parts: int | str) -> np.ndarray:
 
 
 def permutation(count: int, *parts: int | str) -> np.ndarray:
-    """Draw a uniform permutation of 0..count-1, (count,) int64, keyed by `parts`."""
+    """Draws a uniform permutation of 0..count-1, (count,) int64, keyed by `parts`."""
     return np.argsort(raw_bits(count, *parts), kind="stable")
 
 
 def seed_libraries(seed: int, device: torch.device | None = None) -> None:
-    """Reseed the global generators that library transforms draw from, in about 20 microseconds.
+    """Reseeds the global generators that library transforms draw from, in about 20 microseconds.
 
     These are `random`, `numpy.random`, torch's CPU generator and, where `device` is a GPU, that one's;
     `torch.manual_seed` would reseed every device and takes 30 times as long.
@@ -55,7 +55,7 @@ def seed_libraries(seed: int, device: torch.device | None = None) -> None:
 
 @contextmanager
 def libraries_restored(device: torch.device | None = None) -> Iterator[None]:
-    """Give the generators that `seed_libraries` reseeds their states back at the end of the block.
+    """Gives the generators that `seed_libraries` reseeds their states back at the end of the block.
 
     So keyed draws leave no trace in what the rest of the process draws, such as drop path.
     """

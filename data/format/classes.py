@@ -20,7 +20,7 @@ def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def read_class_map(path: Path) -> dict[str, str]:
-    """Read which class of a model each class of a dataset is.
+    """Reads which class of a model each class of a dataset is.
 
     A line is a dataset's class, a tab and the model's class; blanks do instead of the tab where neither name has any.
     Several classes of the dataset may be one of the model's. Empty lines say nothing.
@@ -52,7 +52,7 @@ def read_class_map(path: Path) -> dict[str, str]:
 def map_classes(
     data: Sequence[str], present: np.ndarray, model: Sequence[str], class_map: dict[str, str] | None, where: str
 ) -> np.ndarray:
-    """Say which class of a model each of a dataset's is, by name.
+    """Finds which class of a model each of a dataset's is, by name.
 
     Args:
         data: the dataset's class names.
@@ -87,7 +87,7 @@ def map_classes(
 
 
 def check_same_classes(trained: Sequence[str], here: Sequence[str], checkpoint: Path, root: str) -> None:
-    """Refuse to go on with other classes than those that a checkpoint was trained on.
+    """Refuses to go on with other classes than those that a checkpoint was trained on.
 
     Raises:
         InputError: names, their order or their number differ.

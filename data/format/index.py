@@ -31,7 +31,7 @@ class Scan(NamedTuple):
 
 
 def scan_shard(path: Path, name: str) -> Scan:
-    """Read a shard at `path` from end to end.
+    """Reads a shard at `path` from end to end.
 
     Args:
         path: the tar file.
@@ -50,7 +50,7 @@ def scan_shard(path: Path, name: str) -> Scan:
 
 
 def index_split(folder: Path, split: str, paths: Sequence[Path]) -> Split:
-    """Write the index of `split` from the shards themselves, which lie at `paths` in `folder`.
+    """Writes the index of `split` from the shards themselves, which lie at `paths` in `folder`.
 
     Returns:
         The split's entry in the manifest.
@@ -62,7 +62,7 @@ def index_split(folder: Path, split: str, paths: Sequence[Path]) -> Split:
 
 
 def write_index(folder: Path, split: str, scans: Sequence[Scan]) -> Split:
-    """Write the index of `split` from its shards' rows.
+    """Writes the index of `split` from its shards' rows.
 
     Returns:
         The split's entry in the manifest.
@@ -76,7 +76,7 @@ def write_index(folder: Path, split: str, scans: Sequence[Scan]) -> Split:
 
 
 def read_index(folder: Path, name: str, split: Split) -> np.ndarray:
-    """Map the index of `split`, called `name`, into memory, which ranks of a node then share.
+    """Maps the index of `split`, called `name`, into memory, which ranks of a node then share.
 
     Returns:
         (samples,) structured array, read-only, of `INDEX_FIELDS` and "key" (UTF-8).
@@ -114,7 +114,7 @@ def count(numbers: np.ndarray, values: int) -> np.ndarray:
 
 
 def content_hash(index: np.ndarray) -> str:
-    """Hash what a stream of samples depends on: shards, keys, labels and images, but not their places in the files."""
+    """Hash of what a stream of samples depends on: shards, keys, labels, images, but not their places in the files."""
     digest = blake2b(digest_size=16)
     for name in ("shard", "label", "crc32c", "key"):
         digest.update(np.ascontiguousarray(index[name]).tobytes())

@@ -105,7 +105,7 @@ class Split:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Split":
-        """Undo `asdict`."""
+        """Undoes `asdict`."""
         parts = {
             "shards": tuple(_typed(Shard, shard) for shard in values["shards"]),
             "denied": tuple(_typed(Denied, denied) for denied in values.get("denied", ())),
@@ -146,7 +146,7 @@ class Manifest:
         return self.has_shards or all(split.beton for split in self.splits.values())
 
     def write(self, folder: Path) -> None:
-        """Write the manifest into `folder`, which makes the dataset complete."""
+        """Writes the manifest into `folder`, which makes the dataset complete."""
         content = {"format": FORMAT, **asdict(self)}
         with atomic_write(folder / MANIFEST) as file:
             file.write(json.dumps({**content, CHECKSUM: _json_crc32c(content)}, indent=1).encode())
@@ -155,7 +155,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path, *, unfinished: bool = False) -> "Manifest":
-        """Read the manifest of the dataset in `folder`.
+        """Reads the manifest of the dataset in `folder`.
 
         Args:
             folder: the dataset's.

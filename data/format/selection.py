@@ -34,17 +34,17 @@ class Tally:
         self._names: dict[str, list[str]] = {}
 
     def leave_out(self, reason: str, name: str) -> None:
-        """Count a file that isn't taken."""
+        """Counts a file that isn't taken."""
         self.left_out[reason] += 1
         self._name(reason, [name])
 
     def note(self, what: str, name: str) -> None:
-        """Count an image that is taken all the same."""
+        """Counts an image that is taken all the same."""
         self.noted[what] += 1
         self._name(what, [name])
 
     def add(self, others: Iterable["Tally"]) -> "Tally":
-        """Add the counts of other parts of the split; returns itself."""
+        """Adds the counts of other parts of the split; returns itself."""
         for other in others:
             self.taken += other.taken
             self.left_out += other.left_out

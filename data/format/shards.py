@@ -27,7 +27,7 @@ def shard_path(folder: Path, split: str, number: int) -> Path:
 
 
 def write_shard(path: Path, samples: Iterable[Sample], extension: str) -> None:
-    """Write a WebDataset shard, whole or not at all. The same samples give the same bytes.
+    """Writes a WebDataset shard, whole or not at all. The same samples give the same bytes.
 
     Args:
         path: where to; `shard_path` names it.
@@ -44,7 +44,7 @@ def write_shard(path: Path, samples: Iterable[Sample], extension: str) -> None:
 
 
 def write_split(folder: Path, split: str, samples: Iterable[Sample], *, extension: str, shard_samples: int) -> Split:
-    """Write `samples` as shards of `shard_samples` each, and their index.
+    """Writes `samples` as shards of `shard_samples` each, and their index.
 
     Args:
         folder: the dataset's folder, which exists.

@@ -42,7 +42,7 @@ class Member(NamedTuple):
 
 
 def tar_members(path: Path, tally: Tally, first: int = 0, size: int | None = None) -> list[Member]:
-    """Find the files in a tar, which may itself lie within another. Links stand for the files that they lead to.
+    """Finds the files in a tar, which may itself lie within another. Links stand for the files that they lead to.
 
     Args:
         path: file that holds the tar.
@@ -121,7 +121,7 @@ def _require_whole(member: tarfile.TarInfo, end: int) -> None:
 
 
 def read_samples(path: Path, name: str) -> tuple[list[Row], Tally]:
-    """Read a WebDataset shard from end to end: an image and a .cls file with the same key for each sample.
+    """Reads a WebDataset shard from end to end: an image and a .cls file with the same key for each sample.
 
     A key ends at the first dot of a file's name, as WebDataset has it. Where that leaves an image or a label alone, and
     both names are the same but for what follows the last dot, it ends there.
@@ -213,7 +213,7 @@ def _content(file: BinaryIO, member: Member) -> bytes:
 
 
 def check_tar_end(path: Path, offset: int, end: int | None = None) -> None:
-    """Check that a tar ends where its reader stopped, as the reader also stops, in silence, at a damaged header.
+    """Checks that a tar ends where its reader stopped, as the reader also stops, in silence, at a damaged header.
 
     Args:
         path: file that holds the tar.

@@ -39,7 +39,7 @@ class SplitSummary:
 
 
 def summarize(folder: Path, damaged: list[str] | None = None) -> tuple[Manifest, list[SplitSummary]]:
-    """Describe a dataset from its manifest and index.
+    """Describes a dataset from its manifest and index.
 
     Args:
         folder: the dataset's.
@@ -82,7 +82,7 @@ def _spread(values: np.ndarray) -> tuple[int, int, int]:
 
 
 def measure_shuffle(config: DataConfig, seed: int) -> ShuffleQuality:
-    """Measure the shuffle of the training split, with smaller batches where it can't fill one."""
+    """Measures the shuffle of the training split, with smaller batches where it can't fill one."""
     store = open_store(config, config.train_split)
     lanes = min(config.lanes, max(len(store), 1))
     batch_size = max(min(config.global_batch_size, len(store)) // lanes, 1) * lanes

@@ -42,7 +42,7 @@ class Findings:
 
 
 def verify_dataset(folder: Path, processes: int) -> list[Findings]:
-    """Check shards, betons and index against the manifest, decode every image, and write the manifest's denylist.
+    """Checks shards, betons and index against the manifest, decodes every image, and writes the manifest's denylist.
 
     Denied samples count as absent from then on: in the order, in evaluation, and in the index's hash. What can't be
     read in one format is denied in both, so that their streams stay the same. Samples that are readable again leave

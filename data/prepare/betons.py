@@ -34,7 +34,7 @@ STORED_FIELDS = [("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("size", 
 
 
 def add_betons(folder: Path, format: Format, pixels: Pixels, processes: int) -> bool:
-    """Write the betons that the dataset in `folder` lacks, and remove its shards where they were but a means.
+    """Writes the betons that the dataset in `folder` lacks, and removes its shards where they were but a means.
 
     Args:
         folder: the dataset's; its shards and index are complete.
@@ -228,7 +228,7 @@ def _plain_jpeg(image: bytes) -> tuple[int, int] | None:
 
 
 def _lay_out(sizes: np.ndarray, first: int, page: int) -> tuple[np.ndarray, int]:
-    """Place images one after the other from byte `first` on, none of them across the edge of a page.
+    """Places images one after the other from byte `first` on, none of them across the edge of a page.
 
     Returns:
         Their places, (samples,) uint64, and where the last page ends.
@@ -243,7 +243,7 @@ def _lay_out(sizes: np.ndarray, first: int, page: int) -> tuple[np.ndarray, int]
 
 
 def _copy(source: _Source, stored: np.ndarray, places: np.ndarray, path: str, shard: int) -> np.ndarray:
-    """Write the images of a shard to their places; returns their checksums."""
+    """Writes the images of a shard to their places; returns their checksums."""
     checksums = []
     with Path(path).open("r+b") as file:
         for row, image in zip(source.rows(shard), source.images(shard), strict=True):

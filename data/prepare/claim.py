@@ -25,7 +25,7 @@ _NO_LOCKS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK, errno.EOPNOTS
 
 @contextmanager
 def claimed(folder: Path, source: str, plan: str = "", *, shared: bool = False) -> Iterator[bool]:
-    """Hold `folder` for a dataset prepared from `source`; `Manifest.write` ends what this begins.
+    """Holds `folder` for a dataset prepared from `source`; `Manifest.write` ends what this begins.
 
     A claim that fails leaves no folder behind that it has made.
 
@@ -52,7 +52,7 @@ def claimed(folder: Path, source: str, plan: str = "", *, shared: bool = False) 
 
 @contextmanager
 def folder_locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock of an existing `folder`, alone or together with other `shared` holders.
+    """Holds the lock of an existing `folder`, alone or together with other `shared` holders.
 
     Raises:
         InputError: another process holds it, and goes on so.
@@ -95,7 +95,7 @@ def _try_lock(path: Path, shared: bool) -> int | None:
 
 @contextmanager
 def discarded_on_failure(folder: Path) -> Iterator[None]:
-    """Remove, if the block fails, the folders that it has made, and what `claimed` puts there, but nothing else."""
+    """Removes, if the block fails, the folders that it has made, and what `claimed` puts there, but nothing else."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     begun = bool(missing) or not any(folder.iterdir())
     try:

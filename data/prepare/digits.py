@@ -27,7 +27,7 @@ WHITE = 16  # the scans have grey levels 0..16
 
 
 def prepare_digits(out: Path, format: Format = "tar", pixels: Pixels = "jpg") -> bool:
-    """Write the digits to `out`: splits "train" (1,437 samples) and "val" (360), stratified, always the same.
+    """Writes the digits to `out`: splits "train" (1,437 samples) and "val" (360), stratified, always the same.
 
     Args:
         out: the dataset's folder.
@@ -74,7 +74,7 @@ def _write(out: Path, format: Format, pixels: Pixels) -> bool:
 
 
 def _samples(scans: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> Iterator[Sample]:
-    """Encode the `chosen` of `scans` (N, 8, 8) losslessly; a key is a number in scikit-learn's order."""
+    """Encodes the `chosen` of `scans` (N, 8, 8) losslessly; a key is a number in scikit-learn's order."""
     for number in chosen:
         buffer = io.BytesIO()
         Image.fromarray(np.rint(scans[number] * (255 / WHITE)).astype(np.uint8)).save(buffer, "png")

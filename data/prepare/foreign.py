@@ -28,7 +28,7 @@ SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 def prepare_index(pattern: str, out: Path, *, split: str, processes: int, say: Callable[[str], object] = print) -> int:
-    """Write a dataset to `out` that consists of an index only: the shards stay where they are.
+    """Writes a dataset to `out` that consists of an index only: the shards stay where they are.
 
     Call it once for each split. Labels become class names as they are: "0", "1", ...
 
@@ -72,7 +72,7 @@ def prepare_index(pattern: str, out: Path, *, split: str, processes: int, say: C
 
 
 def _require_different(scans: Sequence[Scan]) -> None:
-    """Refuse the same shard under two names."""
+    """Refuses the same shard under two names."""
     seen: dict[tuple[int, int], str] = {}
     for shard, *_ in scans:
         if (other := seen.setdefault((shard.size, shard.crc32c), shard.name)) != shard.name:

@@ -88,7 +88,7 @@ def prepare_imagenet(
     pixels: Pixels = "jpg",
     say: Callable[[str], object] = print,
 ) -> bool:
-    """Write ImageNet to `out`: splits "train", in an order mixed once and for all, and "val", or that one alone.
+    """Writes ImageNet to `out`: splits "train", in an order mixed once and for all, and "val", or that one alone.
 
     Args:
         source: folder with either layout.
@@ -146,7 +146,7 @@ def prepare_imagenet(
 
 
 def shrink(image: bytes, max_side: int) -> bytes:
-    """Scale an image down so that its longer side is `max_side`; one that isn't longer, or is no image, stays as is."""
+    """Scales an image down to a longer side of `max_side`; one that isn't longer, or is no image, stays as it is."""
     try:
         picture = Image.fromarray(decode(image))
     except ValueError:

@@ -27,7 +27,7 @@ def processors() -> int:
 def in_parallel(
     work: Callable[[T], R], tasks: Sequence[T], processes: int, *, what: str, unit: str, sizes: Sequence[int]
 ) -> list[R]:
-    """Do each of `tasks` in one of `processes` forked processes and show the progress.
+    """Does each of `tasks` in one of `processes` forked processes and shows the progress.
 
     What `work` closes over is inherited, not copied; tasks and results are pickled. If a task fails, or at Ctrl-C,
     those in progress are finished and the others dropped.
@@ -76,7 +76,7 @@ def in_parallel(
 
 
 def _start(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and end when that is gone: a pool's processes would wait for ever."""
+    """Leaves Ctrl-C to the parent, and ends when that is gone: a pool's processes would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:

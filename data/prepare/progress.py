@@ -13,15 +13,15 @@ LINE_SECONDS = 10
 
 
 class Advance(Protocol):
-    """Tell that `count` more are done."""
+    """Takes it that `count` more are done."""
 
     def __call__(self, count: int) -> None:
-        """Move on."""
+        """Moves on."""
 
 
 @contextmanager
 def progress(task: str, total: int, unit: str) -> Iterator[Advance]:
-    """Show the progress of a block.
+    """Shows the progress of a block.
 
     Args:
         task: what is being done, such as "writing train".

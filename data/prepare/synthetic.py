@@ -86,7 +86,7 @@ def prepare_synthetic(
     format: Format = "tar",
     pixels: Pixels = "jpg",
 ) -> bool:
-    """Write `images` images to split "train" of `out` and a tenth as many to "val".
+    """Writes `images` images to split "train" of `out` and a tenth as many to "val".
 
     Args:
         out: the dataset's folder.

@@ -53,7 +53,7 @@ def prepare(
     format: Format = "tar",
     pixels: Pixels = "jpg",
 ) -> bool:
-    """Write a dataset of JPEGs, or what is missing of it.
+    """Writes a dataset of JPEGs, or what is missing of it.
 
     Args:
         out: the dataset's folder.
@@ -93,7 +93,7 @@ def prepare(
 def _write_splits(
     out: Path, splits: Mapping[str, Samples], processes: int, part: Part | None, shard_samples: int
 ) -> dict[str, Split]:
-    """Write a part of the shards; or what is missing of all, and their indices, whose entries are returned then."""
+    """Writes a part of the shards; or what is missing of all, and their indices, whose entries are returned then."""
     entries = {}
     for split, samples in splits.items():
         firsts = range(0, len(samples), shard_samples)
@@ -116,7 +116,7 @@ def _write_splits(
 
 
 def check_files(folder: Path, format: Format) -> None:
-    """Check a dataset that is there already, but for its images: files, their sizes, index and tables.
+    """Checks a dataset that is there already, but for its images: files, their sizes, index and tables.
 
     Args:
         folder: the dataset's.

@@ -19,7 +19,7 @@ BLOCK = 1 << 20
 
 
 def require_ffcv() -> None:
-    """Import FFCV, which takes seconds.
+    """Imports FFCV, which takes seconds.
 
     Raises:
         InputError: it isn't installed, or doesn't load.
@@ -75,7 +75,7 @@ class BetonStore(IndexedStore):
         return BetonStore, (self._root, self._split, self._subset)
 
     def read(self, sample: int) -> Sample:
-        """Read a sample.
+        """Reads a sample.
 
         Raises:
             SampleError: its bytes aren't those that were written.
@@ -119,7 +119,7 @@ class BetonStore(IndexedStore):
         """Nothing: the file is on a disk."""
 
     def where(self, sample: int) -> str:
-        """Name the split, file and key of a sample."""
+        """Names the split, file and key of a sample."""
         return f"{self.path}, split {self._split}, key {self._index[self.row(sample)]['key'].decode()}"
 
     def _pread(self, row: int) -> bytes:

@@ -56,7 +56,7 @@ class ShardCache:
     private: bool = False
 
     def read(self, shard: Shard, size: int, offset: int) -> bytes:
-        """Read bytes of a shard, which is fetched if need be; on a full disk, only they are.
+        """Reads bytes of a shard, which is fetched if need be; on a full disk, only they are.
 
         Raises:
             InputError: it can't be fetched, or the folder is another user's.
@@ -81,7 +81,7 @@ class ShardCache:
                 os.close(descriptor)
 
     def touch(self, shard: Shard) -> None:
-        """Have a shard in the cache, as one that was just read; see `fetch`."""
+        """Makes sure that a shard is in the cache, as one that was just read; see `fetch`."""
         self._check()
         try:
             os.utime(self._path(shard), follow_symlinks=False)
@@ -92,7 +92,7 @@ class ShardCache:
                 _say_full(self.folder)
 
     def fetch(self, shard: Shard) -> bool:
-        """Have a shard in the cache. Of several processes that want it, one fetches and the others wait.
+        """Makes sure that a shard is in the cache. Of several processes that want it, one fetches and the others wait.
 
         Returns:
             False if the disk has no room for it, although all shards were evicted that could be.
@@ -152,7 +152,7 @@ class ShardCache:
             self.folder.chmod(0o700)
 
     def drop(self, shard: Shard) -> None:
-        """Forget a shard, so that it is fetched anew."""
+        """Forgets a shard, so that it is fetched anew."""
         self._path(shard).unlink(missing_ok=True)
 
     def _fetch_once(self, shard: Shard, path: Path) -> None:
@@ -175,7 +175,7 @@ class ShardCache:
         fsync(self.folder)
 
     def _reserve(self, part: Path, size: int) -> int:
-        """Create `part` with `size` bytes once there is room, made by evicting what was read longest ago.
+        """Creates `part` with `size` bytes once there is room, made by evicting what was read longest ago.
 
         Returns:
             A descriptor to write to it.
@@ -194,7 +194,7 @@ class ShardCache:
             time.sleep(WAIT_SECONDS)  # other fetches take all of the budget; they end in bounded time
 
     def _evict(self) -> bool:
-        """Remove the shard that was read longest ago; False where there is none."""
+        """Removes the shard that was read longest ago; False where there is none."""
         with _locked(self.folder / "lock"):
             shards = sorted(self._shards())
             for _, path, _ in shards[:1]:

@@ -13,7 +13,7 @@ from convneur.data.stores.tar import TarStore
 
 
 def open_store(config: DataConfig, split: str) -> Store:
-    """Open a split of the dataset at `config.root`, in the format that `config.format` and `config.engine` ask for.
+    """Opens a split of the dataset at `config.root`, in the format that `config.format` and `config.engine` ask for.
 
     Raises:
         InputError: it can't be used; see `TarStore` and `BetonStore`.

@@ -30,7 +30,7 @@ class _Stream(Protocol):
 
 
 def download(url: str, file: BinaryIO, size: int | None = None) -> tuple[int, int]:
-    """Copy what a URL holds to `file`, once.
+    """Copies what a URL holds to `file`, once.
 
     Args:
         url: its public form will do, see `convneur.data.stores.addresses`.
@@ -59,7 +59,7 @@ def download(url: str, file: BinaryIO, size: int | None = None) -> tuple[int, in
 
 
 def read_range(url: str, size: int, offset: int) -> bytes:
-    """Read a part of what a URL holds, whether the server knows of ranges or begins at the first byte.
+    """Reads a part of what a URL holds, whether the server knows of ranges or begins at the first byte.
 
     Returns:
         `size` bytes from `offset` on.

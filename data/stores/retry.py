@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def retrying(attempt: Callable[[], T], what: str, errors: type[Exception]) -> T:
-    """Call `attempt` until it succeeds, at most `len(DELAYS)` + 1 times.
+    """Calls `attempt` until it succeeds, at most `len(DELAYS)` + 1 times.
 
     Args:
         attempt: what may fail.

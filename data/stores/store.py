@@ -39,13 +39,13 @@ class Store(Protocol):
         """Whether reading may have to wait for a server, so that `prefetch` is worth calling."""
 
     def prefetch(self, samples: np.ndarray) -> None:
-        """Have `samples`, of any shape, on the node's own disk, or raise an `InputError`."""
+        """Brings `samples`, of any shape, to the node's own disk, or raises an `InputError`."""
 
     def __len__(self) -> int:
         """N."""
 
     def read(self, sample: int) -> Sample:
-        """Read a sample, 0..N-1.
+        """Reads a sample, 0..N-1.
 
         Raises:
             SampleError: this one is damaged.
@@ -53,7 +53,7 @@ class Store(Protocol):
         """
 
     def where(self, sample: int) -> str:
-        """Name the split, shard and key of a sample, for messages."""
+        """Names the split, shard and key of a sample, for messages."""
 
 
 class Subset(NamedTuple):

@@ -63,7 +63,7 @@ class TarStore(IndexedStore):
         return TarStore, (self._root, self._split, self._cache, self._subset)
 
     def read(self, sample: int) -> Sample:
-        """Read a sample.
+        """Reads a sample.
 
         Raises:
             SampleError: its bytes aren't those that were indexed.
@@ -85,7 +85,7 @@ class TarStore(IndexedStore):
         return Sample(row["key"].decode(), image, int(row["label"]))
 
     def prefetch(self, samples: np.ndarray) -> None:
-        """Have the shards of `samples`, of any shape, in the cache.
+        """Brings the shards of `samples`, of any shape, into the cache.
 
         Raises:
             InputError: one can't be fetched.
@@ -96,7 +96,7 @@ class TarStore(IndexedStore):
             list(pool.map(self._cache.touch, [shard for shard in shards if is_remote(shard.name)]))
 
     def verify(self) -> None:
-        """Check every byte of every shard, all of which must lie in the dataset's folder.
+        """Checks every byte of every shard, all of which must lie in the dataset's folder.
 
         Raises:
             InputError: a shard isn't the one that was indexed.
@@ -106,7 +106,7 @@ class TarStore(IndexedStore):
                 raise InputError(f"{self._root / shard.name}: checksum mismatch, the file is damaged: {self._remedy}")
 
     def where(self, sample: int) -> str:
-        """Name the split, shard and key of a sample."""
+        """Names the split, shard and key of a sample."""
         row = self._index[self.row(sample)]
         return f"{self._place(row['shard'])}, split {self._split}, key {row['key'].decode()}"
 

@@ -8,7 +8,7 @@ from convneur.data.stream.train import TrainLoader
 def build_train_loader(
     config: DataConfig, store: Store, *, seed: int, rank: int, world_size: int, accumulation: int
 ) -> TrainLoader:
-    """Build the loader of `config.engine`; see `TrainLoader` for the arguments."""
+    """Builds the loader of `config.engine`; see `TrainLoader` for the arguments."""
     loader = TrainLoader
     if config.engine == "ffcv":
         from convneur.data.stream.ffcv import FfcvLoader  # FFCV is optional, and takes seconds to import

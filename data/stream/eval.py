@@ -48,7 +48,7 @@ class EvalLoader:
         return self._batches
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        """Go through this rank's samples once.
+        """Goes through this rank's samples once.
 
         Raises:
             InputError: the storage fails time and again.

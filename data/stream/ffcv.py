@@ -76,7 +76,7 @@ def _uniform(seed: Word, ticket: Word, draw: Word) -> Any:
 
 @_compiled
 def random_crop(height: int, width: int, settings: np.ndarray, seed: Word, ticket: Word) -> tuple[int, int, int, int]:
-    """Draw top, left, height and width of a crop as torchvision's RandomResizedCrop does, from draws 0..4 ATTEMPTS - 1.
+    """Draws top, left, height and width of a crop as torchvision's RandomResizedCrop, from draws 0..4 ATTEMPTS - 1.
 
     Args:
         height: of the image.
@@ -105,7 +105,7 @@ def random_crop(height: int, width: int, settings: np.ndarray, seed: Word, ticke
 
 @_compiled
 def augment(image: np.ndarray, settings: np.ndarray, seed: Word, ticket: Word, out: np.ndarray) -> None:
-    """Crop, resize and flip an image.
+    """Crops, resizes and flips an image.
 
     Args:
         image: (height, width, 3) uint8.
@@ -164,14 +164,14 @@ class _TicketDecoder(SimpleRGBImageDecoder):
         self._image_size, self._settings, self._seed = image_size, settings, seed
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, tuple[AllocationQuery, AllocationQuery]]:
-        """Name what a batch takes: FFCV's interface."""
+        """Names what a batch takes: FFCV's interface."""
         shape, dtype = (self._image_size, self._image_size, 3), np.dtype("<u1")
         state = replace(previous_state, jit_mode=True, shape=shape, dtype=dtype)
         # Flags are no bytes: FFCV has numba take rows of bytes for read-only, everywhere.
         return state, (AllocationQuery(shape, dtype), AllocationQuery((), np.dtype("<i4")))
 
     def generate_code(self) -> Callable[..., Any]:
-        """Return the function that FFCV compiles."""
+        """Returns the function that FFCV compiles."""
         memory_read, threads_range = self.memory_read, Compiler.get_iterator()
         settings, seed, rows = self._settings, self._seed, np.int64(len(self.metadata))
 
@@ -205,7 +205,7 @@ class _TicketOrder(TraversalOrder):
         return self
 
     def sample_order(self, epoch: int) -> np.ndarray:
-        """Return what is set; FFCV's own count of epochs has no bearing."""
+        """Returns what is set; FFCV's own count of epochs has no bearing."""
         return self.tickets
 
 
@@ -226,7 +226,7 @@ class FfcvLoader(TrainLoader):
         self._micro_batch_size = config.global_batch_size // (world_size * accumulation)
 
     def iterate(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
-        """Read optimizer steps `start_step` to `stop_step - 1`; see `TrainLoader.iterate`."""
+        """Reads optimizer steps `start_step` to `stop_step - 1`; see `TrainLoader.iterate`."""
         step = start_step
         while step < stop_step:
             # FFCV takes an epoch's order as a whole, and starts its thread anew for each.
@@ -320,7 +320,7 @@ class FfcvLoader(TrainLoader):
         )
 
     def _read(self, epoch: int, repetition: int, index: int) -> torch.Tensor:
-        """Read a sample without FFCV: one that it couldn't decode, or a replacement; (3, H, W) uint8."""
+        """Reads a sample without FFCV: one that it couldn't decode, or a replacement; (3, H, W) uint8."""
         sample = self._beton.read(index)
         out = np.empty((self._config.image_size, self._config.image_size, 3), np.uint8)
         ticket = np.int64(self._ticket(epoch, repetition, index))

@@ -1,19 +1,26 @@
-"""The order of an epoch: a pure function of (seed, epoch), the same for every number of ranks and workers.
+"""The order in which an epoch shows a dataset: a pure function of (seed, epoch), for any number of ranks and workers.
 
-Legend: N samples, L lanes, B global batch size, W window, K repeats, n = (N // B) B / L samples a lane.
+Samples shall come in an order as good as random, but be read nearly in sequence from shards that may lie on a server.
 
-0. Where blocks are asked for, the dataset is cut into blocks of so many contiguous samples, and they stand for the
-   shards in what follows; a window then has as many blocks as make up W shards of average size.
-1. The shards are permuted and laid end to end on a ring, which is entered at a random place.
-2. From there on, every N // L places, a lane of n samples is cut out. Cuts split shards, so a lane consists of spans:
-   contiguous pieces of shards. The fewer than B samples between the lanes don't fill a batch and sit this epoch out;
-   as the ring is entered anywhere, each sample has the same chance of that.
-3. In each lane the spans are permuted and, within windows of W spans, the samples. A reader thus touches about L W
-   shards at a time, each nearly in sequence.
-   With K repeats only the first n / K samples (rounded up) of this order are read, each K times in a row.
-4. Step t takes samples t B/L to (t+1) B/L of each lane. Ranks own whole lanes, so the step is the same for any number
-   of ranks. With repeats the second half is reversed: mixup pairs first with last, and shall not meet two views of one
-   sample.
+Notation: N samples, numbered 0..N-1 shard by shard; L lanes; B samples an optimizer step; W shards a window; K repeats;
+n = (N // B) B / L samples a lane.
+
+1. Ring. The shards are put in random order and joined, end to end, to a ring of N places. It is entered at a random
+   place.
+2. Lanes. From there on, a lane of n places begins every N // L places. What lies between the lanes doesn't fill a
+   batch, fewer than B samples; they sit this epoch out. As the entry is random, each sample has the same chance of
+   that.
+3. Shuffle. The ends of lanes cut shards, so a lane consists of spans: contiguous samples of one shard. Its spans are
+   put in random order, and then the samples within each window, that is within W spans in a row. So a lane reads W
+   shards at a time, and all lanes about L W.
+4. Repeats. With K > 1 a lane shows only the first n / K samples of its order, rounded up, each of them K times in a
+   row.
+5. Steps. Step t takes places t B/L to (t + 1) B/L - 1 of every lane. Ranks own whole lanes, so a step has the same
+   samples for any number of ranks. With K > 1 the second half of a lane's share is reversed: mixup pairs first with
+   last, and shall not meet two views of one sample.
+
+Blocks. Shards that are sorted by class make poor windows. So the dataset may be cut into blocks of contiguous samples
+that take the place of the shards in all of this; a window then has as many blocks as make up W shards of average size.
 """
 
 from collections.abc import Sequence
@@ -27,16 +34,15 @@ from convneur.data.keys import key, permutation, raw_bits
 class LaneOrder:
     """Which sample is read at which epoch, step and lane.
 
-    Samples are numbered 0..N-1 shard by shard. Nothing but the current epoch's lanes is kept in memory, and only those
-    that were asked for: 4 bytes a sample, and some 40 a shard or block. Building all lanes of 1,282 shards and 1.28
-    million samples takes 0.12 s.
+    Nothing but the current epoch's lanes is kept in memory, and only those that were asked for: 4 bytes a sample, and
+    some 40 a shard or block. Building all lanes of 1,282 shards and 1.28 million samples takes 0.12 s.
 
     Args:
         shard_sizes: samples in each shard, (shards,); their sum is N.
         seed: the run's seed.
         lanes: L; divides `batch_size`.
-        batch_size: B, samples an optimizer step; not above N.
-        window: W, spans that are shuffled together.
+        batch_size: B; not above N.
+        window: W.
         repeats: K, how often a sample is shown before the next one.
         block: samples in a block; 0 leaves the shards whole.
 
@@ -58,9 +64,9 @@ class LaneOrder:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._samples = int(self._sizes.sum())
         if block:
-            shard = self._samples / max(int(np.count_nonzero(self._sizes)), 1)
+            average = self._samples / max(int(np.count_nonzero(self._sizes)), 1)
             self._sizes = np.minimum(block, self._samples - np.arange(0, self._samples, block))
-            window = max(round(window * shard / block), min(window, 1))
+            window = max(round(window * average / block), min(window, 1))  # a window below 1 stays an error
         self._firsts = np.cumsum(self._sizes) - self._sizes
         least = min(lanes, window, repeats, block + 1)
         if least < 1 or batch_size % lanes or not 0 < batch_size <= self._samples:
@@ -71,10 +77,10 @@ class LaneOrder:
         self._share, self._repeats = batch_size // lanes, repeats
         self.steps_per_epoch = self._samples // batch_size
         self._lane_size = self.steps_per_epoch * self._share
-        self._epoch = -1
+        self._kept_as = np.uint32 if self._samples <= 1 << 32 else np.int64
+        self._epoch = -1  # none yet; what follows is of this epoch
+        self._ring: tuple[np.ndarray, np.ndarray] = self._sizes, self._sizes  # shards in their order, and their ends
         self._lanes: dict[int, np.ndarray] = {}
-        self._ring: tuple[np.ndarray, np.ndarray] = self._sizes, self._sizes
-        self._number = np.uint32 if self._samples <= 1 << 32 else np.int64
 
     def samples(self, epoch: int, step: int, lanes: range) -> np.ndarray:
         """The samples that `lanes` contribute to a step.
@@ -92,21 +98,21 @@ class LaneOrder:
         self._enter(epoch)
         for lane in lanes:
             if lane not in self._lanes:
-                self._lanes[lane] = self._lane(epoch, lane).astype(self._number)
+                self._lanes[lane] = self._shuffled(epoch, lane).astype(self._kept_as)
         taken = self._places(step) // self._repeats
         return np.stack([self._lanes[lane][taken] for lane in lanes]).astype(np.int64)
 
     def lane(self, epoch: int, lane: int) -> np.ndarray:
         """The samples that a lane reads in an epoch, in its order and each once, int64. They aren't kept."""
         self._enter(epoch)
-        return self._lane(epoch, lane)[: -(-self._lane_size // self._repeats)]
+        return self._shuffled(epoch, lane)[: -(-self._lane_size // self._repeats)]
 
     def repetitions(self, step: int) -> np.ndarray:
-        """Which showing of its sample in the epoch each of a lane's is, (B/L,) int64, 0..K-1, in each lane alike."""
+        """Which of its sample's K showings each place of a lane's share in a step is, (B/L,) int64, 0..K-1."""
         return self._places(step) % self._repeats
 
     def _places(self, step: int) -> np.ndarray:
-        """Places in a lane that a step takes, (B/L,) int64."""
+        """Places that a step takes of each lane, (B/L,) int64; see 5."""
         places = np.arange(step * self._share, (step + 1) * self._share)
         if self._repeats > 1:
             half = self._share // 2
@@ -114,18 +120,19 @@ class LaneOrder:
         return places
 
     def _enter(self, epoch: int) -> None:
-        """Lay out the shards of an epoch: their order on the ring, and where each ends."""
+        """Lays the ring of an epoch, see 1: the order of the shards, and at which place each ends."""
         if epoch != self._epoch:
             shards = permutation(len(self._sizes), self._seed, "shards", epoch)
             self._epoch, self._lanes, self._ring = epoch, {}, (shards, np.cumsum(self._sizes[shards]))
 
-    def _lane(self, epoch: int, lane: int) -> np.ndarray:
-        """All n samples of a lane in the order of reading."""
+    def _shuffled(self, epoch: int, lane: int) -> np.ndarray:
+        """All n samples of a lane in the order of reading, int64; see 3."""
         firsts, lengths = self._spans(epoch, lane)
-        spans = permutation(len(firsts), self._seed, "spans", epoch, lane)
-        firsts, ends = firsts[spans], np.cumsum(lengths[spans])
-        # Position p of the lane lies in span s and is sample firsts[s] + p - (end of the span before).
-        samples: np.ndarray = np.arange(self._lane_size) + np.repeat(firsts - (ends - lengths[spans]), lengths[spans])
+        order = permutation(len(firsts), self._seed, "spans", epoch, lane)
+        firsts, lengths = firsts[order], lengths[order]
+        ends = np.cumsum(lengths)
+        # Place p of the lane lies in a span s, and is sample firsts[s] + p - (where s begins in the lane).
+        samples: np.ndarray = np.arange(self._lane_size) + np.repeat(firsts - (ends - lengths), lengths)
         bits = raw_bits(self._lane_size, self._seed, "samples", epoch, lane)
         edges = [0, *ends[self._window - 1 : -1 : self._window], self._lane_size]
         for begin, end in pairwise(edges):
@@ -133,7 +140,7 @@ class LaneOrder:
         return samples
 
     def _spans(self, epoch: int, lane: int) -> tuple[np.ndarray, np.ndarray]:
-        """First samples and lengths of a lane's spans, each (spans,) int64, in the order of the ring."""
+        """First samples and lengths of a lane's spans, each (spans,) int64, in the order of the ring; see 2."""
         shards, ends = self._ring
         entry = key(self._seed, "entry", epoch) % self._samples
         start = (entry + lane * (self._samples // self._num_lanes)) % self._samples

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def read_pixels(store: Store, index: int, sample: Sample | None = None) -> tuple[np.ndarray, int]:
-    """Read a sample, unless that is done, and decode it to (height, width, 3) uint8 and its label.
+    """Reads a sample, unless that is done, and decodes it to (height, width, 3) uint8 and its label.
 
     Raises:
         SampleError: its bytes are damaged or not an image.
@@ -33,7 +33,7 @@ def read_pixels(store: Store, index: int, sample: Sample | None = None) -> tuple
 
 @contextmanager
 def blamed_on_sample(store: Store, index: int) -> Iterator[None]:
-    """Make whatever goes wrong in decoding and transforming a sample that sample's fault, a want of memory too.
+    """Makes whatever goes wrong in decoding and transforming a sample that sample's fault, a want of memory too.
 
     Raises:
         SampleError: something went wrong; names the sample.
@@ -50,7 +50,7 @@ def blamed_on_sample(store: Store, index: int) -> Iterator[None]:
 def read_or_replace(
     read: Callable[[int], T], samples: int, *, seed: int, epoch: int, place: int, index: int, bad: list[BadSample]
 ) -> tuple[int, T]:
-    """Read the sample at a place of an epoch or, if it can't be read, one that stands in for it.
+    """Reads the sample at a place of an epoch or, if it can't be read, one that stands in for it.
 
     Args:
         read: what to read a sample with.

@@ -60,7 +60,7 @@ def lane_order(config: DataConfig, store: Store, seed: int) -> LaneOrder:
 
 
 def shuffle_quality(config: DataConfig, store: Store, seed: int) -> ShuffleQuality:
-    """Measure some lanes of epoch 0, from the index alone; takes about as long as the order of these lanes itself."""
+    """Measures some lanes of epoch 0, from the index alone; takes about as long as the order of these lanes itself."""
     order, counts = lane_order(config, store, seed), store.class_samples()
     alike = pairs = 0
     for lane in range(0, config.lanes, _stride(config.lanes, len(store))):

@@ -62,7 +62,7 @@ class TrainLoader:
         self.bad_samples: dict[int, str] = {}
 
     def iterate(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
-        """Read optimizer steps `start_step` to `stop_step - 1`, counted over all epochs, with one set of workers.
+        """Reads optimizer steps `start_step` to `stop_step - 1`, counted over all epochs, with one set of workers.
 
         Starting anywhere costs the same; nothing is replayed.
 
@@ -106,7 +106,7 @@ class TrainLoader:
         }
 
     def check_state(self, saved: Mapping[str, Any]) -> None:
-        """Check that a checkpoint's `state` belongs to this very stream, so that going on at its step is exact.
+        """Checks that a checkpoint's `state` belongs to this very stream, so that going on at its step is exact.
 
         Raises:
             InputError: something the stream depends on differs.
@@ -184,7 +184,7 @@ class _TrainDataset(Dataset[_Made | InputError]):
         return _Made(number, request, indices, labels, tuple(bad))
 
     def _drawn(self, request: Request) -> Iterator["_Drawn"]:
-        """Read and draw for `AHEAD` views at a time: between two images, decoding empties the processor's caches."""
+        """Reads and draws for `AHEAD` views at a time: between two images, decoding empties the processor's caches."""
         views = list(zip(request.indices.tolist(), request.repetitions.tolist(), strict=True))
         for first in range(0, len(views), AHEAD):
             yield from [self._draw(request.epoch, *view) for view in views[first : first + AHEAD]]
@@ -200,7 +200,7 @@ class _TrainDataset(Dataset[_Made | InputError]):
         return _Drawn(index, repetition, sample, view)
 
     def _show(self, last: "_LastImage", epoch: int, drawn: "_Drawn", seen: torch.Tensor, index: int) -> int:
-        """Leave in `seen` what is drawn, or the sample that stands in for it; its label."""
+        """Leaves in `seen` what is drawn, or the sample that stands in for it; its label."""
         if index == drawn.number and drawn.view:
             pixels, label = last.read(index, drawn.sample)
             view: View | None = drawn.view

@@ -104,7 +104,7 @@ def _ignore_stop_signals(_: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Kill what an error left running: multiprocessing would send TERM, which workers ignore, and wait for ever."""
+    """Kills what an error left running: multiprocessing would send TERM, which workers ignore, and wait for ever."""
     if left := [process for process in active_children() if process.daemon]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each as a fault of its own
         for process in left:
@@ -112,7 +112,7 @@ def _end_workers() -> None:
 
 
 def unwrap(result: T | InputError) -> T:
-    """Raise the `InputError` that a worker has returned."""
+    """Raises the `InputError` that a worker has returned."""
     if isinstance(result, InputError):
         raise result
     return result

@@ -8,7 +8,7 @@ from PIL import Image, UnidentifiedImageError
 
 
 def decode(image: bytes) -> np.ndarray:
-    """Decode an image file to RGB, to the pixels that Pillow makes of it and torchvision's reader thus shows.
+    """Decodes an image file to RGB, to the pixels that Pillow makes of it and torchvision's reader thus shows.
 
     Orientation in EXIF is left as it is. Intact JPEGs go through simplejpeg, which is faster and gives the same bits.
 

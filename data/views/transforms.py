@@ -69,7 +69,7 @@ class TrainTransform:
         self.draws_all = not self._secondary.transforms
 
     def draw(self, height: int, width: int) -> View:
-        """Draw what is shown of an image of `height` x `width` pixels, of which there is at least one."""
+        """Draws what is shown of an image of `height` x `width` pixels, of which there is at least one."""
         augment, image = self._augment, torch.empty(3, height, width, device="meta")
         top, left, h, w = RandomResizedCropAndInterpolation.get_params(image, augment.scale, augment.ratio)
         h, w = max(h, 1), max(w, 1)  # of a side of one or two pixels timm may draw none, beyond the edge
@@ -78,7 +78,7 @@ class TrainTransform:
         return View(top, left, h, w, (hflip, vflip))
 
     def show(self, pixels: np.ndarray, view: View, seen: torch.Tensor) -> None:
-        """Make of an image, (height, width, 3) uint8, what the model sees.
+        """Makes of an image, (height, width, 3) uint8, what the model sees.
 
         Args:
             pixels: the image.
@@ -96,7 +96,7 @@ class TrainTransform:
             seen.copy_(self._to_tensor(self._secondary(Image.fromarray(target.numpy()))))
 
     def __call__(self, image: np.ndarray | Image.Image) -> torch.Tensor:
-        """Draw, and show."""
+        """Draws, and shows."""
         pixels = _writable(image)
         seen = torch.empty(self._size, self._size, 3, dtype=torch.uint8).permute(2, 0, 1)
         self.show(pixels, self.draw(*pixels.shape[:2]), seen)
@@ -104,7 +104,7 @@ class TrainTransform:
 
 
 def eval_transform(config: DataConfig) -> Transform:
-    """Resize the shorter side to image_size / eval_crop, then cut out the centre, as timm and torchvision do."""
+    """Resizes the shorter side to image_size / eval_crop, then cuts out the centre, as timm and torchvision do."""
     size, resize = config.image_size, RESIZES[config.interpolation]
     shorter = math.floor(size / config.eval_crop)
 
@@ -158,7 +158,7 @@ RESIZES: dict[Interpolation, Resize] = {
 
 
 def mend_posterize(transform: Compose) -> None:
-    """Let timm's RandAugment work with Pillow 13, which refuses what it asks for at full strength; see `_posterize`."""
+    """Lets timm's RandAugment work with Pillow 13, which refuses what it asks for at full strength: `_posterize`."""
     for part in transform.transforms:
         if isinstance(part, RandAugment):
             for operation in part.ops:
