@@ -8,7 +8,8 @@ What becomes of a job is decided here:
 
 - The run is finished, or a rank says that the input is bad (exit status 2): that is the end.
 - A notice (FILE appears, a rank leaves word of a signal, or the time limit is near): the ranks are told, save and
-  stop; the job is queued again, unless Slurm has ended or requeued it already.
+  stop; the job is queued again, unless Slurm has ended or requeued it already. After `VAIN_STOPS` such stops in a row
+  without a new checkpoint it ends, as its time limit is too short.
 - Slurm makes no job step within `START_SECONDS`, as it takes the nodes for busy: the job is queued again, for only
   another allocation gets it out of that.
 - Storage or servers don't answer (exit status 74), or Slurm itself doesn't: the ranks are started again, after a pause
@@ -42,6 +43,7 @@ from typing import Any, NamedTuple
 
 RESTARTS = 3
 FRUITLESS = 3
+VAIN_STOPS = 10
 START_SECONDS = 120.0
 BAD_INPUT = 2
 STORAGE = 74  # convneur.data.errors.StorageError
@@ -300,7 +302,7 @@ class Supervisor:
         if fault and fault.is_bad_input:
             self.end(attempt, "failed", status, fault, action="stop: bad input")
             return BAD_INPUT
-        if self.fruitless() + 1 >= FRUITLESS and not progress:
+        if self.in_vain("failed") + 1 >= FRUITLESS and not progress:
             say(f"{FRUITLESS} failures in a row without a new checkpoint: the job ends; see {self.folder}/faults")
             self.end(attempt, "failed", status, fault, action="stop: no progress")
             return 1
@@ -319,6 +321,10 @@ class Supervisor:
         if self.is_left_to_others() or self.job.is_running() is False:
             self.end(attempt, "stopped", status, action="left to Slurm")
             return 0
+        if self.in_vain("stopped", "failed") + 1 >= VAIN_STOPS:
+            say(f"stopped {VAIN_STOPS} times in a row before a new checkpoint: the job ends; ask for more --time")
+            self.end(attempt, "stopped", status, action="stop: no progress")
+            return 1
         self.end(attempt, "stopped", status, action="requeue")
         return 0 if self.job.requeue(None) else 1
 
@@ -422,12 +428,12 @@ class Supervisor:
         """The lines about this job."""
         return [record for record in read_attempts(self.folder) if record["job"] == self.job.id]
 
-    def fruitless(self) -> int:
-        """How many of this job's last attempts have failed in a row without a new checkpoint."""
+    def in_vain(self, *outcomes: str) -> int:
+        """How many of this job's last attempts have ended so in a row without a new checkpoint."""
         count = 0
         step = newest_checkpoint(self.folder)
         for record in reversed([r for r in self.records() if r["event"] == "end"]):
-            if record.get("outcome") != "failed" or record.get("checkpoint") != step:
+            if record.get("outcome") not in outcomes or record.get("checkpoint") != step:
                 break
             count += 1
         return count

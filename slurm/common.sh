@@ -267,13 +267,18 @@ supervise() {
 
 # Sets `plan` to what `--check --json` prints last. What needs but time is waited for.
 check() {
-    local failures=0 pause=15
+    local failures=0 missing=0 pause=15
     while :; do
         status=0
         plan=$("${command[@]}" --check "$ranks" --json) || status=$?
         [ $status != 0 ] || return 0
-        [ $status != 2 ] || return 2
-        if [ $status != 74 ]; then # convneur.data.errors.OUTAGE_STATUS
+        if [ $status = 2 ]; then
+            # The input was good when the job began: what isn't there now may come back with its storage.
+            [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || [ $pause -gt 15 ] || return 2
+            missing=$((missing + 1))
+            [ $missing -lt 6 ] || return 2
+        fi
+        if [ $status != 74 ] && [ $status != 2 ]; then # convneur.data.errors.OUTAGE_STATUS
             failures=$((failures + 1))
             [ $failures -lt 3 ] || return $status
         fi

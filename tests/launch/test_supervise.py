@@ -132,6 +132,25 @@ def test_a_job_that_may_not_be_queued_again_says_so_at_once(
     assert not pauses
 
 
+def test_a_job_that_never_has_time_for_a_step_is_not_queued_for_ever(
+    slurm: Slurm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As with a time limit within the notice of --signal."""
+
+    def start(ranks: str) -> int:
+        slurm.notice.unlink(missing_ok=True)
+        return slurm.supervise(f"{ranks}; touch $notice; sleep 0.1; exit 0")
+
+    for _ in range(supervise.VAIN_STOPS - 1):
+        assert start("true") == 0
+    assert start(SAVE) == 0  # a step was made, so this begins anew
+    for _ in range(supervise.VAIN_STOPS - 2):
+        assert start("true") == 0
+    assert start("true") == 1
+    assert len(slurm.queued()) == 2 * supervise.VAIN_STOPS - 2
+    assert "before a new checkpoint: the job ends; ask for more --time" in capfd.readouterr().out
+
+
 def test_outage_is_waited_out_and_counts_as_no_failure(slurm: Slurm) -> None:
     ranks = f"[ $attempt -gt 5 ] || {{ {fails(74, 'StorageError')}; }}\n{FINISH}"
     assert slurm.supervise(ranks) == 0

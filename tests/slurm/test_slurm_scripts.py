@@ -195,6 +195,38 @@ def test_nothing_in_a_name_or_a_path_becomes_part_of_a_script(tmp_path: Path) ->
     assert (words[3], words[-1]) == (python, str(folder))
 
 
+CHECK = """
+. "$1/common.sh"
+wait_for_notice() { echo "waits $1"; }
+ranks=2 supervisor_options=(--no-requeue)
+echo 0 >"$2"
+answer() { n=$(($(cat "$2") + 1)); echo $n >"$2"; set -- $ANSWERS; shift $((n - 1)); echo plan; return $1; }
+command=(answer x "$2")
+check && echo "plan: $plan" || echo "status $?"
+"""
+
+
+@pytest.mark.parametrize(
+    ("answers", "restarts", "waits", "end"),
+    [
+        ("74 74 0", "0", [15, 30], "plan: plan"),
+        ("74 2 0", "0", [15, 30], "plan: plan"),  # a folder that is missing in an outage
+        ("2 2 0", "1", [15, 30], "plan: plan"),  # or since the job's first start
+        ("2", "0", [], "status 2"),
+        ("2 2 2 2 2 2", "1", [15, 30, 60, 120, 240], "status 2"),
+        ("1 74 1 1", "0", [15, 30, 60], "status 1"),
+    ],
+)
+def test_the_check_waits_for_storage(tmp_path: Path, answers: str, restarts: str, waits: list[int], end: str) -> None:
+    script = tmp_path / "check.sh"
+    script.write_text(CHECK)
+    done = bash(script, SLURM, tmp_path / "count", ANSWERS=answers, SLURM_RESTART_COUNT=restarts)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == end, done.stderr
+    assert [line for line in lines if line.startswith("waits")] == [f"waits {seconds}" for seconds in waits]
+    assert sum("the check ended with status" in line for line in lines) == len(waits)
+
+
 def test_outside_of_slurm_a_script_says_how_it_is_used() -> None:
     refused = bash(SLURM / "train_m4.sh")
     assert refused.returncode == 2
