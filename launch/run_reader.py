@@ -10,11 +10,10 @@ from typing import Any, Generic, TypeVar
 
 from convneur.config import Config, saved_config
 from convneur.data.errors import DamagedError
-from convneur.launch.supervise import ATTEMPTS_FILE, TIME_FORMAT
-from convneur.records.saved import METRICS_FILE, Metrics, contents, parse_metrics
-from convneur.records.summary import SUMMARY_FILE, Summary, read_summary
-
-CONFIG_FILE = "config.yaml"
+from convneur.launch.supervise import TIME_FORMAT
+from convneur.records.folder import ATTEMPTS_FILE, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
+from convneur.records.saved import Metrics, contents, parse_metrics
+from convneur.records.summary import Summary, read_summary
 
 Value = TypeVar("Value")
 Stamp = tuple[int, int, int]

@@ -14,16 +14,16 @@ from rich.live import Live
 from rich.text import Text
 
 from convneur.data.errors import DamagedError, InputError
-from convneur.launch.run_reader import CONFIG_FILE, RunReader
-from convneur.launch.supervise import ATTEMPTS_FILE, Record
+from convneur.launch.run_reader import RunReader
+from convneur.launch.supervise import Record
 from convneur.launch.tables import show_table, table_of
-from convneur.records.saved import METRICS_FILE
-from convneur.records.summary import SUMMARY_FILE, ends_as_told
+from convneur.records.folder import ATTEMPTS_FILE, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
+from convneur.records.summary import ends_as_told
 
 SUBMITTED = "submitted"
 HEADINGS = ("run", "state", "epoch", "top-1", "images/s", "left", "restarts", "ETTR")
 WORDS = ("run", "state")
-RUN_FILES = {CONFIG_FILE, SUMMARY_FILE, METRICS_FILE, ATTEMPTS_FILE, "checkpoints"}
+RUN_FILES = {CONFIG_FILE, SUMMARY_FILE, METRICS_FILE, ATTEMPTS_FILE, CHECKPOINTS}
 """What tells the folder of a run: any of them, since damage may have taken the others."""
 
 

@@ -9,20 +9,19 @@ from convneur.system.world import World
 
 FIRST, STEPS = 5, 3  # steps are left out until caches are warm and algorithms chosen
 ROWS = 15
-FOLDER = "profile"
 
 
 class Profiler:
     """Traces steps FIRST to FIRST + STEPS - 1 of a start on rank 0, then writes the trace and prints a table.
 
     Args:
-        folder: the run's; the trace goes to profile/trace.json in it, for chrome://tracing or ui.perfetto.dev.
+        path: where the trace goes, for chrome://tracing or ui.perfetto.dev.
         world: this process among the ranks.
         say: shows a line, on rank 0.
     """
 
-    def __init__(self, folder: Path, world: World, say: Callable[[str], None]) -> None:
-        self._say, self._path = say, folder / FOLDER / "trace.json"
+    def __init__(self, path: Path, world: World, say: Callable[[str], None]) -> None:
+        self._say, self._path = say, path
         self._on_gpu = world.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
         self._profile = (

@@ -17,7 +17,6 @@ from convneur.monitoring.deaf import END
 EXIT_STATUS = 75
 """Of a rank that its watchdog has ended: try again."""
 
-STACKS = "stacks"
 OTHERS_SECONDS = 3.0  # the others' watchdogs bark at about the same time, and the first to end takes them along
 DEAF_SECONDS = 15.0
 TICK_SECONDS = 0.5
@@ -39,17 +38,17 @@ class WatchdogConfig:
 
 class Watchdog:
     """Ends this process when its time is up, after writing all threads' Python stacks to stderr, and to a file of the
-    run's folder if there is one.
+    folder `stacks` if it is told one.
 
     A thread does it. Should the main thread hang in a call that lets no other Python code run, a process beside this
     one (deaf.py) does it a little later, to stderr alone. Only time in which this process could run counts: one
     that was stopped, with the whole run or a laptop's lid, goes on.
     """
 
-    def __init__(self, config: WatchdogConfig, folder: Path | None, rank: int) -> None:
+    def __init__(self, config: WatchdogConfig, stacks: Path | None, rank: int) -> None:
         self._config = config
         self._rank = rank
-        self._path = folder / STACKS / f"rank-{rank}.txt" if folder else None
+        self._path = stacks / f"rank-{rank}.txt" if stacks else None
         self._ended = Event()
         self._left = 0.0
 

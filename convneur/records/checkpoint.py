@@ -45,22 +45,23 @@ from convneur.engine.build import Weights
 from convneur.engine.ema import Ema
 from convneur.engine.state import gather, gather_scalars, moment_names, restore
 from convneur.errors import NonFiniteError, SaveError
-from convneur.records.retention import BEST, Best, Retention
+from convneur.records.folder import (
+    BEST,
+    CHECKPOINTS,
+    CLASSES_FILE,
+    CONFIG_FILE,
+    EMA_FILE,
+    LATEST,
+    MANIFEST,
+    MODEL_FILE,
+    MOMENTS,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+)
+from convneur.records.retention import Best, Retention
 from convneur.system.agreement import together
 from convneur.system.world import World
 
-CHECKPOINTS = "checkpoints"
-"""Their folder in that of a run."""
-
-MANIFEST = "manifest.json"
-STATE_FILE = "state.json"
-CONFIG_FILE = "config.yaml"
-CLASSES_FILE = "classes.json"
-MODEL_FILE = "model.safetensors"
-EMA_FILE = "ema.safetensors"
-MOMENTS = "optimizer"
-OPTIMIZER_FILE = "optimizer.json"
-LATEST = "LATEST"
 _STEP = r"step-(?:[0-9]{8}|[1-9][0-9]{8,})"
 _NAME = re.compile(_STEP)
 _TEMPORARY = "tmp-"

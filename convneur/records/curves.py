@@ -17,9 +17,9 @@ from matplotlib.ticker import PercentFormatter
 
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
-from convneur.records.saved import METRICS_FILE, Metrics, salvage_metrics
+from convneur.records.folder import CURVE_FILE, METRICS_FILE
+from convneur.records.saved import Metrics, salvage_metrics
 
-CURVE_FILE = "curve.png"
 LineStyle = str | tuple[float, tuple[float, ...]]
 
 # Values of the metrics that are drawn: where, what they are called, and, among few runs, the colour and style.

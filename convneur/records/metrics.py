@@ -16,13 +16,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from convneur.data.files import atomic_write
 from convneur.monitoring.gauges import Gauges
-from convneur.records.saved import METRICS_FILE, salvage_metrics
+from convneur.records.folder import DAMAGED_METRICS_FILE, EVENTS, METRICS_FILE
 from convneur.records.saved import read_metrics as read_metrics  # it reads what this module writes
+from convneur.records.saved import salvage_metrics
 from convneur.records.strict_json import json_text
 from convneur.system.world import World
 from convneur.tasks.classification import Scores
-
-DAMAGED_FILE = f"{METRICS_FILE}.damaged"
 
 
 class TrainingLog:
@@ -52,7 +51,7 @@ class TrainingLog:
         self._records = Records(folder, start_step, wandb_project) if world.is_main else None
         self._display = Display(total_steps, start_step) if world.is_main else None
         for fault in self._records.faults if self._records else ():
-            self.say(f"warning: {fault}: left out; the file as it was is {DAMAGED_FILE}")
+            self.say(f"warning: {fault}: left out; the file as it was is {DAMAGED_METRICS_FILE}")
 
     @property
     def lacks_scores_at_start(self) -> bool:
@@ -143,13 +142,13 @@ class Records:
     def __init__(self, folder: Path, step: int, wandb_project: str) -> None:
         records, self.faults = salvage_metrics(folder)
         if self.faults:
-            shutil.copyfile(folder / METRICS_FILE, folder / DAMAGED_FILE)
+            shutil.copyfile(folder / METRICS_FILE, folder / DAMAGED_METRICS_FILE)
         kept = [record for record in records if record["step"] <= step]
         self.lacks_scores = bool(kept) and not any(r["step"] == step and "eval/top1" in r for r in kept)
         with atomic_write(folder / METRICS_FILE) as file:
             file.writelines(f"{json_text(record)}\n".encode() for record in kept)
         self._file = (folder / METRICS_FILE).open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._events = SummaryWriter(str(folder / EVENTS), purge_step=step + 1)
         self._wandb = None
         if wandb_project:
             import wandb  # optional

@@ -25,9 +25,9 @@ from convneur.data.config import DataConfig
 from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write
 from convneur.ops.native import compiler_version
+from convneur.records.folder import CONFIG_FILE, REPRODUCE_FILE
 from convneur.records.saved import read_object
 
-REPRODUCE_FILE = "reproduce.json"
 LONGEST_VALUE = 60  # characters of a value that a line of differences shows
 PACKAGE = Path(__file__).parents[1]
 CODE = (".py", ".cpp", ".h")
@@ -74,7 +74,7 @@ def read_record(folder: Path) -> Record:
 def recorded_config(made_with: Record, overrides: Iterable[str] = ()) -> Config:
     """The configuration that a run was started with; the overrides win."""
     with TemporaryDirectory(prefix="convneur-config-") as folder:
-        path = Path(folder) / "config.yaml"
+        path = Path(folder) / CONFIG_FILE
         path.write_text(made_with["config"])
         return load_config([path], overrides)
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from convneur.data.files import atomic_write
-
-BEST = "BEST"
+from convneur.records.folder import BEST
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from convneur.data.errors import DamagedError
 from convneur.data.files import check_kind
+from convneur.records.folder import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 Metrics = dict[str, Any]
 
 

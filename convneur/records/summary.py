@@ -7,9 +7,9 @@ from typing import get_type_hints
 
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
-from convneur.records.saved import METRICS_FILE, Metrics, read_metrics, read_object
+from convneur.records.folder import METRICS_FILE, SUMMARY_FILE
+from convneur.records.saved import Metrics, read_metrics, read_object
 
-SUMMARY_FILE = "summary.json"
 REMEDY = "restore it, or delete it and train with --resume auto: the end of the run is made again"
 
 

@@ -6,11 +6,11 @@ from torch.distributed import broadcast_object_list
 
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
-from convneur.records.checkpoint import CHECKPOINTS, find_checkpoint, list_checkpoints
+from convneur.records.checkpoint import find_checkpoint, list_checkpoints
+from convneur.records.folder import BEGINNING_FILE, CHECKPOINTS
 from convneur.system.agreement import led
 from convneur.system.world import World
 
-BEGINNING_FILE = "beginning.txt"
 NEVER = "never"
 
 

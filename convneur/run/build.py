@@ -22,11 +22,11 @@ from convneur.monitoring.guards import Guards
 from convneur.monitoring.monitors import Monitors
 from convneur.monitoring.profiler import Profiler
 from convneur.monitoring.watchdog import Watchdog
-from convneur.records.checkpoint import CHECKPOINTS, CONFIG_FILE, read_classes, read_state
+from convneur.records.checkpoint import read_classes, read_state
+from convneur.records.folder import CHECKPOINTS, CONFIG_FILE, REPRODUCE_FILE, STACKS, SUMMARY_FILE, TRACE_FILE
 from convneur.records.metrics import TrainingLog
-from convneur.records.provenance import REPRODUCE_FILE, differences, read_record, record, write_record
+from convneur.records.provenance import differences, read_record, record, write_record
 from convneur.records.saved import salvage_metrics
-from convneur.records.summary import SUMMARY_FILE
 from convneur.run.keeper import Keeper
 from convneur.run.resume import best_so_far, check_fit, check_length, choose_checkpoint
 from convneur.run.run import Run
@@ -45,7 +45,7 @@ def started_run(config: Config, world: World, folder: Path, resume: str, profile
 
     Collective; see `convneur.train.train` for what it takes and raises.
     """
-    with StopRequest() as stop_request, Watchdog(config.watchdog, folder, world.rank) as watchdog:
+    with StopRequest() as stop_request, Watchdog(config.watchdog, folder / STACKS, world.rank) as watchdog:
         run = _start(config, world, folder, resume, stop_request, watchdog, profile)
         try:
             yield run
@@ -161,7 +161,7 @@ def _start(
             guards=guards,
             gauges=Gauges(world, flops, guards.gradient_norm, loader.bad_samples),
             bad_samples=BadSampleCount(config.data, len(store), loader.bad_samples, world.device),
-            profiler=Profiler(folder, world, log.say) if profile else None,
+            profiler=Profiler(folder / TRACE_FILE, world, log.say) if profile else None,
         ),
         scorer=Scorer(config, world, eval_loader, len(eval_store), trainer, log, watchdog, stop_request),
         keeper=Keeper(

@@ -9,9 +9,6 @@ import torch.distributed as dist
 from convneur.config import Config, load_config
 from convneur.data.errors import DamagedError, InputError
 from convneur.records.checkpoint import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    LATEST,
     TrainState,
     checkpoint_name,
     checkpoint_step,
@@ -20,6 +17,7 @@ from convneur.records.checkpoint import (
     newest_intact,
     restore_replaced,
 )
+from convneur.records.folder import CHECKPOINTS, CONFIG_FILE, LATEST
 from convneur.records.retention import Best
 from convneur.records.saved import salvage_metrics
 from convneur.system.agreement import led

@@ -16,8 +16,9 @@ from convneur.data.errors import DamagedError
 from convneur.data.stores.choose import open_store
 from convneur.models.convneur.model import ModelConfig, Placement
 from convneur.models.describe import ModelInfo, describe
-from convneur.records.provenance import REPRODUCE_FILE, read_record
-from convneur.records.saved import METRICS_FILE, or_nan, read_metrics
+from convneur.records.folder import METRICS_FILE, REPRODUCE_FILE
+from convneur.records.provenance import read_record
+from convneur.records.saved import or_nan, read_metrics
 from convneur.records.summary import read_result, read_summary
 from convneur.studies.series import member, member_folder
 

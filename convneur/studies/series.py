@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from convneur.config import Config, saved_config
 from convneur.data.errors import DamagedError, InputError
 from convneur.models.convneur.model import ModelConfig
+from convneur.records.folder import CONFIG_FILE
 from convneur.records.summary import Summary, read_summary
 
 Key = TypeVar("Key", bound=Hashable)
@@ -57,7 +58,7 @@ def standing(runs: Mapping[Key, Config], what: str) -> Standing[Key]:
     """
     finished, missing, damaged = {}, {}, {}
     for key, run in runs.items():
-        saved = member_folder(run) / "config.yaml"
+        saved = member_folder(run) / CONFIG_FILE
         try:
             made = saved_config(saved) if os.path.lexists(saved) else run
             summary = read_summary(saved.parent)

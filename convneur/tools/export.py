@@ -24,7 +24,8 @@ from convneur.data.files import atomic_write
 from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.mixers import Titans
 from convneur.models.convneur.model import ConvNeur
-from convneur.records.checkpoint import CLASSES_FILE, CONFIG_FILE, read_classes, weights_file
+from convneur.records.checkpoint import read_classes, weights_file
+from convneur.records.folder import CLASSES_FILE, CONFIG_FILE
 from convneur.tools.trained import open_trained
 
 Format = Literal["safetensors", "onnx", "torch"]

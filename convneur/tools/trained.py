@@ -8,14 +8,8 @@ import torch
 from convneur.config import Config, saved_config
 from convneur.data.errors import InputError
 from convneur.models.convneur.model import ConvNeur
-from convneur.records.checkpoint import (
-    CLASSES_FILE,
-    CONFIG_FILE,
-    check_files,
-    find_checkpoint,
-    load_weights,
-    weights_file,
-)
+from convneur.records.checkpoint import check_files, find_checkpoint, load_weights, weights_file
+from convneur.records.folder import CLASSES_FILE, CONFIG_FILE
 
 _NONE = torch.empty(0, device="meta")  # of a shape that no parameter has
 

@@ -82,7 +82,7 @@ def _launch(config: "Config", args: argparse.Namespace) -> int:
 
 def _finish_mark(folder: Path) -> int | None:
     """Changes when a run ends."""
-    from convneur.records.summary import SUMMARY_FILE
+    from convneur.records.folder import SUMMARY_FILE
 
     try:
         return (folder / SUMMARY_FILE).stat().st_mtime_ns
@@ -168,11 +168,12 @@ def _conclude_finished(config: "Config") -> bool:
 def _finished(config: "Config") -> "Summary | None":
     """How this very run has ended, if it has."""
     from convneur.config import saved_config
+    from convneur.records.folder import CONFIG_FILE
     from convneur.records.summary import read_summary
 
     folder = Path(config.run.root) / config.run.name
     summary = read_summary(folder)
-    return summary if summary and saved_config(folder / "config.yaml") == config else None
+    return summary if summary and saved_config(folder / CONFIG_FILE) == config else None
 
 
 def _conclude(summary: "Summary", folder: Path) -> None:
@@ -336,7 +337,8 @@ def plot(args: argparse.Namespace, _: Overrides) -> int:
     from convneur.system.world import name_accelerator
 
     name_accelerator()
-    from convneur.records.curves import CURVE_FILE, plot_runs
+    from convneur.records.curves import plot_runs
+    from convneur.records.folder import CURVE_FILE
 
     path = args.output or (args.runs[0] / CURVE_FILE if len(args.runs) == 1 else Path("curves.png"))
     for fault in plot_runs(args.runs, path):

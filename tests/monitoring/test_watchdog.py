@@ -18,7 +18,7 @@ config = watchdog.WatchdogConfig(seconds=2, long_seconds=10)
 def stuck():
     {stuck}
 
-with watchdog.Watchdog(config, Path(sys.argv[1]), rank=3) as dog:
+with watchdog.Watchdog(config, Path(sys.argv[1]) / "stacks", rank=3) as dog:
     time.sleep(2.5)  # the start may take long
     for _ in range(4):
         dog.step()

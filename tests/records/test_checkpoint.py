@@ -31,10 +31,6 @@ from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.guards import GuardConfig
 from convneur.records import checkpoint as checkpoints
 from convneur.records.checkpoint import (
-    CHECKPOINTS,
-    CLASSES_FILE,
-    LATEST,
-    MANIFEST,
     find_checkpoint,
     list_checkpoints,
     load_weights,
@@ -42,8 +38,9 @@ from convneur.records.checkpoint import (
     read_classes,
     read_state,
 )
+from convneur.records.folder import BEST, CHECKPOINTS, CLASSES_FILE, LATEST, MANIFEST
 from convneur.records.metrics import read_metrics
-from convneur.records.retention import BEST, Best
+from convneur.records.retention import Best
 from convneur.run.keeper import LAST_TRIES
 from convneur.run.resume import best_so_far, choose_checkpoint
 from convneur.system.world import World

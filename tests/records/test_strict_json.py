@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from small_run import small_config
 
 from convneur.launch.cli import main
-from convneur.records.checkpoint import MANIFEST, MODEL_FILE, _digest, find_checkpoint
+from convneur.records.checkpoint import _digest, find_checkpoint
+from convneur.records.folder import MANIFEST, MODEL_FILE
 from convneur.records.metrics import TrainingLog, read_metrics
 from convneur.system.world import World
 from convneur.tools.evaluate import Scores

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from convneur.data.errors import InputError
-from convneur.run.beginning import BEGINNING_FILE, agreed_start, check_beginning
+from convneur.records.folder import BEGINNING_FILE
+from convneur.run.beginning import agreed_start, check_beginning
 from convneur.system.world import World
 
 

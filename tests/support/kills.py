@@ -10,6 +10,7 @@ from typing import Any
 
 from convneur.config import Config
 from convneur.records import checkpoint
+from convneur.records.folder import MANIFEST
 from convneur.run import keeper
 
 PHASES = (
@@ -32,7 +33,7 @@ def train_and_die(config: Config, folder: Path, phase: str) -> None:
     real = getattr(checkpoint, name)
 
     def deadly(*words: Any) -> Any:
-        if where == "manifest" and words[-1].name != checkpoint.MANIFEST:
+        if where == "manifest" and words[-1].name != MANIFEST:
             return real(*words)
         if when == "in the middle" and where == "_remove":
             checkpoint.shutil.rmtree = lambda path: remove_one_file(path) or die()

@@ -9,7 +9,7 @@ from convneur.data.config import AugmentConfig, DataConfig
 from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.model import ModelConfig
-from convneur.records.checkpoint import MANIFEST, OPTIMIZER_FILE, STATE_FILE
+from convneur.records.folder import MANIFEST, OPTIMIZER_FILE, STATE_FILE
 
 STEPS = 11  # 1437 training digits in batches of 128
 

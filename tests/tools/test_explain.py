@@ -16,7 +16,7 @@ from convneur.data.errors import InputError
 from convneur.launch.cli import main
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.model import ConvNeur, ModelConfig
-from convneur.records.checkpoint import CONFIG_FILE
+from convneur.records.folder import CONFIG_FILE
 from convneur.tools.explain import GateView, draw, explain, look
 
 

@@ -19,7 +19,7 @@ from convneur.launch.cli import main
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.mixers import MixerKind
 from convneur.models.convneur.model import VARIANTS, ConvNeur, ModelConfig, Variant
-from convneur.records.checkpoint import CLASSES_FILE, CONFIG_FILE
+from convneur.records.folder import CLASSES_FILE, CONFIG_FILE
 from convneur.tools import export
 from convneur.tools.export import export_checkpoint
 
