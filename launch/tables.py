@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from convneur.launch.flags import printable
+from convneur.launch.parser import printable
 
 ENDLESS = 1 << 16  # characters of a line in a file
 GAP = 2  # characters between two columns

@@ -95,9 +95,6 @@ KNOWN_LONG = {
     "data/prepare/imagenet.py::prepare_imagenet",
     "data/stores/beton.py",
     "data/stores/beton.py::_write_beton",
-    "launch/cli.py",
-    "launch/cli.py::_parser",
-    "launch/commands/train.py",
 }
 """What is to be mended."""
 

@@ -1,85 +1,39 @@
-"""The subcommands of `convneur prepare` and `convneur data`, each from parsed arguments to an exit status."""
+"""`convneur data`: checks a dataset, or looks into it."""
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convneur.data.errors import InputError
+from convneur.launch.commands.prepare import disk_errors
+from convneur.launch.flags import add_config, add_processes, asked_processes
+from convneur.launch.parser import Overrides, add_command, add_group
 
 if TYPE_CHECKING:
-    from convneur.data.prepare.writing import Part
-
-Overrides = Sequence[str]
+    from convneur.launch.parser import Parsers
 
 
-def prepare_digits(args: argparse.Namespace, _: Overrides) -> int:
-    """`convneur prepare digits`."""
-    from convneur.data.prepare.digits import prepare_digits
-
-    with _disk_errors():
-        written = prepare_digits(args.out, args.format, args.beton_pixels)
-    print(f"{args.out}: {'written' if written else 'already there, and intact'}")
-    return 0
+def add(parsers: "Parsers") -> None:
+    """Adds the command, with its actions."""
+    actions = add_group(parsers, "data", "Check a dataset, or look into it.", dest="action")
+    _add_verify(actions)
+    _add_show(actions)
 
 
-def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
-    """`convneur prepare imagenet`: all of it, or the part of one job of an array."""
-    from convneur.data.prepare.imagenet import prepare_imagenet
-
-    part = part_of(args.part)
-    with _disk_errors():
-        written = prepare_imagenet(
-            args.source,
-            args.out,
-            processes=_processes(args.processes),
-            max_side=args.max_side,
-            part=part,
-            format=args.format,
-            pixels=args.beton_pixels,
-        )
-    if part is None or not written:
-        return _tell(args.out, written)
-    print(f"{args.out}: part {args.part} written; when all parts are, run the same command without --part")
-    return 0
-
-
-def prepare_synthetic(args: argparse.Namespace, _: Overrides) -> int:
-    """`convneur prepare synthetic`."""
-    from convneur.data.prepare.synthetic import prepare_synthetic
-
-    height, width = _size(args.size)
-    with _disk_errors():
-        written = prepare_synthetic(
-            args.out,
-            classes=args.classes,
-            images=args.images,
-            height=height,
-            width=width,
-            processes=_processes(args.processes),
-            format=args.format,
-            pixels=args.beton_pixels,
-        )
-    return _tell(args.out, written)
-
-
-def prepare_index(args: argparse.Namespace, _: Overrides) -> int:
-    """`convneur prepare index`: a dataset of shards that somebody else wrote."""
-    from convneur.data.prepare.foreign import prepare_index
-
-    with _disk_errors():
-        samples = prepare_index(args.shards, args.out, split=args.split, processes=_processes(args.processes))
-    print(f"{args.out}: split {args.split} has {samples:,} samples")
-    return 0
+def _add_verify(actions: "Parsers") -> None:
+    command = add_command(
+        actions, "verify", verify, "Check every byte and decode every image; deny those that can't be read."
+    )
+    command.add_argument("folder", type=Path, metavar="DIR", help="prepared dataset")
+    add_processes(command)
 
 
 def verify(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur data verify`: status 1 where something is damaged."""
     from convneur.data.inspect.verify import verify_dataset
 
-    with _disk_errors():
-        findings = verify_dataset(args.folder, _processes(args.processes))
+    with disk_errors():
+        findings = verify_dataset(args.folder, asked_processes(args))
     for found in findings:
         for denied in found.denied:
             print(f"{found.split}: {denied.key}: {denied.reason}: denied")
@@ -87,6 +41,21 @@ def verify(args: argparse.Namespace, _: Overrides) -> int:
             print(f"{found.split}: {line}")
         print(f"{found.split}: {found.samples - len(found.denied):,} of {found.samples:,} images intact")
     return 1 if any(found.denied or found.shards for found in findings) else 0
+
+
+def _add_show(actions: "Parsers") -> None:
+    command = add_command(
+        actions,
+        "show",
+        show,
+        "Show counts, sizes and class balance, and draw augmented samples; takes configuration keys.",
+        takes_overrides=True,
+    )
+    command.add_argument("folder", type=Path, metavar="DIR", help="prepared dataset")
+    add_config(command, "YAML file with the augmentation")
+    command.add_argument(
+        "--sheet", type=Path, default=Path("samples.png"), metavar="FILE", help="picture to draw (default: samples.png)"
+    )
 
 
 def show(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -135,46 +104,3 @@ def show(args: argparse.Namespace, overrides: Overrides) -> int:
         print(reason)
     print(f"{args.sheet}: what training shows the model, with its labels")
     return 1 if damaged else 0
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """A full disk, or a folder that can't be made, as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{error}: see to it and run the command again, it goes on where it stopped") from None
-
-
-def _tell(out: Path, written: bool) -> int:
-    print(f"{out}: {'written' if written else f'already there; `convneur data verify {out}` checks every byte'}")
-    return 0
-
-
-def _processes(given: int | None) -> int:
-    from convneur.data.prepare.parallel import processors
-
-    return processors() if given is None else given
-
-
-def part_of(text: str | None) -> "Part | None":
-    """The value of --part; InputError where it is none."""
-    from convneur.data.prepare.writing import Part
-
-    if text is None:
-        return None
-    number, _, of = text.partition("/")
-    if not (_is_count(number) and _is_count(of) and 1 <= int(number) <= int(of)):
-        raise InputError(f"--part is {text}, expected I/N with I from 1 to N, such as 3/64")
-    return Part(int(number), int(of))
-
-
-def _is_count(text: str) -> bool:
-    return text.isdecimal() and len(text) < 10
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (_is_count(height) and _is_count(width) and int(height) and int(width)):
-        raise InputError(f"--size is {text}, expected HEIGHTxWIDTH in pixels, such as 375x500")
-    return int(height), int(width)

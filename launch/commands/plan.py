@@ -1,14 +1,33 @@
-"""`convneur plan`, from parsed arguments to an exit status; and what it and `convneur study run --plan` print."""
+"""`convneur plan`: what a run takes on a cluster, and how the range of a forecast is put in words."""
 
 import argparse
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from convneur.launch.flags import add_config, add_gpu, add_json, asked_cluster
+from convneur.launch.parser import COUNT, Overrides, add_command
+
 if TYPE_CHECKING:
-    from convneur.planning.forecast import Cluster, Plan, Range
+    from convneur.launch.parser import Parsers
+    from convneur.planning.forecast import Plan, Range
 
 
-def plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+def add(parsers: "Parsers") -> None:
+    """Adds the command."""
+    plan = add_command(
+        parsers,
+        "plan",
+        run,
+        "Predict memory, speed, communication, hours and disk of a run; takes --section.key VALUE.",
+        takes_overrides=True,
+    )
+    add_config(plan)
+    plan.add_argument("--nodes", type=COUNT, default=1, metavar="N", help="nodes (default: 1)")
+    plan.add_argument("--gpus-per-node", type=COUNT, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    add_gpu(plan)
+    add_json(plan)
+
+
+def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur plan`: what a configuration takes on a cluster; nothing is allocated."""
     from convneur.system.world import name_accelerator
 
@@ -20,7 +39,7 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     config = load_config(args.config, overrides)
     check_values(config)
-    made = make_plan(config, cluster(args))
+    made = make_plan(config, asked_cluster(args))
     if args.json:
         print(json_text(made.as_json(), indent=2))
         return 0
@@ -29,14 +48,6 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     _show_time(made)
     print(*_lines(made), sep="\n")
     return 0
-
-
-def cluster(args: argparse.Namespace) -> "Cluster":
-    """The machines that --nodes, --gpus-per-node and --gpu name."""
-    from convneur.planning.forecast import Cluster
-    from convneur.system.gpu import load_gpu
-
-    return Cluster(load_gpu(args.gpu), args.nodes, args.gpus_per_node)
 
 
 def words(span: "Range", unit: str) -> str:

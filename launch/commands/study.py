@@ -1,33 +1,85 @@
-"""The subcommands of `convneur study`, each from parsed arguments to an exit status.
-
-They import what they need when they run, as those in `convneur.launch.commands.train` do.
-"""
+"""`convneur study`: models over a range of sizes, trained by one recipe, and scaling laws fitted to them."""
 
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convneur.data.errors import InputError
+from convneur.launch.commands.plan import words
+from convneur.launch.flags import add_gpu, add_part, add_resources, asked_cluster, asked_part, asked_resources
+from convneur.launch.parser import PROCESSES, Command, Overrides, Parser, add_command, add_group
+from convneur.launch.preflight import check, check_start
+from convneur.launch.signals import StoppedError
 
 if TYPE_CHECKING:
     from convneur.config import Config
+    from convneur.launch.parser import Parsers
     from convneur.studies.grid import Place, Point, StudyConfig
     from convneur.studies.series import Standing
 
-Overrides = Sequence[str]
+
+def add(parsers: "Parsers") -> None:
+    """Adds the command, with its actions."""
+    actions = add_group(
+        parsers,
+        "study",
+        "Train models over a range of sizes by one recipe, and fit scaling laws to them.",
+        dest="action",
+    )
+    _add_run(actions)
+    command = _add(actions, "missing", missing, "Write the configurations of the unfinished runs, and name them")
+    add_part(command, "the Ith of N parts only, as a job of an array")
+    _add(actions, "status", status, "Show how far a study is")
+    _add(actions, "fit", fit, "Fit scaling laws to the finished runs of a study")
+    command = _add(actions, "report", report, "Write the report of a study, as far as it has come")
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: the study's)")
+
+
+def _add(actions: "Parsers", name: str, run: Command, summary: str) -> Parser:
+    action = add_command(actions, name, run, f"{summary}; takes --section.key VALUE.", takes_overrides=True)
+    action.add_argument("config", type=Path, metavar="FILE", help="YAML file with the recipe and the study's axes")
+    return action
+
+
+def _add_run(actions: "Parsers") -> None:
+    command = _add(actions, "run", run, "Train the runs of a study that aren't finished")
+    command.add_argument(
+        "--jobs",
+        type=PROCESSES,
+        metavar="N",
+        help="runs at a time (default: 1; with --launch slurm, as many as Slurm starts)",
+    )
+    command.add_argument(
+        "--nproc", type=PROCESSES, metavar="N", help="processes a run here (default: one a GPU, or one)"
+    )
+    command.add_argument(
+        "--launch",
+        choices=["local", "slurm", "print"],
+        default="local",
+        help="local: train on this machine (default); slurm: submit an array of jobs, one a run, from a snapshot of"
+        " code and configurations; print: only print a line for each run that submits it to Slurm",
+    )
+    command.add_argument(
+        "--script",
+        type=Path,
+        default=Path("slurm/train_m4.sh"),
+        metavar="FILE",
+        help="with --launch print, the batch script whose resources the jobs get (default: slurm/train_m4.sh)",
+    )
+    command.add_argument("--plan", action="store_true", help="predict what the study costs, and train nothing")
+    add_gpu(command)
+    add_resources(command.add_argument_group("what a job gets, with --launch slurm, or is planned for"))
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur study run`: trains what is missing, here or by Slurm, or prints how; jobs check the data then."""
     config = _load(args, overrides)
-    from convneur.launch.commands.train import check
     from convneur.launch.folder import run_folder as locked_folder
     from convneur.launch.local import rank_count
     from convneur.launch.side_by_side import run_missing, save_configs, sbatch_lines
-    from convneur.launch.signals import StoppedError
     from convneur.studies.grid import study_runs
     from convneur.studies.series import series_folder, standing
 
@@ -62,11 +114,10 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 def _plan(args: argparse.Namespace, config: "StudyConfig", runs: "Mapping[Place, Config]", folder: Path) -> int:
     """Prints what the study will cost, and keeps it for the report; trains nothing."""
     from convneur.data.prepare.progress import progress
-    from convneur.launch.commands.plan import cluster, words
     from convneur.launch.tables import show_table
     from convneur.studies.cost import plan_study, said_once, save_study_plan, total
 
-    machines = cluster(args)
+    machines = asked_cluster(args)
     with progress("planning", len(runs), "runs") as advance:
         plans = plan_study(runs, machines, advance)
     rows = []
@@ -91,7 +142,6 @@ def _plan(args: argparse.Namespace, config: "StudyConfig", runs: "Mapping[Place,
 
 def _submit(args: argparse.Namespace, stand: "Standing[Place]", folder: Path) -> int:
     """Submits the runs that are neither finished nor in Slurm's hands already."""
-    from convneur.launch.commands.train import asked_resources, check_start
     from convneur.launch.submit import array_limit, queued, submission_folder, submit
 
     in_queue = queued(folder)
@@ -116,9 +166,7 @@ def _submit(args: argparse.Namespace, stand: "Standing[Place]", folder: Path) ->
 
 def missing(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur study missing`: what slurm/study.sh trains."""
-    from convneur.launch.commands.data import part_of
-
-    part = part_of(args.part)
+    part = asked_part(args)
     config = _load(args, overrides)
     from convneur.launch.side_by_side import save_configs
     from convneur.studies.grid import study_runs

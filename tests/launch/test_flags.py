@@ -9,7 +9,7 @@ from small_run import small_config
 
 from convneur.config import save_config
 from convneur.launch.cli import _parser, main
-from convneur.launch.flags import Parser
+from convneur.launch.parser import Parser
 
 NO_FLAGS = (
     ["--foo"], ["--foo=3"], ["--foo", "3"], ["-x"], ["---"], ["--=3"], ["--fo\no"], ["--\udcff"], [""], ["--run"],

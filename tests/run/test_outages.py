@@ -34,7 +34,7 @@ def test_what_storage_causes_ends_in_a_status_of_its_own(
             raise kind("it can't be read") from None
 
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr("convneur.launch.commands.train.doctor", fails)
+    monkeypatch.setattr("convneur.launch.commands.doctor.run", fails)
     if kind is OSError and not expected:
         with pytest.raises(FileNotFoundError):
             main(["doctor"])
