@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from convneur.config import load_config
-from convneur.engine.build import build_engine, engine_settings, true_shape
+from convneur.engine.build import build_engine
 from convneur.engine.ema import Ema
 from convneur.engine.optimizer import build_optimizer
 from convneur.engine.section import deepspeed_config
@@ -53,13 +53,13 @@ def measure(variant: str, stage: int, runs: int, folder: Path, world: World) -> 
     engine.step()
     saves, checks, loads = [], [], []
     for step in range(runs):
-        state, path = TrainState(step, 0.0, {}, engine_settings(engine)), folder / f"step-{step:08d}"
+        state, path = TrainState(step, 0.0, {}, engine.settings), folder / f"step-{step:08d}"
         saves.append(seconds(partial(save_checkpoint, folder, config, world, engine, ema, state, Retention(1))))
         checks.append(seconds(partial(newest_intact, [path], world)))
         loads.append(seconds(partial(load_checkpoint, path, engine, ema)))
+    parameters = engine.parameters
     engine.destroy()
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    parameters = sum(true_shape(parameter).numel() for parameter in model.parameters())
     save, check, load = map(statistics.median, (saves, checks, loads))
     return (
         f"| {stage} | {parameters / 1e6:.1f} M | {size / 1e6:,.0f} MB | {save:.2f} s | {save / EVERY_SECONDS:.2%} "

@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from timm.loss import SoftTargetCrossEntropy
@@ -85,13 +86,13 @@ def ours(config: Config, world: World, images: Tensor, targets: Tensor) -> Step:
     )
     log.say = lambda _: None  # type: ignore[method-assign]
     guards = Guards(config.guards, world, engine, ema, str, config.data.image_size, log.say)
-    gauges = Gauges(world, step_flops(config.model, config.data.image_size), guards.gradient_norm, {})
+    gauges = Gauges(world, step_flops(config.model, config.data.image_size), engine.gradient_norm, {})
     stop_request = StopRequest()
     counts = torch.arange(len(images))
     batch = Batch(images, counts, counts, epoch=0, step=0, lanes=range(1), repetitions=counts)
 
     def step(number: int) -> None:
-        loss = train_step(engine, [batch], lambda _: (images, targets), ema, guards)
+        loss = train_step(engine, [batch], lambda _: (images, targets), ema)
         guards.observe(number, [batch], loss)
         log.step(number + 1, loss, 1e-3, gauges)
         guards.compare_weights(number + 1)
@@ -104,7 +105,9 @@ def ours(config: Config, world: World, images: Tensor, targets: Tensor) -> Step:
 
 def bare_deepspeed(config: Config, world: World, images: Tensor, targets: Tensor) -> Step:
     """A DeepSpeed engine and nothing else."""
-    engine = build_engine(*build(config, world), deepspeed_config(config, world.size))
+    model, optimizer = build(config, world)
+    section = deepspeed_config(config, world.size)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section, dist_init_required=False)
 
     def step(_: int) -> None:
         engine.backward(cross_entropy(engine(images).float(), targets))

@@ -6,7 +6,6 @@ Shape legend: b images of a rank's micro-batch, K classes.
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from convneur.data.errors import WorkerError
 from convneur.data.keys import key, seed_libraries
 from convneur.data.stream.batch import Batch
 from convneur.engine.ema import Ema
-from convneur.monitoring.guards import Guards
+from convneur.engine.engine import Engine
 from convneur.records.summary import Summary
 from convneur.run.build import started_run
 from convneur.system.stopping import StopNow
@@ -25,22 +24,18 @@ from convneur.tasks.mixing import DeviceTransform
 cross_entropy = SoftTargetCrossEntropy()
 
 
-def train_step(
-    engine: DeepSpeedEngine, batches: list[Batch], prepare: DeviceTransform, ema: Ema | None, guards: Guards
-) -> Tensor:
+def train_step(engine: Engine, batches: list[Batch], prepare: DeviceTransform, ema: Ema | None) -> Tensor:
     """One optimizer step over this rank's micro-batches; returns their mean loss, still on the device.
 
     loss = -sum_k y_k log softmax(logits)_k, with y the smoothed and mixed labels (b, K), averaged over the global
     batch: DeepSpeed divides by the micro-batches and ranks, sums the gradients, clips them and, after the last
-    micro-batch, steps AdamW, unless the guards find the gradients not finite.
+    micro-batch, steps AdamW, unless the gradients aren't finite.
     """
     total = torch.zeros((), device=engine.device)
     for batch in batches:
         images, targets = prepare(batch)
         loss = cross_entropy(engine(images).float(), targets)
         engine.backward(loss)
-        if batch is batches[-1]:
-            guards.check_gradients()
         engine.step()
         total += loss.detach()
     if ema:
@@ -76,7 +71,7 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never", pr
                 # Drop path draws from (seed, step, rank) alone, so a resumed run needs no saved generators.
                 seed_libraries(key(config.run.seed, "step", step, world.rank), world.device)
                 trainer.schedule.step_update(step)
-                loss = train_step(trainer.engine, batches, run.prepare, trainer.ema, monitors.guards)
+                loss = train_step(trainer.engine, batches, run.prepare, trainer.ema)
                 run.done = step + 1
                 monitors.guards.observe(step, batches, loss)
                 run.log.step(step + 1, loss, trainer.learning_rate, monitors.gauges)

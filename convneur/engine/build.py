@@ -4,20 +4,17 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.config import get_torch_autocast_dtype, get_torch_autocast_enabled
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME, has_comm_dtype
-from torch import Tensor, nn
+from torch import nn
 
+from convneur.engine.engine import Engine, true_shape
 from convneur.engine.loss_scale import mend_loss_scale
-
-Weights = dict[str, Tensor]
 
 
 def build_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], *, compile: bool = False
-) -> DeepSpeedEngine:
+) -> Engine:
     """Hands the model and its optimizer to DeepSpeed; the process group exists already.
 
     The model keeps its contiguous (NCHW) weights: ZeRO 1 and above can't flatten channels_last ones. With `compile` it
@@ -27,9 +24,10 @@ def build_engine(
     # killed leaves a lock on which every later run hangs; gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    if zero_stage(engine):
+    stage = engine.zero_optimization_stage()
+    if stage:
         mend_loss_scale(engine)
-    if zero_stage(engine) == 3:
+    if stage == 3:
         _gather_vectors_in_float32(model)
     if engine.bfloat16_enabled() or engine.fp16_enabled():
         # DeepSpeed's own half precision modes convert the parameters, and leave it to the caller to convert the input.
@@ -37,7 +35,7 @@ def build_engine(
         model.register_forward_pre_hook(lambda _, inputs: tuple(x.to(dtype) for x in inputs))
     if compile:
         engine.compile()
-    return engine
+    return Engine(engine)
 
 
 def use_apex_norms(model: nn.Module) -> None:
@@ -64,27 +62,8 @@ def _gather_vectors_in_float32(model: nn.Module) -> None:
             delattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME)
 
 
-def zero_stage(engine: DeepSpeedEngine) -> int:
-    """The ZeRO stage, 0 to 3: which of optimizer state (1), gradients (2) and parameters (3) are partitioned."""
-    return int(engine.zero_optimization_stage())
-
-
-def engine_settings(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """The settings that the order of summation depends on, and so the last bits of a step."""
-    return {
-        "zero_stage": zero_stage(engine),
-        "world_size": dist.get_world_size(),
-        "accumulation": engine.gradient_accumulation_steps(),
-    }
-
-
 def autocast(deepspeed_section: dict[str, Any], device: torch.device) -> torch.autocast:
     """The autocast that the engine puts around its forward pass, for a model outside of the engine."""
     if not get_torch_autocast_enabled(deepspeed_section):
         return torch.autocast(device.type, enabled=False)
     return torch.autocast(device.type, get_torch_autocast_dtype(deepspeed_section))
-
-
-def true_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of a parameter that ZeRO 3 may have emptied."""
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -6,19 +6,18 @@ that it holds: the whole parameter under ZeRO 0 to 2, its shard under ZeRO 3.
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from convneur.engine.build import Weights, true_shape, zero_stage
+from convneur.engine.engine import Engine, Weights, true_shape
 
 
 class Ema:
     """shadow = decay * shadow + (1 - decay) * weights, in float32, after every optimizer step."""
 
-    def __init__(self, engine: DeepSpeedEngine, decay: float) -> None:
+    def __init__(self, engine: Engine, decay: float) -> None:
         self.decay = decay
         self.parameters = dict(engine.module.named_parameters())
-        self.sharded = zero_stage(engine) == 3
+        self.sharded = engine.stage == 3
         self.shadow = [piece.detach().float().clone() for piece in self._pieces()]
 
     def _pieces(self) -> list[Tensor]:

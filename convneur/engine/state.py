@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 from torch.amp import GradScaler
 
 from convneur.data.errors import InputError
-from convneur.engine.build import Weights, true_shape, zero_stage
+from convneur.engine.engine import Engine, Weights, true_shape
 from convneur.engine.loss_scale import LossScaler
 
 LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -52,10 +51,10 @@ class Piece:
         self.view(values).copy_(whole.reshape(-1)[self.start : self.start + self.length])
 
 
-def pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
+def pieces(engine: Engine) -> Iterator[Piece]:
     """What this rank's optimizer holds of each parameter; nothing where ZeRO has given all of it to other ranks."""
-    stage, optimizer, rank = zero_stage(engine), engine.optimizer, dist.get_rank()
-    groups = {p: i for i, group in enumerate(engine.basic_optimizer.param_groups) for p in group["params"]}
+    stage, optimizer, rank = engine.stage, engine.deepspeed.optimizer, dist.get_rank()
+    groups = {p: i for i, group in enumerate(engine.deepspeed.basic_optimizer.param_groups) for p in group["params"]}
     for name, parameter in engine.module.named_parameters():
         size = true_shape(parameter).numel()
         if stage == 0:
@@ -74,17 +73,17 @@ def pieces(engine: DeepSpeedEngine) -> Iterator[Piece]:
             yield Piece(name, here.start, here.numel, flats[group], there.start, group)
 
 
-def moment_names(engine: DeepSpeedEngine) -> list[str]:
+def moment_names(engine: Engine) -> list[str]:
     """What the optimizer keeps for every element of the weights, such as exp_avg; nothing before its first step."""
-    state = engine.basic_optimizer.state
+    state = engine.deepspeed.basic_optimizer.state
     return sorted({k for flat in state for k, v in state[flat].items() if torch.is_tensor(v) and v.shape == flat.shape})
 
 
 @torch.no_grad()
-def gather(engine: DeepSpeedEngine, moment: str | None = None) -> Weights:
+def gather(engine: Engine, moment: str | None = None) -> Weights:
     """Every parameter's float32 master, or a moment of it, whole, on every rank's device. Collective."""
     shapes = {name: true_shape(parameter) for name, parameter in engine.module.named_parameters()}
-    state, held = engine.basic_optimizer.state, list(pieces(engine))
+    state, held = engine.deepspeed.basic_optimizer.state, list(pieces(engine))
     sources = [p.flat if moment is None else state.get(p.flat, {}).get(moment) for p in held]
     dtype = next((source.dtype for source in sources if source is not None), torch.float32)
     sizes = [shape.numel() for shape in shapes.values()]
@@ -93,12 +92,12 @@ def gather(engine: DeepSpeedEngine, moment: str | None = None) -> Weights:
     for piece, source in zip(held, sources, strict=True):
         if source is not None:  # under ZeRO 0 a parameter without gradients has no moments yet
             parts[piece.name][piece.start : piece.start + piece.length] = piece.view(source)
-    if zero_stage(engine):
+    if engine.stage:
         dist.all_reduce(whole.view(torch.uint8))  # bytes: adding floats would turn -0 into 0
     return {name: part.view(shapes[name]) for name, part in parts.items()}
 
 
-def gather_scalars(engine: DeepSpeedEngine) -> dict[str, Any]:
+def gather_scalars(engine: Engine) -> dict[str, Any]:
     """What else an optimizer resumes from, the same on every rank: steps made by parameter, and the loss scale."""
     steps = _steps(engine)
     scaler = _loss_scaler(engine)
@@ -110,20 +109,21 @@ def gather_scalars(engine: DeepSpeedEngine) -> dict[str, Any]:
     return {
         "steps": steps,
         "loss_scale": scale,
-        "global_steps": engine.global_steps,
-        "skipped_steps": engine.global_steps - max(steps.values()),  # under ZeRO 0 DeepSpeed doesn't count them
+        "global_steps": engine.deepspeed.global_steps,
+        "skipped_steps": engine.deepspeed.global_steps
+        - max(steps.values()),  # under ZeRO 0 DeepSpeed doesn't count them
     }
 
 
-def steps_made(engine: DeepSpeedEngine) -> int:
+def steps_made(engine: Engine) -> int:
     """How many steps the optimizer has made, those that were skipped left out. Collective."""
     return max(_steps(engine).values())
 
 
-def _steps(engine: DeepSpeedEngine) -> dict[str, int]:
+def _steps(engine: Engine) -> dict[str, int]:
     names = [name for name, _ in engine.module.named_parameters()]
     steps = torch.zeros(len(names), dtype=torch.int64, device=engine.device)
-    inner = engine.basic_optimizer
+    inner = engine.deepspeed.basic_optimizer
     for piece in pieces(engine):
         # Some optimizers count steps by parameter, others by group; `_set_step` may have set the other.
         counts = inner.state.get(piece.flat, {}), inner.param_groups[piece.group]
@@ -134,7 +134,7 @@ def _steps(engine: DeepSpeedEngine) -> dict[str, int]:
 
 @torch.no_grad()
 def restore(
-    engine: DeepSpeedEngine, masters: Mapping[str, Tensor], moments: Mapping[str, Weights], scalars: dict[str, Any]
+    engine: Engine, masters: Mapping[str, Tensor], moments: Mapping[str, Weights], scalars: dict[str, Any]
 ) -> None:
     """Gives every rank its part of a gathered state. Collective.
 
@@ -147,7 +147,7 @@ def restore(
     Raises:
         InputError: the state is of another model.
     """
-    inner, held, steps = engine.basic_optimizer, list(pieces(engine)), scalars["steps"]
+    inner, held, steps = engine.deepspeed.basic_optimizer, list(pieces(engine)), scalars["steps"]
     if {piece.name for piece in held} - steps.keys():
         raise InputError("the checkpoint's optimizer state is of another model")
     flat_steps: dict[Tensor, int] = {}
@@ -162,13 +162,14 @@ def restore(
                 piece.take(weights[piece.name], state[moment])
             _set_step(inner, inner.param_groups[piece.group], piece.flat, step)
 
-    if zero_stage(engine) == 3:
-        engine.optimizer.checkpoint_event_prologue()
-        for sub_group in range(len(engine.optimizer.fp16_groups)):
-            engine.optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-        engine.optimizer.checkpoint_event_epilogue()
-    elif zero_stage(engine):
-        engine.optimizer.update_lp_params()
+    deepspeed, optimizer = engine.deepspeed, engine.deepspeed.optimizer
+    if engine.stage == 3:
+        optimizer.checkpoint_event_prologue()
+        for sub_group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        optimizer.checkpoint_event_epilogue()
+    elif engine.stage:
+        optimizer.update_lp_params()
 
     scale, scaler = scalars["loss_scale"], _loss_scaler(engine)
     if isinstance(scaler, GradScaler | LossScaler) and "scale" in scale:
@@ -176,13 +177,13 @@ def restore(
     elif getattr(scaler, "dynamic", False) and "cur_scale" in scale:
         for name, value in scale.items():
             setattr(scaler, name, value)
-    engine.global_steps, engine.skipped_steps = scalars["global_steps"], scalars["skipped_steps"]
-    engine.global_samples = engine.global_steps * engine.train_batch_size()
+    deepspeed.global_steps, deepspeed.skipped_steps = scalars["global_steps"], scalars["skipped_steps"]
+    deepspeed.global_samples = deepspeed.global_steps * deepspeed.train_batch_size()
 
 
-def _loss_scaler(engine: DeepSpeedEngine) -> Any:
+def _loss_scaler(engine: Engine) -> Any:
     """What keeps the scale of the losses; None, or one that isn't dynamic, where nothing does."""
-    return engine.torch_autocast_z0_gradscaler or getattr(engine.optimizer, "loss_scaler", None)
+    return engine.deepspeed.torch_autocast_z0_gradscaler or getattr(engine.deepspeed.optimizer, "loss_scaler", None)
 
 
 def _set_step(optimizer: torch.optim.Optimizer, group: dict[str, Any], flat: Tensor, step: int) -> None:

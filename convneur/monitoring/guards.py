@@ -1,12 +1,10 @@
 """Watching over a run: steps that aren't finite, losses that jump, ranks that lag, weights that differ.
 
-Nothing here waits for the device between two lines of metrics. What `Guards.check_gradients` and `Guards.observe` find
-at each step stays on the device until `Guards.review` looks at it.
+Nothing here waits for the device between two lines of metrics. What `Guards.observe` finds at each step stays on the
+device until `Guards.review` looks at it.
 
 **Gradients that aren't finite.** Once the ranks' gradients have been added up, a NaN of one rank is on all of them, so
-all find the same. Under ZeRO 1 to 3 DeepSpeed checks the norm itself, and leaves weights and optimizer state as they
-are. Under ZeRO 0 it would step all the same. There the flag of `check_gradients` stops the optimizer: torch's fused
-ones read it on the device, like that of a gradient scaler; before any other the host has to wait for it.
+all find the same. The engine leaves weights and optimizer state as they are, and its `skipped` says so.
 
 **Losses that jump.** A loss is a spike if it lies above the median of up to `HISTORY` steps before it by more than
 `guards.spike` standard deviations, estimated as 1.4826 times the median absolute deviation and as at least a hundredth
@@ -24,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -35,10 +33,9 @@ from convneur.models.convneur.overflow import overflowing_memory
 from convneur.system.world import World
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
     from convneur.data.stream.batch import Batch
     from convneur.engine.ema import Ema
+    from convneur.engine.engine import Engine
 
 HISTORY = 200
 SHORTEST_HISTORY = 20
@@ -92,7 +89,7 @@ class Guards:
         self,
         config: GuardConfig,
         world: World,
-        engine: "DeepSpeedEngine",
+        engine: "Engine",
         ema: "Ema | None",
         where: Callable[[int], str],
         image_size: int,
@@ -100,48 +97,16 @@ class Guards:
     ) -> None:
         self._config, self._world, self._engine, self._ema = config, world, engine, ema
         self._where, self._image_size, self._say = where, image_size, say
-        self._stage = int(engine.zero_optimization_stage())
         self._steps: list[_Step] = []
         self._stretch: list[int] = []
         self._losses: deque[float] = deque(maxlen=HISTORY)
-        self._not_finite = torch.zeros((), device=world.device)
-        self._norm: Tensor | None = None
         self._own_time = _OwnTime(engine, world)
         self.skipped = 0
-        if self._stage == 0:
-            _stop_by(engine.basic_optimizer, self._not_finite)
-            engine.clip_fp32_gradients = self._clip
-
-    @torch.no_grad()
-    def check_gradients(self) -> None:
-        """Keeps the optimizer from its next step if the gradients aren't finite; they have been added up already."""
-        if self._stage == 0:
-            norms = torch._foreach_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
-            self._norm = torch.stack(norms).norm()
-            if scaler := self._engine.torch_autocast_z0_gradscaler:
-                self._norm /= scaler.scale(torch.ones_like(self._norm))
-            self._not_finite.copy_(~self._norm.isfinite())
-
-    def _clip(self) -> None:
-        """Scales the gradients down to a norm of `optimizer.clip_grad`.
-
-        DeepSpeed's own would take the norm once more, one parameter at a time, and average it over ranks that all have
-        the same.
-        """
-        limit = self._engine.gradient_clipping()
-        torch.nn.utils.clip_grads_with_norm_(self._engine.module.parameters(), limit, cast(Tensor, self._norm))
-
-    def gradient_norm(self) -> Tensor | float | None:
-        """The last step's global gradient norm before clipping; None where DeepSpeed doesn't tell."""
-        if self._stage == 0:
-            return self._norm
-        norm: Tensor | float | None = self._engine.get_global_grad_norm()
-        return norm
 
     def observe(self, number: int, batches: "list[Batch]", loss: Tensor) -> None:
         """Takes in a step that has been made: its number, its samples and this rank's loss, still on the device."""
-        skipped = self._not_finite.clone() if self._stage == 0 else self._engine.optimizer.overflow
-        self._steps.append(_Step(number, torch.cat([batch.indices for batch in batches]), loss, skipped))
+        indices = torch.cat([batch.indices for batch in batches])
+        self._steps.append(_Step(number, indices, loss, self._engine.skipped))
 
     def add_wait(self, seconds: float) -> None:
         """Counts some seconds of this rank's waiting for its data as time of its own."""
@@ -182,7 +147,7 @@ class Guards:
         Raises:
             CorruptionError: it differs; on all ranks alike.
         """
-        if done % self._config.compare_every_steps or self._stage == 3 or self._world.size == 1:
+        if done % self._config.compare_every_steps or self._engine.stage == 3 or self._world.size == 1:
             return
         names, sums = zip(*((name, checksum(tensor)) for name, tensor in self._replicated()), strict=True)
         gathered = [torch.empty(len(sums), dtype=torch.int64) for _ in range(self._world.size)]
@@ -191,12 +156,7 @@ class Guards:
             raise CorruptionError(f"after {done} steps {fault}; --resume auto goes on from the last checkpoint")
 
     def _replicated(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._engine.module.named_parameters():
-            yield name, parameter
-            if self._stage == 0:
-                for key, value in self._engine.basic_optimizer.state[parameter].items():
-                    if torch.is_tensor(value) and value.shape == parameter.shape:
-                        yield f"{key} of {name}", value
+        yield from self._engine.replicated()
         if self._ema:
             yield from ((f"the average of {name}", weight) for name, weight in self._ema.full_weights().items())
 
@@ -220,7 +180,7 @@ class Guards:
 
     def _overflow(self) -> str:
         """Names a memory that overflows with the present weights whatever it is shown; ZeRO 3 has no whole weights."""
-        memory = overflowing_memory(self._engine.module, self._image_size) if self._stage < 3 else None
+        memory = overflowing_memory(self._engine.module, self._image_size) if self._engine.stage < 3 else None
         return f"; {memory} overflows on noise, too: its settings, or its weights, are the reason" if memory else ""
 
     def _samples(self, step: _Step, own_finite: bool) -> str:
@@ -241,12 +201,11 @@ class _OwnTime:
     On a GPU, events mark the time, and nobody waits for them.
     """
 
-    def __init__(self, engine: "DeepSpeedEngine", world: World) -> None:
+    def __init__(self, engine: "Engine", world: World) -> None:
         self._world = world
         self.seconds, self._steps = 0.0, 0
         self._events: list[tuple[Any, Any]] = []
-        engine.register_forward_pre_hook(lambda *_: self._start())
-        engine.register_forward_hook(lambda *_: self._stop())
+        engine.around_forward(self._start, self._stop)
 
     def _mark(self) -> Any:
         if self._world.device.type != "cuda":
@@ -280,15 +239,6 @@ class _OwnTime:
             f"rank {rank} on {host} holds the others up: its data and forward passes take {slowest:.3g} s a step, "
             f"those of the others {median(others):.3g} s"
         )
-
-
-def _stop_by(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
-    """Makes the optimizer's steps do nothing, to weights, moments and counts, while the flag is up."""
-    if type(optimizer).__module__.startswith("torch.") and all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = flag  # type: ignore[attr-defined] # what torch.amp.GradScaler sets
-        return
-    step = optimizer.step
-    optimizer.step = lambda *words: None if flag.item() else step(*words)  # type: ignore[assignment, method-assign]
 
 
 def spike_limit(losses: "deque[float] | list[float]", deviations: float) -> float:

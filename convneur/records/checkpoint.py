@@ -35,14 +35,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 
 from convneur.config import Config, config_text, save_config
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write, fsync
-from convneur.engine.build import Weights
 from convneur.engine.ema import Ema
+from convneur.engine.engine import Engine, Weights
 from convneur.engine.state import gather, gather_scalars, moment_names, restore
 from convneur.errors import NonFiniteError, SaveError
 from convneur.records.folder import (
@@ -177,7 +176,7 @@ def save_checkpoint(
     folder: Path,
     config: Config,
     world: World,
-    engine: DeepSpeedEngine,
+    engine: Engine,
     ema: Ema | None,
     state: TrainState,
     retention: Retention,
@@ -348,7 +347,7 @@ def newest_intact(checkpoints: list[Path], world: World) -> tuple[Path | None, l
     return None, faults
 
 
-def load_checkpoint(checkpoint: Path, engine: DeepSpeedEngine, ema: Ema | None) -> None:
+def load_checkpoint(checkpoint: Path, engine: Engine, ema: Ema | None) -> None:
     """Restores weights, optimizer and average from an intact checkpoint of any world size and ZeRO stage. Collective.
 
     The files are mapped into memory, not read: each rank reads its part.
@@ -380,7 +379,7 @@ def weights_file(averaged: bool) -> str:
     return EMA_FILE if averaged else MODEL_FILE
 
 
-def _gather_files(engine: DeepSpeedEngine, ema: Ema | None, world: World, state: TrainState) -> dict[str, Weights]:
+def _gather_files(engine: Engine, ema: Ema | None, world: World, state: TrainState) -> dict[str, Weights]:
     """Names and contents, in this rank's memory, of the files that this rank is to write. Collective."""
     names = [MODEL_FILE, *([EMA_FILE] if ema else []), *(f"{MOMENTS}/{m}.safetensors" for m in moment_names(engine))]
     files = {}

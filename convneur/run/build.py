@@ -13,7 +13,6 @@ from convneur.data.stores.choose import open_store
 from convneur.data.stream.choose import build_train_loader
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.shuffle import shuffle_warning
-from convneur.engine.build import engine_settings, true_shape, zero_stage
 from convneur.engine.optimizer import choose_implementation
 from convneur.engine.section import offloads_optimizer
 from convneur.monitoring.bad_samples import BadSampleCount
@@ -131,7 +130,7 @@ def _start(
         log.say(f"warning: no checkpoint yet: the {lost} steps that this run has made before are made anew")
     if state:
         log.say(f"resuming from {checkpoint}, {start_step} of {total_steps} steps made")
-        if state.engine != (settings := engine_settings(engine)):
+        if state.engine != (settings := engine.settings):
             log.say(
                 f"resuming {_in_words(state.engine)} as {_in_words(settings)}: weights, moments and averages are equal "
                 "to the bit, the steps to come are not: sums run in another order"
@@ -140,11 +139,10 @@ def _start(
         log.say(f"warning: {config.model.variant} has {warning}")
     if world.is_main and (warning := shuffle_warning(config.data, store, config.run.seed)):
         log.say(f"warning: {warning}")
-    parameters = sum(true_shape(parameter).numel() for parameter in engine.module.parameters())
     flops = step_flops(config.model, config.data.image_size)
     log.say(
-        f"{config.model.variant}: {parameters / 1e6:.2f} M parameters, "
-        f"{world.size} x {world.device.type}, ZeRO {zero_stage(engine)}, "
+        f"{config.model.variant}: {engine.parameters / 1e6:.2f} M parameters, "
+        f"{world.size} x {world.device.type}, ZeRO {engine.stage}, "
         f"{config.optimizer.name} of {implementation}, {len(store):,} training images, "
         f"{loader.steps_per_epoch} steps an epoch, {flops / 1e9:.3g} GFLOPs to train on an image"
     )
@@ -159,7 +157,7 @@ def _start(
         monitors=Monitors(
             watchdog=watchdog,
             guards=guards,
-            gauges=Gauges(world, flops, guards.gradient_norm, loader.bad_samples),
+            gauges=Gauges(world, flops, engine.gradient_norm, loader.bad_samples),
             bad_samples=BadSampleCount(config.data, len(store), loader.bad_samples, world.device),
             profiler=Profiler(folder / TRACE_FILE, world, log.say) if profile else None,
         ),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from convneur.config import Config
 from convneur.data.stream.train import TrainLoader
-from convneur.engine.build import engine_settings
 from convneur.errors import NonFiniteError, SaveError
 from convneur.monitoring.watchdog import Watchdog
 from convneur.records.checkpoint import (
@@ -99,7 +98,7 @@ class Keeper:
         last = done == self.config.schedule.epochs * self.loader.steps_per_epoch
         if not (due or last or at_once):
             return
-        data, engine = self.loader.state(done), engine_settings(self.trainer.engine)
+        data, engine = self.loader.state(done), self.trainer.engine.settings
         state = TrainState(done, self.seconds, data, engine, best, self.went_back)
         with self.log.paused(), self.watchdog.paused():
             for left in reversed(range(LAST_TRIES if last or at_once else 1)):

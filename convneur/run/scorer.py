@@ -7,7 +7,8 @@ from convneur.config import Config
 from convneur.data.stream.batch import EvalBatch
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
-from convneur.engine.build import Weights, autocast
+from convneur.engine.build import autocast
+from convneur.engine.engine import Weights
 from convneur.engine.state import gather
 from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.gauges import watched_gates

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from timm.scheduler.scheduler import Scheduler
 
 from convneur.config import Config
 from convneur.engine.build import build_engine, use_apex_norms
 from convneur.engine.ema import Ema
+from convneur.engine.engine import Engine
 from convneur.engine.optimizer import Implementation, build_optimizer, build_schedule
 from convneur.engine.section import deepspeed_config, offloads_optimizer
 from convneur.models.convneur.model import ConvNeur
@@ -28,15 +28,14 @@ class Trainer:
         ema: the averaged weights; None where no average is kept.
     """
 
-    engine: DeepSpeedEngine
+    engine: Engine
     schedule: Scheduler
     ema: Ema | None
 
     @property
     def learning_rate(self) -> float:
         """Learning rate that the optimizer is set to; under muP the one before a group's own scale."""
-        group = self.engine.basic_optimizer.param_groups[0]
-        return float(group["lr"] / group.get("lr_scale", 1.0))
+        return self.engine.learning_rate
 
     def load(self, checkpoint: Path) -> None:
         """Takes weights, moments and average from an intact checkpoint. Collective."""

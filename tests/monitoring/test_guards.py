@@ -16,7 +16,7 @@ from small_run import STEPS
 from convneur.data.stream.batch import Batch
 from convneur.engine.build import build_engine
 from convneur.models.convneur.model import ConvNeur, ModelConfig
-from convneur.monitoring.guards import GuardConfig, Guards, _stop_by, checksum, odd_ranks, spike_limit
+from convneur.monitoring.guards import GuardConfig, Guards, checksum, odd_ranks, spike_limit
 from convneur.records.checkpoint import list_checkpoints
 from convneur.records.metrics import read_metrics
 from convneur.system.world import COLLECTIVE_TIMEOUT, World
@@ -87,51 +87,6 @@ def test_a_rank_that_can_t_write_keeps_nobody_waiting(said: dict[str, str], out:
     assert read_metrics(out / "disk")[-1]["step"] == STEPS
     seconds = json.loads((out / "disk" / "summary.json").read_text())["seconds"]
     assert seconds < COLLECTIVE_TIMEOUT.total_seconds()
-
-
-@pytest.mark.parametrize("implementation", ["fused", "foreach"])
-def test_the_flag_stops_an_optimizer(implementation: str) -> None:
-    """Of a fused one, by what its kernels read; the others are not called at all."""
-    weight = torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(0)))
-    optimizer = torch.optim.AdamW([weight], **{implementation: True})
-    flag = torch.zeros(())
-    _stop_by(optimizer, flag)
-    seen = []
-    for up in (0.0, 1.0, 0.0):
-        flag.fill_(up)
-        weight.grad = torch.full((5,), float("nan") if up else 1.0)
-        optimizer.step()
-        state = optimizer.state[weight]
-        seen.append([t.clone() for t in (weight.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"])])
-    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
-    assert all(b.isfinite().all() and not torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_gradients_are_clipped_to_the_norm_that_torch_finds(world: World, dtype: str) -> None:
-    """At ZeRO 0 the guards tell the norm and clip by it, also where float16 has the loss scaled."""
-    model = ConvNeur(ModelConfig("n1", num_classes=10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    section = {"train_batch_size": 4, "gradient_clipping": 0.1, "zero_optimization": {"stage": 0}}
-    if dtype == "float16":
-        section["torch_autocast"] = {"enabled": True, "dtype": dtype}
-    engine = build_engine(model, optimizer, section)
-    guards = Guards(GuardConfig(), world, engine, None, str, 32, print)
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-    engine.backward(engine(images).float().square().mean())
-    scaler = engine.torch_autocast_z0_gradscaler
-    scale = scaler.get_scale() if scaler else 1.0
-    gradients = {name: weight.grad / scale for name, weight in model.named_parameters()}
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    guards.check_gradients()
-    engine.step()
-
-    norm = torch.nn.utils.get_total_norm(gradients.values())
-    assert norm > 0.1
-    torch.testing.assert_close(guards.gradient_norm(), norm)
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(weight, before[name] - gradients[name] * 0.1 / norm)
 
 
 def test_spikes() -> None:

@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from small_run import small_config
 from torch import Tensor
 
@@ -20,10 +19,10 @@ from convneur import train
 from convneur.config import Config
 from convneur.data.keys import key, seed_libraries
 from convneur.data.stream.train import TrainLoader
-from convneur.engine.build import zero_stage
+from convneur.engine.engine import Engine
 from convneur.engine.state import gather, gather_scalars, moment_names
 from convneur.errors import TrainingError
-from convneur.monitoring.guards import GuardConfig
+from convneur.monitoring.guards import GuardConfig, Guards
 from convneur.records import checkpoint
 from convneur.run.build import started_run
 from convneur.system.world import World
@@ -74,7 +73,7 @@ def skip(config: Config, world: World, folder: Path) -> None:
                 break
             seed_libraries(key(0, "step", step, world.rank), world.device)
             run.trainer.schedule.step_update(step)
-            loss = train.train_step(run.trainer.engine, batches, run.prepare, None, guards)
+            loss = train.train_step(run.trainer.engine, batches, run.prepare, None)
             guards.observe(step, batches, loss)
             states.append(state_of(run.trainer.engine))
         guards.review()
@@ -83,11 +82,11 @@ def skip(config: Config, world: World, folder: Path) -> None:
     train.cross_entropy = CROSS_ENTROPY
 
 
-def state_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+def state_of(engine: Engine) -> dict[str, Tensor]:
     state = {"steps": torch.tensor(list(gather_scalars(engine)["steps"].values()))}
     for moment in (None, *moment_names(engine)):
         state |= {f"{moment} {name}": weight.clone() for name, weight in gather(engine, moment).items()}
-    if zero_stage(engine) < 3:  # which leaves nothing of the parameters themselves
+    if engine.stage < 3:  # which leaves nothing of the parameters themselves
         state |= {f"own {name}": p.detach().clone() for name, p in engine.module.named_parameters()}
     return state
 
@@ -116,19 +115,19 @@ def make_no_step(config: Config, world: World, folder: Path) -> None:
 
 def flip(config: Config, world: World, folder: Path) -> None:
     """One bit of one weight changes on one rank, between two steps."""
-    observe = train.Guards.observe
+    observe = Guards.observe
 
-    def flipping(self: train.Guards, number: int, *words: object) -> None:
+    def flipping(self: Guards, number: int, *words: object) -> None:
         observe(self, number, *words)
         if number == 2 and world.rank == 1:
             weight = dict(self._engine.module.named_parameters())["head.fc.weight"]
             weight.data.view(torch.int32)[3, 5] ^= 1 << 9
 
-    train.Guards.observe = flipping
+    Guards.observe = flipping
     try:
         train.train(replace(config, guards=GuardConfig(compare_every_steps=2)), world, folder)
     finally:
-        train.Guards.observe = observe
+        Guards.observe = observe
 
 
 def be_slow(config: Config, world: World, folder: Path) -> None:

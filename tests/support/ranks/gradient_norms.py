@@ -13,12 +13,12 @@ from deepspeed.runtime import torch_autocast
 
 from convneur.config import load_config
 from convneur.engine.build import build_engine
+from convneur.engine.engine import Engine
 from convneur.engine.optimizer import build_optimizer, choose_implementation
 from convneur.engine.section import deepspeed_config, offloads_optimizer
 from convneur.engine.state import gather, gather_scalars, restore
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.model import ConvNeur, ModelConfig
-from convneur.monitoring.guards import GuardConfig, Guards
 from convneur.system.world import World
 from convneur.train import cross_entropy, train_step
 
@@ -44,7 +44,7 @@ def whole_batch() -> Micro:
     return torch.randn(BATCH, 3, 32, 32), torch.eye(10)[torch.arange(BATCH)]
 
 
-def start(world: World, precision: str, stage: int, accumulation: int, offload: bool) -> tuple[Any, Guards]:
+def start(world: World, precision: str, stage: int, accumulation: int, offload: bool) -> Engine:
     zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
     section = {"zero_optimization": zero} | PRECISIONS[precision]
     words = ["--data.global_batch_size", str(BATCH), "--train.accumulation", str(accumulation)]
@@ -56,17 +56,16 @@ def start(world: World, precision: str, stage: int, accumulation: int, offload: 
     offload = offloads_optimizer(config.deepspeed)
     implementation = choose_implementation(config.optimizer, "cpu", offload)
     optimizer = build_optimizer(model, config.optimizer, implementation, BATCH, offload)
-    engine = build_engine(model, optimizer, deepspeed_config(config, world.size))
-    return engine, Guards(GuardConfig(), world, engine, None, str, 32, print)
+    return build_engine(model, optimizer, deepspeed_config(config, world.size))
 
 
-def step(world: World, engine: Any, guards: Guards, accumulation: int, factor: float = 1.0) -> tuple[float, float]:
+def step(world: World, engine: Engine, accumulation: int, factor: float = 1.0) -> tuple[float, float]:
     """One step; the norm that is logged and that of the first moment."""
     images, targets = (x.chunk(world.size)[world.rank].chunk(accumulation) for x in whole_batch())
     batches = [(image * factor, target) for image, target in zip(images, targets, strict=True)]
-    train_step(engine, batches, lambda batch: batch, None, guards)  # type: ignore[arg-type]
+    train_step(engine, batches, lambda batch: batch, None)  # type: ignore[arg-type]
     moment = gather(engine, "exp_avg")
-    return float(guards.gradient_norm() or 0), float(torch.stack([m.double().norm() for m in moment.values()]).norm())
+    return float(engine.gradient_norm() or 0), float(torch.stack([m.double().norm() for m in moment.values()]).norm())
 
 
 def expected_norm() -> float:
@@ -80,17 +79,17 @@ def expected_norm() -> float:
 
 def scales(world: World, stage: int) -> dict[str, Any]:
     """The scale after a step that overflows, and what a resumed engine makes of a step after which it grows."""
-    engine, guards = start(world, "fp16-autocast", stage, 2, False)
-    step(world, engine, guards, 2)
-    step(world, engine, guards, 2, factor=float("inf"))
+    engine = start(world, "fp16-autocast", stage, 2, False)
+    step(world, engine, 2)
+    step(world, engine, 2, factor=float("inf"))
     told = gather_scalars(engine)
     moments = {name: gather(engine, name) for name in ("exp_avg", "exp_avg_sq")}
     moments["exp_avg"] = {name: torch.zeros_like(moment) for name, moment in moments["exp_avg"].items()}
     last = told["loss_scale"] | {"_growth_tracker": told["loss_scale"]["growth_interval"] - 1}
-    resumed, guards = start(world, "fp16-autocast", stage, 2, False)
+    resumed = start(world, "fp16-autocast", stage, 2, False)
     restore(resumed, small_model().state_dict(), moments, told | {"loss_scale": last})
     restored = gather_scalars(resumed)["loss_scale"] == last
-    norm, moment = step(world, resumed, guards, 2)
+    norm, moment = step(world, resumed, 2)
     return {
         "overflow": told | {"steps": max(told["steps"].values())},
         "restored": restored,
@@ -107,8 +106,8 @@ def main() -> None:
     modes += [("fp16-autocast", stage, 2, True) for stage in (1, 2, 3)]
     expected = expected_norm()
     for precision, stage, accumulation, offload in modes:
-        engine, guards = start(world, precision, stage, accumulation, offload)
-        norm, moment = step(world, engine, guards, accumulation)
+        engine = start(world, precision, stage, accumulation, offload)
+        norm, moment = step(world, engine, accumulation)
         mode = f"{precision}-{stage}-{accumulation}{'-offload' if offload else ''}"
         if world.is_main:
             print(json.dumps({"mode": mode, "expected": expected, "norm": norm, "clipped": moment / 0.1}), flush=True)
