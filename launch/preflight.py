@@ -44,7 +44,7 @@ def check_beginnings(configs: "Sequence[Config]", begin: str) -> None:
     from convneur.system.world import name_accelerator
 
     name_accelerator()
-    from convneur.run.beginning import check_beginning
+    from convneur.run.resume import check_beginning
 
     for config in configs:
         check_beginning(Path(config.run.root) / config.run.name, begin)

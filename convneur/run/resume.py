@@ -1,4 +1,8 @@
-"""Where a run goes on: which checkpoint, whether it fits, and what the best one was so far."""
+"""Where a start of a run goes on from: which checkpoint, whether it fits, and what the best one was so far.
+
+`--resume auto` is the run's newest. A run that is started again and again by the same words, as Slurm does, with
+another checkpoint or run to begin from, begins there, and from then on it is "auto", too: `agreed_start`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -8,6 +12,7 @@ import torch.distributed as dist
 
 from convneur.config import Config, load_config
 from convneur.data.errors import DamagedError, InputError
+from convneur.data.files import atomic_write
 from convneur.records.checkpoint import (
     TrainState,
     checkpoint_name,
@@ -17,11 +22,48 @@ from convneur.records.checkpoint import (
     newest_intact,
     restore_replaced,
 )
-from convneur.records.folder import CHECKPOINTS, CONFIG_FILE, LATEST
+from convneur.records.folder import BEGINNING_FILE, CHECKPOINTS, CONFIG_FILE, LATEST
 from convneur.records.retention import Best
 from convneur.records.saved import salvage_metrics
 from convneur.system.agreement import led
 from convneur.system.world import World
+
+NEVER = "never"
+
+
+def check_beginning(folder: Path, begin: str) -> None:
+    """Raises InputError where a run's folder has checkpoints that did not begin as asked, or there is no such start.
+
+    Args:
+        folder: the run's, which may not exist.
+        begin: a checkpoint, another run, or "never" for initial weights.
+    """
+    if list_checkpoints(folder / CHECKPOINTS):
+        if _read_beginning(folder) != _beginning(begin):
+            raise InputError(
+                f"{folder} has checkpoints already, of a run that did not begin with --resume {begin}: give another"
+                " --run.name, or leave --resume out to go on with that run"
+            )
+    elif begin != NEVER:
+        find_checkpoint(Path(begin))
+
+
+def agreed_start(folder: Path, begin: str, world: World) -> str:
+    """What to resume from now: "auto" once the run has checkpoints of its own, until then where it begins. Collective.
+
+    Raises InputError as `check_beginning` does.
+    """
+    agreed = [""]
+    with led(world):
+        if world.is_main:
+            check_beginning(folder, begin)
+            own = bool(list_checkpoints(folder / CHECKPOINTS))
+            if not own:
+                with atomic_write(folder / BEGINNING_FILE) as file:
+                    file.write(_beginning(begin).encode(errors="surrogateescape"))
+            agreed = ["auto" if own else begin]
+    dist.broadcast_object_list(agreed, group=world.control)
+    return agreed[0]
 
 
 def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | None, list[str]]:
@@ -32,7 +74,7 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
         InputError: the checkpoint asked for is absent or damaged, or all of a run's checkpoints are damaged; a run
             never starts afresh in silence where it has made steps before.
     """
-    if resume == "never":
+    if resume == NEVER:
         return None, []
     if resume == "auto":
         with led(world):
@@ -49,6 +91,17 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
             f"no intact checkpoint to resume from ({' | '.join(faults)}); restore one, or start with --resume never"
         )
     return checkpoint, faults
+
+
+def _beginning(begin: str) -> str:
+    return begin if begin == NEVER else str(Path(begin).resolve())
+
+
+def _read_beginning(folder: Path) -> str | None:
+    try:
+        return (folder / BEGINNING_FILE).read_bytes().decode(errors="surrogateescape")
+    except FileNotFoundError:
+        return None
 
 
 def check_fit(checkpoint: Path, config: Config) -> None:

@@ -164,7 +164,7 @@ def _train_rank(config: "Config", args: argparse.Namespace) -> int:
 
     set_determinism(config.run.determinism)
     with joined_world() as world:
-        from convneur.run.beginning import agreed_start
+        from convneur.run.resume import agreed_start
         from convneur.train import train
 
         with _agreed_folder(config, args, world) as folder:

@@ -6,7 +6,7 @@ import pytest
 
 from convneur.data.errors import InputError
 from convneur.records.folder import BEGINNING_FILE
-from convneur.run.beginning import agreed_start, check_beginning
+from convneur.run.resume import agreed_start, check_beginning
 from convneur.system.world import World
 
 
