@@ -26,9 +26,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
-from convneur.models.convneur.config import ModelConfig
 from convneur.models.convneur.memory import MemoryConfig, MemoryState, NeuralMemory, retrieve
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTHS = (16, 32, 64, 128)

@@ -1,6 +1,6 @@
 """The configuration of a run: dataclass defaults, then YAML files, then `--section.key value`.
 
-Sections are dataclasses in modules that load no PyTorch; `convneur.settings` reads them. Only `deepspeed` is a free
+Sections are dataclasses beside the code they configure; `convneur.settings` reads them. Only `deepspeed` is a free
 mapping. What is saved with a run is resolved and includes nothing.
 """
 
@@ -14,7 +14,7 @@ from convneur.data.config import DataConfig
 from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write, check_kind
 from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig
-from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ModelConfig
 from convneur.monitoring.guards import GuardConfig
 from convneur.monitoring.watchdog import WatchdogConfig
 from convneur.settings import load_as, read_file, resolve, yaml_text

@@ -18,8 +18,7 @@ from convneur.config import Config, load_config
 from convneur.data.keys import libraries_restored, seed_libraries
 from convneur.data.views.transforms import TrainTransform, eval_transform
 from convneur.engine.optimizer import OptimizerConfig, build_optimizer, build_schedule, peak_lr
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.tasks.mixing import DeviceTransform
 
 STEPS = 10  # an epoch

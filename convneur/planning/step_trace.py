@@ -23,8 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 
 Precision = Literal["fp32", "autocast", "bf16", "fp16"]
 Group = Literal["matrix", "depthwise", "memory", "pointwise"]

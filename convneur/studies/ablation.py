@@ -21,8 +21,7 @@ import torch
 from convneur.config import Config
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.models.describe import describe
 from convneur.records.strict_json import json_text
 from convneur.records.summary import read_summary

@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 from convneur.config import config_text
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
-from convneur.models.convneur.config import variant_named
+from convneur.models.convneur.model import variant_named
 from convneur.records.saved import or_nan, read_metrics
 from convneur.studies.cost import read_study_plan, total
 from convneur.studies.equal_compute import Difference

@@ -17,8 +17,7 @@ from convneur.config import load_config
 from convneur.data.errors import InputError
 from convneur.engine.optimizer import OptimizerConfig, build_optimizer, choose_implementation
 from convneur.limits import check_config
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 
 FP32 = [f"fp32-{stage}" for stage in range(4)]
 AUTOCAST = [f"autocast-{stage}" for stage in range(4)]

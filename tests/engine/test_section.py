@@ -20,9 +20,8 @@ from convneur.engine.section import (
     deepspeed_config,
     parse_with_deepspeed,
 )
-from convneur.models.convneur.config import ModelConfig
 from convneur.models.convneur.mixers import MIXERS, MixerKind, UpdateGenerator
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 
 BASE = ["--data.global_batch_size", "96", "--train.accumulation", "2", "--optimizer.clip_grad", "0.5"]
 

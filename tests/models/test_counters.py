@@ -8,8 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur.models.convneur import counters
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 
 
 def counted_by_modules(model: ConvNeur, images: torch.Tensor, rules: dict[Any, Any], total: str) -> tuple[int, int]:

@@ -12,9 +12,8 @@ from convneur.config import load_config
 from convneur.data.errors import InputError
 from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
 from convneur.limits import check_config
-from convneur.models.convneur.config import ModelConfig
 from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.models.convneur.mup import INNER_LR, MATRIX, RULES
 
 SCRIPT = ROOT / "benchmarks" / "coordinate_check.py"

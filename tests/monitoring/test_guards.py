@@ -15,8 +15,7 @@ from small_run import STEPS
 
 from convneur.data.stream.batch import Batch
 from convneur.engine.build import build_engine
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.monitoring.guards import GuardConfig, Guards, checksum, odd_ranks, spike_limit
 from convneur.records.checkpoint import list_checkpoints
 from convneur.records.metrics import read_metrics

@@ -41,8 +41,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(variant: str, drop_path_rate: float = 0.0, **fields: Any) -> nn.Module:
-    from convneur.models.convneur.config import ModelConfig
-    from convneur.models.convneur.model import ConvNeur
+    from convneur.models.convneur.model import ConvNeur, ModelConfig
 
     return ConvNeur(ModelConfig(variant, drop_path=drop_path_rate, **fields))
 

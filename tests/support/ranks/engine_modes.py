@@ -16,9 +16,8 @@ from convneur.data.keys import seed_libraries
 from convneur.engine.build import build_engine
 from convneur.engine.optimizer import build_optimizer, choose_implementation
 from convneur.engine.section import deepspeed_config, offloads_optimizer
-from convneur.models.convneur.config import ModelConfig
 from convneur.models.convneur.memory import MemoryConfig
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.ops.memory import cpp, eager
 from convneur.system.world import World
 
