@@ -15,8 +15,7 @@ from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write, check_kind
 from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig
 from convneur.models.convneur.model import ModelConfig
-from convneur.monitoring.guards import GuardConfig
-from convneur.monitoring.watchdog import WatchdogConfig
+from convneur.monitoring.config import GuardConfig, WatchdogConfig
 from convneur.settings import load_as, read_file, resolve, yaml_text
 from convneur.system.determinism import Determinism
 

@@ -1,5 +1,7 @@
 """Watching over a run: steps that aren't finite, losses that jump, ranks that lag, weights that differ.
 
+Ranks that lag are in lag.py, sums of weights in checksums.py.
+
 Nothing here waits for the device between two lines of metrics. What `Guards.observe` finds at each step stays on the
 device until `Guards.review` looks at it.
 
@@ -16,50 +18,29 @@ the learning rate nor the data, as PaLM was trained (arXiv 2204.02311, section 5
 """
 
 import math
-import socket
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from convneur.data.stream.batch import Batch
+from convneur.engine.ema import Ema
+from convneur.engine.engine import Engine
 from convneur.errors import CorruptionError
 from convneur.models.convneur.overflow import overflowing_memory
+from convneur.monitoring.checksums import difference
+from convneur.monitoring.config import GuardConfig
+from convneur.monitoring.lag import OwnTime
 from convneur.system.world import World
-
-if TYPE_CHECKING:
-    from convneur.data.stream.batch import Batch
-    from convneur.engine.ema import Ema
-    from convneur.engine.engine import Engine
 
 HISTORY = 200
 SHORTEST_HISTORY = 20
 NAMED = 5
 """How many of the samples of a bad step are named."""
-
-LAG, LAG_STEPS = 1.5, 10
-"""How many times the time that the others take makes a rank a slow one, and over how many steps at least."""
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    """When a run helps itself, and when it stops.
-
-    Attributes:
-        max_bad_steps: this many steps in a row whose gradients aren't finite, or whose loss jumps, send the run back to
-            the last checkpoint before them, once; the second time it stops.
-        spike: how many standard deviations above the median a loss is a jump.
-        compare_every_steps: optimizer steps between two comparisons of the weights that ranks hold in common.
-    """
-
-    max_bad_steps: int = 10
-    spike: float = 10.0
-    compare_every_steps: int = 1000
 
 
 @dataclass(frozen=True)
@@ -89,8 +70,8 @@ class Guards:
         self,
         config: GuardConfig,
         world: World,
-        engine: "Engine",
-        ema: "Ema | None",
+        engine: Engine,
+        ema: Ema | None,
         where: Callable[[int], str],
         image_size: int,
         say: Callable[[str], None],
@@ -100,10 +81,10 @@ class Guards:
         self._steps: list[_Step] = []
         self._stretch: list[int] = []
         self._losses: deque[float] = deque(maxlen=HISTORY)
-        self._own_time = _OwnTime(engine, world)
+        self._own_time = OwnTime(engine, world)
         self.skipped = 0
 
-    def observe(self, number: int, batches: "list[Batch]", loss: Tensor) -> None:
+    def observe(self, number: int, batches: list[Batch], loss: Tensor) -> None:
         """Takes in a step that has been made: its number, its samples and this rank's loss, still on the device."""
         indices = torch.cat([batch.indices for batch in batches])
         self._steps.append(_Step(number, indices, loss, self._engine.skipped))
@@ -149,10 +130,7 @@ class Guards:
         """
         if done % self._config.compare_every_steps or self._engine.stage == 3 or self._world.size == 1:
             return
-        names, sums = zip(*((name, checksum(tensor)) for name, tensor in self._replicated()), strict=True)
-        gathered = [torch.empty(len(sums), dtype=torch.int64) for _ in range(self._world.size)]
-        dist.all_gather(gathered, torch.stack(sums).cpu(), self._world.control)
-        if fault := odd_ranks(torch.stack(gathered), names):
+        if fault := difference(self._replicated(), self._world):
             raise CorruptionError(f"after {done} steps {fault}; --resume auto goes on from the last checkpoint")
 
     def _replicated(self) -> Iterator[tuple[str, Tensor]]:
@@ -194,80 +172,10 @@ class Guards:
         return f"its samples are {', '.join(names[:NAMED])}{more}"
 
 
-class _OwnTime:
-    """Seconds in which a rank works, or waits for its data, while no other can keep it waiting.
-
-    That is its forward passes, unless ZeRO 3 fetches weights in them. What it waits for in collectives tells of others.
-    On a GPU, events mark the time, and nobody waits for them.
-    """
-
-    def __init__(self, engine: "Engine", world: World) -> None:
-        self._world = world
-        self.seconds, self._steps = 0.0, 0
-        self._events: list[tuple[Any, Any]] = []
-        engine.around_forward(self._start, self._stop)
-
-    def _mark(self) -> Any:
-        if self._world.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _start(self) -> None:
-        self._started = self._mark()
-
-    def _stop(self) -> None:
-        self._events.append((self._started, self._mark()))
-
-    def lag(self, steps: int) -> str | None:
-        """Names the slowest rank if it is a slow one; `steps` steps were made since the last call. Collective."""
-        self._steps += steps
-        if self._steps < LAG_STEPS:
-            return None
-        for start, stop in self._events:
-            on_gpu = self._world.device.type == "cuda"
-            self.seconds += start.elapsed_time(stop) / 1000 if on_gpu else stop - start
-        told: list[tuple[float, str]] = [(0.0, "")] * self._world.size
-        dist.all_gather_object(told, (self.seconds / self._steps, socket.gethostname()), self._world.control)
-        self.seconds, self._steps, self._events = 0.0, 0, []
-        (slowest, host), rank = max((entry, rank) for rank, entry in enumerate(told))
-        others = [seconds for other, (seconds, _) in enumerate(told) if other != rank]
-        if not others or slowest <= LAG * median(others):
-            return None
-        return (
-            f"rank {rank} on {host} holds the others up: its data and forward passes take {slowest:.3g} s a step, "
-            f"those of the others {median(others):.3g} s"
-        )
-
-
-def spike_limit(losses: "deque[float] | list[float]", deviations: float) -> float:
+def spike_limit(losses: deque[float] | list[float], deviations: float) -> float:
     """The loss above which a step is a spike; infinite while too few losses are known."""
     if len(losses) < SHORTEST_HISTORY:
         return math.inf
     middle = median(losses)
     deviation = 1.4826 * median(abs(loss - middle) for loss in losses)
     return middle + deviations * max(deviation, 0.01 * abs(middle))
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """A number, int64 on the tensor's device, that any single flipped bit changes: the sum of its 32-bit words.
-
-    16-bit tensors are summed by words of 16 bits.
-    """
-    word = torch.int32 if tensor.element_size() % 4 == 0 else torch.int16
-    return tensor.detach().contiguous().view(-1).view(word).sum(dtype=torch.int64)
-
-
-def odd_ranks(sums: Tensor, names: "tuple[str, ...] | list[str]") -> str | None:
-    """Says which ranks' checksums (ranks, tensors) differ from those of most, and where first; None where none do."""
-    rows = [tuple(row) for row in sums.tolist()]
-    counts = {row: rows.count(row) for row in rows}
-    if len(counts) == 1:
-        return None
-    usual = max(counts, key=lambda row: counts[row])
-    tensor = next(i for i in range(len(names)) if len({row[i] for row in rows}) > 1)
-    if counts[usual] * 2 <= len(rows):
-        return f"the ranks hold different values of {names[tensor]}; which of them is wrong, so few can't tell"
-    odd = [str(rank) for rank, row in enumerate(rows) if row != usual]
-    return f"rank {' and '.join(odd)} holds other values of {names[tensor]} than the other ranks"

@@ -7,11 +7,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import Self
 
+from convneur.monitoring.config import WatchdogConfig
 from convneur.monitoring.deaf import END
 
 EXIT_STATUS = 75
@@ -20,20 +20,6 @@ EXIT_STATUS = 75
 OTHERS_SECONDS = 3.0  # the others' watchdogs bark at about the same time, and the first to end takes them along
 DEAF_SECONDS = 15.0
 TICK_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class WatchdogConfig:
-    """When a run counts as hanging.
-
-    Attributes:
-        seconds: most seconds from one step to the next; 0 for no watchdog.
-        long_seconds: the same for what takes its time: start and first step with their compilers, evaluation,
-            checkpoints.
-    """
-
-    seconds: float = 180.0
-    long_seconds: float = 1800.0
 
 
 class Watchdog:

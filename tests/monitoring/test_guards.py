@@ -16,7 +16,9 @@ from small_run import STEPS
 from convneur.data.stream.batch import Batch
 from convneur.engine.build import build_engine
 from convneur.models.convneur.model import ConvNeur, ModelConfig
-from convneur.monitoring.guards import GuardConfig, Guards, checksum, odd_ranks, spike_limit
+from convneur.monitoring.checksums import checksum, odd_ranks
+from convneur.monitoring.config import GuardConfig
+from convneur.monitoring.guards import Guards, spike_limit
 from convneur.records.checkpoint import list_checkpoints
 from convneur.records.metrics import read_metrics
 from convneur.system.world import COLLECTIVE_TIMEOUT, World

@@ -28,7 +28,7 @@ from convneur.data.views.decode import decode
 from convneur.data.views.transforms import eval_transform
 from convneur.errors import NonFiniteError, SaveError
 from convneur.models.convneur.model import ConvNeur
-from convneur.monitoring.guards import GuardConfig
+from convneur.monitoring.config import GuardConfig
 from convneur.records import checkpoint as checkpoints
 from convneur.records.checkpoint import (
     find_checkpoint,

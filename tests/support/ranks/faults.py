@@ -22,7 +22,8 @@ from convneur.data.stream.train import TrainLoader
 from convneur.engine.engine import Engine
 from convneur.engine.state import gather, gather_scalars, moment_names
 from convneur.errors import TrainingError
-from convneur.monitoring.guards import GuardConfig, Guards
+from convneur.monitoring.config import GuardConfig
+from convneur.monitoring.guards import Guards
 from convneur.records import checkpoint
 from convneur.run.build import started_run
 from convneur.system.world import World
