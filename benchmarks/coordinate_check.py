@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from convneur.engine.config import OptimizerConfig, ScheduleConfig
+from convneur.engine.optimizer import build_optimizer, build_schedule
 from convneur.models.convneur.memory import MemoryConfig, MemoryState, NeuralMemory, retrieve
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 

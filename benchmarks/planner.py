@@ -17,8 +17,9 @@ from matplotlib import pyplot as plt
 
 from convneur.config import Config, load_config
 from convneur.engine.build import build_engine
+from convneur.engine.config import choose_implementation
 from convneur.engine.ema import Ema
-from convneur.engine.optimizer import build_optimizer, choose_implementation
+from convneur.engine.optimizer import build_optimizer
 from convneur.engine.section import deepspeed_config
 from convneur.models.convneur.model import ConvNeur
 from convneur.planning.footprint import layout, peak

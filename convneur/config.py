@@ -13,7 +13,7 @@ from typing import Any, Literal
 from convneur.data.config import DataConfig
 from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write, check_kind
-from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig
+from convneur.engine.config import OptimizerConfig, ScheduleConfig
 from convneur.models.convneur.model import ModelConfig
 from convneur.monitoring.config import GuardConfig, WatchdogConfig
 from convneur.settings import load_as, read_file, resolve, yaml_text

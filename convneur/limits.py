@@ -15,7 +15,7 @@ import torch
 from convneur.config import Config
 from convneur.data.check import check_values as check_data_values
 from convneur.data.errors import InputError
-from convneur.engine.optimizer import check_no_lock, choose_implementation, peak_lr
+from convneur.engine.config import check_no_lock, choose_implementation, peak_lr
 from convneur.engine.section import deepspeed_config, offloads_optimizer
 from convneur.models.convneur.model import SMALLEST_IMAGE
 from convneur.system.apex import examine_apex

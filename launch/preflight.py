@@ -22,7 +22,7 @@ def check_start(config: "Config", world_size: int) -> None:
 def check(config: "Config", world_size: int) -> None:
     """Holds a configuration against the data, the ranks and DeepSpeed; InputError where they don't go together."""
     from convneur.data.check import check_data
-    from convneur.engine.optimizer import checked_steps
+    from convneur.engine.config import checked_steps
     from convneur.engine.section import deepspeed_config, parse_with_deepspeed
     from convneur.limits import check_config
     from convneur.system.world import name_accelerator

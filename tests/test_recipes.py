@@ -17,7 +17,8 @@ from timm.scheduler import create_scheduler_v2
 from convneur.config import Config, load_config
 from convneur.data.keys import libraries_restored, seed_libraries
 from convneur.data.views.transforms import TrainTransform, eval_transform
-from convneur.engine.optimizer import OptimizerConfig, build_optimizer, build_schedule, peak_lr
+from convneur.engine.config import OptimizerConfig, peak_lr
+from convneur.engine.optimizer import build_optimizer, build_schedule
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.tasks.mixing import DeviceTransform
 

@@ -13,7 +13,7 @@ from convneur.data.stores.choose import open_store
 from convneur.data.stream.choose import build_train_loader
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.shuffle import shuffle_warning
-from convneur.engine.optimizer import choose_implementation
+from convneur.engine.config import choose_implementation
 from convneur.engine.section import offloads_optimizer
 from convneur.monitoring.bad_samples import BadSampleCount
 from convneur.monitoring.gauges import Gauges, step_flops

@@ -8,9 +8,10 @@ from timm.scheduler.scheduler import Scheduler
 
 from convneur.config import Config
 from convneur.engine.build import build_engine, use_apex_norms
+from convneur.engine.config import Implementation
 from convneur.engine.ema import Ema
 from convneur.engine.engine import Engine
-from convneur.engine.optimizer import Implementation, build_optimizer, build_schedule
+from convneur.engine.optimizer import build_optimizer, build_schedule
 from convneur.engine.section import deepspeed_config, offloads_optimizer
 from convneur.models.convneur.model import ConvNeur
 from convneur.models.convneur.overflow import check_memories

@@ -3,8 +3,6 @@
 import os
 from typing import Literal
 
-import torch
-
 Determinism = Literal["fast", "strict"]
 
 
@@ -14,6 +12,8 @@ def set_determinism(determinism: Determinism) -> None:
     Call it before the process group is joined and before anything is on a GPU: NCCL and cuBLAS read their variables
     once. With strict, PyTorch refuses operators that have no such algorithm.
     """
+    import torch  # takes seconds, and who only knows the configuration needn't wait for it
+
     strict = determinism == "strict"
     torch.use_deterministic_algorithms(strict)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time

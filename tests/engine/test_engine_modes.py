@@ -15,7 +15,8 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from convneur.config import load_config
 from convneur.data.errors import InputError
-from convneur.engine.optimizer import OptimizerConfig, build_optimizer, choose_implementation
+from convneur.engine.config import OptimizerConfig, choose_implementation
+from convneur.engine.optimizer import build_optimizer
 from convneur.limits import check_config
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 

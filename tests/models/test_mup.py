@@ -10,7 +10,8 @@ from places import ROOT
 
 from convneur.config import load_config
 from convneur.data.errors import InputError
-from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from convneur.engine.config import OptimizerConfig, ScheduleConfig
+from convneur.engine.optimizer import build_optimizer, build_schedule
 from convneur.limits import check_config
 from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
 from convneur.models.convneur.model import ConvNeur, ModelConfig

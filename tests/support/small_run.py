@@ -6,7 +6,7 @@ from pathlib import Path
 
 from convneur.config import Config, RunConfig, TrainConfig
 from convneur.data.config import AugmentConfig, DataConfig
-from convneur.engine.optimizer import OptimizerConfig, ScheduleConfig
+from convneur.engine.config import OptimizerConfig, ScheduleConfig
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.model import ModelConfig
 from convneur.records.folder import MANIFEST, OPTIMIZER_FILE, STATE_FILE
