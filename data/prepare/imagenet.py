@@ -7,12 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from convneur.data.errors import InputError
-from convneur.data.format.selection import Tally
 from convneur.data.format.shards import Sample
 from convneur.data.keys import permutation
 from convneur.data.prepare.betons import Format, Pixels
-from convneur.data.prepare.layouts import TRAIN_ARCHIVE, VAL_ARCHIVE, File, require_unique, train_files, val_files
+from convneur.data.prepare.layouts import File, find_images
 from convneur.data.prepare.writing import SHARD_SAMPLES, Part, prepare
 from convneur.data.views.decode import decode
 
@@ -70,28 +68,11 @@ def prepare_imagenet(
     Raises:
         InputError: `source` isn't ImageNet, or is damaged; or `out` holds something else.
     """
-    if not source.is_dir():
-        raise InputError(f"{source} is no folder: --source takes the one with {TRAIN_ARCHIVE} or train/ in it")
-    files: dict[str, list[File]] = {}
-    tallies: dict[str, Tally] = {}
-    classes = None
-    if (source / TRAIN_ARCHIVE).is_file() or (source / "train").is_dir():
-        classes, files["train"], tallies["train"] = train_files(source, processes)
-    elif (source / VAL_ARCHIVE).is_file() or not (source / "val").is_dir():
-        raise InputError(
-            f"{source} holds neither {TRAIN_ARCHIVE} nor a folder train: name ImageNet's with --source; of images "
-            "for evaluation only, put the classes' folders into a folder val"
-        )
-    else:
-        say(f"{source} has no training images: the dataset will have split val alone")
-    classes, files["val"], tallies["val"] = val_files(source, classes, processes)
+    classes, files = find_images(source, processes, say)
     digest = blake2b(f"{max_side} {shard_samples} {classes}".encode(), digest_size=16)
-    for split, found in files.items():
+    for found in files.values():
         for file in found:
             digest.update(f"{file.key} {file.size} {file.label}\n".encode())
-        require_unique(found, split)
-        for line in tallies[split].lines(split):
-            say(line)
     if train := files.get("train"):
         files["train"] = [train[number] for number in permutation(len(train), 0, SOURCE)]
     return prepare(

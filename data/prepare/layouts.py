@@ -45,11 +45,49 @@ class File(NamedTuple):
     longer_keys: tuple[str, str] | None = None
 
 
-Found = tuple[list[File], Tally]
+_Found = tuple[list[File], Tally]
 """Images, and what was taken and left out."""
 
 
-def train_files(source: Path, processes: int) -> tuple[tuple[str, ...], list[File], Tally]:
+def find_images(
+    source: Path, processes: int, say: Callable[[str], object]
+) -> tuple[tuple[str, ...], dict[str, list[File]]]:
+    """Finds the images of ImageNet, or of validation alone.
+
+    Args:
+        source: folder with either layout.
+        processes: how many work at a time.
+        say: takes a line for what is left out of a split, and for what is odd.
+
+    Returns:
+        Classes in the order of their labels, and the images of each split in sorted order.
+
+    Raises:
+        InputError: `source` isn't ImageNet, or is damaged.
+    """
+    if not source.is_dir():
+        raise InputError(f"{source} is no folder: --source takes the one with {TRAIN_ARCHIVE} or train/ in it")
+    files: dict[str, list[File]] = {}
+    tallies: dict[str, Tally] = {}
+    classes = None
+    if (source / TRAIN_ARCHIVE).is_file() or (source / "train").is_dir():
+        classes, files["train"], tallies["train"] = _train_files(source, processes)
+    elif (source / VAL_ARCHIVE).is_file() or not (source / "val").is_dir():
+        raise InputError(
+            f"{source} holds neither {TRAIN_ARCHIVE} nor a folder train: name ImageNet's with --source; of images "
+            "for evaluation only, put the classes' folders into a folder val"
+        )
+    else:
+        say(f"{source} has no training images: the dataset will have split val alone")
+    classes, files["val"], tallies["val"] = _val_files(source, classes, processes)
+    for split, found in files.items():
+        _require_unique(found, split)
+        for line in tallies[split].lines(split):
+            say(line)
+    return classes, files
+
+
+def _train_files(source: Path, processes: int) -> tuple[tuple[str, ...], list[File], Tally]:
     """Classes, their images in sorted order, and what was taken."""
     archive = source / TRAIN_ARCHIVE
     tally = Tally()
@@ -58,7 +96,7 @@ def train_files(source: Path, processes: int) -> tuple[tuple[str, ...], list[Fil
         if odd := [name for name, _, _ in members if not WNID.fullmatch(PurePosixPath(name).stem)]:
             raise InputError(f"{archive} holds {readable(odd[0])}, expected one tar a class, such as n01440764.tar")
         classes = tuple(PurePosixPath(name).stem for name, _, _ in members)
-        work: Callable[[Any], Found] = partial(_class_in_archive, archive)
+        work: Callable[[Any], _Found] = partial(_class_in_archive, archive)
         tasks: Sequence[Any] = [(label, offset, size) for label, (_, offset, size) in enumerate(members)]
     else:
         folders = _class_folders(source / "train", tally)
@@ -74,7 +112,7 @@ def train_files(source: Path, processes: int) -> tuple[tuple[str, ...], list[Fil
     return classes, *_joined(found, tally)
 
 
-def val_files(
+def _val_files(
     source: Path, classes: tuple[str, ...] | None, processes: int
 ) -> tuple[tuple[str, ...], list[File], Tally]:
     """Classes, those of the validation images where None are given, their images by name, and what was taken."""
@@ -109,7 +147,7 @@ def val_files(
     return classes, sorted(files, key=lambda file: file.key), tally
 
 
-def _joined(found: Sequence[Found], tally: Tally) -> tuple[list[File], Tally]:
+def _joined(found: Sequence[_Found], tally: Tally) -> tuple[list[File], Tally]:
     """Images of a split in their order, by longer keys where several have the same one, and all that was met."""
     files = [file for part, _ in found for file in part]
     tally.add(part for _, part in found).taken = len(files)
@@ -149,7 +187,7 @@ def _class_folders(folder: Path, tally: Tally) -> dict[str, Path]:
     return {name: found[name] for name in sorted_classes(found)}
 
 
-def _class_in_folder(split: Path, task: tuple[int, Path]) -> Found:
+def _class_in_folder(split: Path, task: tuple[int, Path]) -> _Found:
     label, folder = task
     tally, files = Tally(), []
     for path in _walk(folder, tally, (folder.resolve(),)):
@@ -190,7 +228,7 @@ def _is_image(name: str, tally: Tally) -> bool:
     return False
 
 
-def _class_in_archive(archive: Path, task: tuple[int, int, int]) -> Found:
+def _class_in_archive(archive: Path, task: tuple[int, int, int]) -> _Found:
     label, first, size = task
     tally = Tally()
     members = sorted(_tar_members(archive, tally, first, size))
@@ -205,7 +243,7 @@ def _key(name: str) -> str:
     return readable(PurePosixPath(name).stem.replace(".", "_"))
 
 
-def require_unique(files: Sequence[File], split: str) -> None:
+def _require_unique(files: Sequence[File], split: str) -> None:
     """Refuses two images of one key."""
     seen: dict[str, File] = {}
     for file in files:
