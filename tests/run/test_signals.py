@@ -21,7 +21,8 @@ from convneur.records.metrics import read_metrics
 
 SEED = int(os.environ.get("CONVNEUR_SIGNALS_SEED", "0"))
 INTERRUPTIONS, EPOCHS = 8, 4
-START_SECONDS, END_SECONDS = 15.0, 200.0
+START_SECONDS = 15.0
+END_SECONDS = 1200.0  # what takes longer hangs
 SUSPENDED = "suspended for a while"
 NUMBERS = {
     "INT": signal.SIGINT,
@@ -140,9 +141,9 @@ def test_signals_at_random_moments_change_no_bit(digits: Path, tmp_path: Path) -
     config = small_config(digits, 1, checkpoint_every_steps=2, keep_checkpoints=2, root=str(tmp_path))
     save_config(replace(config, schedule=replace(config.schedule, epochs=EPOCHS)), tmp_path / "config.yaml")
     whole, run = tmp_path / "whole", tmp_path / "run"
-    with started(tmp_path / "config.yaml", whole, said) as start:
-        assert start.launcher.wait(END_SECONDS) == 0, said.read_text()[-3000:]
     try:
+        with started(tmp_path / "config.yaml", whole, said) as start:
+            assert start.launcher.wait(END_SECONDS) == 0
         for n in range(INTERRUPTIONS):
             with started(tmp_path / "config.yaml", run, said) as start:
                 history.append(interrupted(start, draw, MOMENTS[: -1 if n < INTERRUPTIONS / 2 else None]))
