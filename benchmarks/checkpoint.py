@@ -24,7 +24,8 @@ from convneur.engine.ema import Ema
 from convneur.engine.optimizer import build_optimizer
 from convneur.engine.section import deepspeed_config
 from convneur.models.convneur.model import ConvNeur
-from convneur.records.checkpoint import TrainState, load_checkpoint, newest_intact, save_checkpoint
+from convneur.records.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from convneur.records.manifest import newest_intact
 from convneur.records.retention import Retention
 from convneur.system.world import World
 

@@ -20,19 +20,15 @@ all of them raise, and the run may go on. What has another name beside them, suc
 checkpoint of the run and is left alone.
 """
 
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -45,31 +41,23 @@ from convneur.engine.engine import Engine, Weights
 from convneur.engine.state import gather, gather_scalars, moment_names, restore
 from convneur.errors import NonFiniteError, SaveError
 from convneur.records.folder import (
-    BEST,
-    CHECKPOINTS,
     CLASSES_FILE,
     CONFIG_FILE,
     EMA_FILE,
-    LATEST,
     MANIFEST,
     MODEL_FILE,
     MOMENTS,
     OPTIMIZER_FILE,
     STATE_FILE,
 )
+from convneur.records.listing import checkpoint_name, holds_one
+from convneur.records.manifest import digest
 from convneur.records.retention import Best, Retention
+from convneur.records.upkeep import TEMPORARY, follow_up, free_name, remove_leftovers
 from convneur.system.agreement import together
 from convneur.system.world import World
 
-_STEP = r"step-(?:[0-9]{8}|[1-9][0-9]{8,})"
-_NAME = re.compile(_STEP)
-_TEMPORARY = "tmp-"
-_LEFTOVER = re.compile(rf"{_TEMPORARY}(?P<removed>removed-)?(?P<name>{_STEP})(?:-[0-9]+)?")
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
-ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""What says that there is no such file; other errors say nothing about it."""
-_NEEDED = {CONFIG_FILE, STATE_FILE, MODEL_FILE, OPTIMIZER_FILE}
 
 
 def _versions() -> dict[str, str]:
@@ -128,50 +116,6 @@ def read_classes(checkpoint: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def checkpoint_name(step: int) -> str:
-    """Name of the folder of the checkpoint of a step."""
-    return f"step-{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints in a folder, newest first; unfinished ones and other names are not among them.
-
-    Neither is a folder that holds nothing of a checkpoint. A folder with such a name was whole when it got it. What it
-    has lost since, `newest_intact` finds. InputError where the folder is there but can't be read.
-    """
-    try:
-        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and _holds_one(path)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise InputError(f"{folder} can't be read ({error.strerror}), expected a run's checkpoints") from error
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint given as its own folder or as a run's, whose newest is taken; InputError where there is none."""
-    if (path / MANIFEST).is_file():
-        return path
-    found = list_checkpoints(path / CHECKPOINTS)
-    if not found:
-        raise InputError(
-            f"no checkpoint in {path}: expected a folder step-<number> with a {MANIFEST}, or a run's folder"
-        )
-    return found[0]
-
-
-def check_files(checkpoint: Path, *names: str) -> None:
-    """Raises InputError where one of these files of a checkpoint is not as it was written, or is missing."""
-    faults = _damage(checkpoint, lambda written: [name for name in names if name in written])
-    if fault := next(faults, None):
-        raise InputError(f"{checkpoint} is damaged: {fault}; restore it, or name another checkpoint")
-
-
 def save_checkpoint(
     folder: Path,
     config: Config,
@@ -205,14 +149,14 @@ def save_checkpoint(
             untouched, and what had been written is removed.
     """
     final = folder / checkpoint_name(state.step)
-    temporary = folder / f"{_TEMPORARY}{final.name}"
+    temporary = folder / f"{TEMPORARY}{final.name}"
     files = _gather_files(engine, ema, world, state)
     scalars = gather_scalars(engine)
     try:
         with together(world, SaveError, "making a folder for the checkpoint"):
             if world.is_main:
-                _remove_leftovers(folder)
-                temporary = _free(temporary)
+                remove_leftovers(folder)
+                temporary = free_name(temporary)
                 (temporary / MOMENTS).mkdir(parents=True)
         agreed = [temporary]
         dist.broadcast_object_list(agreed, group=world.control)
@@ -227,124 +171,20 @@ def save_checkpoint(
                 _write_json(scalars, temporary / OPTIMIZER_FILE)
                 _write_json(classes, temporary / CLASSES_FILE)
             mine = [*files, *((CONFIG_FILE, STATE_FILE, OPTIMIZER_FILE, CLASSES_FILE) if world.is_main else ())]
-            digests = {name: _digest(temporary / name) for name in mine}
+            digests = {name: digest(temporary / name) for name in mine}
         entries = [digests] * world.size
         dist.all_gather_object(entries, digests, world.control)
         with together(world, SaveError, "committing the checkpoint"):
             if world.is_main:
-                _write_json({name: digest for part in entries for name, digest in part.items()}, temporary / MANIFEST)
+                _write_json({name: entry for part in entries for name, entry in part.items()}, temporary / MANIFEST)
                 _publish(temporary, final)
     except SaveError:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if world.is_main:
-        _account(final, retention, state.best, warn)
+        follow_up(final, retention, state.best, warn)
     return final
-
-
-def _account(final: Path, retention: Retention, best: Best | None, warn: Callable[[str], None]) -> None:
-    """What follows a commit: it stands, whatever becomes of this, which is made up for after the next one."""
-    try:
-        fsync(final.parent)
-    except OSError as error:
-        warn(f"{final} is saved, but may not outlast a failure of this machine ({error})")
-    try:
-        _write_text(f"{final.name}\n", final.parent / LATEST)
-    except OSError as error:
-        warn(f"{final} is saved, but {LATEST} can't say so ({error})")
-    try:
-        remove_obsolete(final.parent, checkpoint_step(final), retention, best, warn)
-        _remove_leftovers(final.parent)
-        for left_over in _leftovers(final.parent):
-            warn(f"{left_over} can't be removed; it is of no use to the run")
-    except (OSError, InputError) as error:
-        warn(f"{final} is saved, but what is no longer needed beside it can't be found ({error})")
-
-
-def remove_obsolete(
-    folder: Path, current: int, retention: Retention, best: Best | None, warn: Callable[[str], None]
-) -> None:
-    """Removes the checkpoints that need not stay beside that of step `current`, which is intact. One rank does it.
-
-    `BEST` names a checkpoint that is there, or there is none. What can't be written or removed goes to `warn`.
-    """
-    by_step = {checkpoint_step(path): path for path in list_checkpoints(folder)}
-    if current not in by_step:
-        return
-    try:
-        if retention.best and best and best.step in by_step:
-            best.write(folder)
-        else:
-            (folder / BEST).unlink(missing_ok=True)
-    except OSError as error:
-        warn(f"{folder / BEST} can't be written ({error})")
-        return  # what it names stays
-    own = [step for step, path in by_step.items() if not path.is_symlink()]  # a link is somebody's
-    for step in retention.obsolete(own, current, best.step if best else None):
-        try:
-            _remove(by_step[step])
-        except OSError as error:
-            warn(f"{by_step[step]} is no longer needed, but can't be removed wholly ({error})")
-
-
-def restore_replaced(folder: Path) -> None:
-    """Gives a run's only checkpoint its name back, if a kill came as another was to replace it. One rank does it."""
-    for left_over in _leftovers(folder):
-        match = _LEFTOVER.fullmatch(left_over.name)
-        if match and match["removed"] and (left_over / MANIFEST).is_file():
-            original = folder / match["name"]
-            if not os.path.lexists(original) and not list_checkpoints(folder):
-                with suppress(OSError):
-                    left_over.rename(original)
-
-
-def _holds_one(path: Path) -> bool:
-    return any((path / name).is_file() for name in (MANIFEST, STATE_FILE, MODEL_FILE))
-
-
-def _leftovers(folder: Path) -> list[Path]:
-    """Folders that interrupted saves and removals have left; what else has a similar name is somebody's."""
-    named = (path for path in folder.glob(f"{_TEMPORARY}*") if _LEFTOVER.fullmatch(path.name))
-    return [path for path in named if path.is_dir() and not path.is_symlink()]
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what interrupted saves have left. What can't be, such as an open file on NFS, is tried the next time."""
-    for left_over in _leftovers(folder):
-        with suppress(OSError):
-            shutil.rmtree(left_over, ignore_errors=True)
-
-
-def _free(path: Path) -> Path:
-    """The first of PATH, PATH-2, PATH-3, ... at which there is nothing."""
-    names = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in count(1))
-    return next(name for name in names if not os.path.lexists(name))
-
-
-def newest_intact(checkpoints: list[Path], world: World) -> tuple[Path | None, list[str]]:
-    """The first of `checkpoints` whose every byte is as written, and what is wrong with those before it. Collective.
-
-    Rank 0's list counts; every rank hashes its share of the files, and all come to the same answer.
-
-    Raises:
-        StorageError: the storage of one before it doesn't answer. It may be intact, so the next isn't taken for it.
-        InputError: a file of one before it is there, but may not be read.
-    """
-    faults: list[str] = []
-    agreed: list[list[Path]] = [checkpoints]
-    dist.broadcast_object_list(agreed, group=world.control)
-    for checkpoint in agreed[0]:
-        found: list[list[str]] = [[] for _ in range(world.size)]
-        mine: list[str] = []
-        with together(world, InputError, "reading a checkpoint"):
-            mine += _damage(checkpoint, lambda names: names[world.rank :: world.size])
-        dist.all_gather_object(found, mine, world.control)
-        damage = [fault for part in found for fault in part]
-        if not damage:
-            return checkpoint, faults
-        faults.append(f"{checkpoint}: {'; '.join(damage)}")
-    return None, faults
 
 
 def load_checkpoint(checkpoint: Path, engine: Engine, ema: Ema | None) -> None:
@@ -402,17 +242,8 @@ def _write_weights(weights: Weights, config: Config, path: Path) -> None:
 
 
 def _write_json(value: object, path: Path) -> None:
-    _write_text(json.dumps(value, indent=2, sort_keys=True), path)
-
-
-def _write_text(text: str, path: Path) -> None:
     with atomic_write(path) as file:
-        file.write(text.encode())
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        file.write(json.dumps(value, indent=2, sort_keys=True).encode())
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -421,53 +252,12 @@ def _publish(temporary: Path, final: Path) -> None:
         fsync(folder)
     before = None
     if os.path.lexists(final):
-        own = _holds_one(final) and not final.is_symlink()
-        aside = f"{_TEMPORARY}removed-{final.name}" if own else f"{final.name}.aside"
-        before = final.rename(_free(final.with_name(aside)))
+        own = holds_one(final) and not final.is_symlink()
+        aside = f"{TEMPORARY}removed-{final.name}" if own else f"{final.name}.aside"
+        before = final.rename(free_name(final.with_name(aside)))
     try:
         temporary.rename(final)
     except OSError:
         if before:
             before.rename(final)
         raise
-
-
-def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; killed in the middle, it leaves nothing that looks like one."""
-    unnamed = _free(checkpoint.with_name(f"{_TEMPORARY}removed-{checkpoint.name}"))
-    checkpoint.rename(unnamed)
-    shutil.rmtree(unnamed)
-
-
-def _damage(checkpoint: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[str]:
-    """What is wrong with a checkpoint's manifest, and with those of its files, in order of name, that are chosen.
-
-    Raises InputError where one of them can't be read, which says nothing about what is in it.
-    """
-    try:
-        manifest = json.loads(_read(checkpoint, MANIFEST, Path.read_bytes))
-    except (*ABSENT, ValueError, RecursionError) as error:
-        yield f"{MANIFEST} can't be read ({error})"
-        return
-    if not isinstance(manifest, dict) or not manifest.keys() >= _NEEDED:
-        yield f"{MANIFEST} doesn't name the files of a checkpoint"
-        return
-    for name in choose(sorted(manifest)):
-        try:
-            if _read(checkpoint, name, _digest) != manifest[name]:
-                yield f"{name} is not as it was written"
-        except (*ABSENT, ValueError) as error:
-            yield f"{name} can't be read ({error})"
-
-
-def _read(checkpoint: Path, name: str, read: Callable[[Path], T]) -> T:
-    """What `read` makes of a file of a checkpoint; InputError where it can't be read, one of `ABSENT` without one."""
-    try:
-        return read(checkpoint / name)
-    except ABSENT:
-        raise
-    except OSError as error:
-        raise InputError(
-            f"{checkpoint / name} can't be read ({error.strerror or error}), though nothing need be wrong with it: see"
-            f" to that, then resume; if it is lost, remove {checkpoint}"
-        ) from error

@@ -8,16 +8,12 @@ from convneur.config import Config
 from convneur.data.stream.train import TrainLoader
 from convneur.errors import NonFiniteError, SaveError
 from convneur.monitoring.watchdog import Watchdog
-from convneur.records.checkpoint import (
-    TrainState,
-    checkpoint_step,
-    list_checkpoints,
-    newest_intact,
-    remove_obsolete,
-    save_checkpoint,
-)
+from convneur.records.checkpoint import TrainState, save_checkpoint
+from convneur.records.listing import checkpoint_step, list_checkpoints
+from convneur.records.manifest import newest_intact
 from convneur.records.metrics import TrainingLog
 from convneur.records.retention import Best, Retention
+from convneur.records.upkeep import remove_obsolete
 from convneur.run.trainer import Trainer
 from convneur.system.agreement import led
 from convneur.system.world import World

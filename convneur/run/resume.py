@@ -13,18 +13,13 @@ import torch.distributed as dist
 from convneur.config import Config, load_config
 from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write
-from convneur.records.checkpoint import (
-    TrainState,
-    checkpoint_name,
-    checkpoint_step,
-    find_checkpoint,
-    list_checkpoints,
-    newest_intact,
-    restore_replaced,
-)
+from convneur.records.checkpoint import TrainState
 from convneur.records.folder import BEGINNING_FILE, CHECKPOINTS, CONFIG_FILE, LATEST
+from convneur.records.listing import checkpoint_name, checkpoint_step, find_checkpoint, list_checkpoints
+from convneur.records.manifest import newest_intact
 from convneur.records.retention import Best
 from convneur.records.saved import salvage_metrics
+from convneur.records.upkeep import restore_replaced
 from convneur.system.agreement import led
 from convneur.system.world import World
 

@@ -14,9 +14,9 @@ from convneur.data.stream.train import TrainLoader
 from convneur.engine.state import steps_made
 from convneur.errors import NonFiniteError
 from convneur.monitoring.monitors import Monitors
-from convneur.records.checkpoint import checkpoint_name
 from convneur.records.curves import plot_run
 from convneur.records.folder import CHECKPOINTS
+from convneur.records.listing import checkpoint_name
 from convneur.records.metrics import TrainingLog
 from convneur.records.summary import Summary, write_summary
 from convneur.run.keeper import Keeper

@@ -8,8 +8,10 @@ import torch
 from convneur.config import Config, saved_config
 from convneur.data.errors import InputError
 from convneur.models.convneur.model import ConvNeur
-from convneur.records.checkpoint import check_files, find_checkpoint, load_weights, weights_file
+from convneur.records.checkpoint import load_weights, weights_file
 from convneur.records.folder import CLASSES_FILE, CONFIG_FILE
+from convneur.records.listing import find_checkpoint
+from convneur.records.manifest import check_files
 
 _NONE = torch.empty(0, device="meta")  # of a shape that no parameter has
 

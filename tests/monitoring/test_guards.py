@@ -19,7 +19,7 @@ from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.monitoring.checksums import checksum, odd_ranks
 from convneur.monitoring.config import GuardConfig
 from convneur.monitoring.guards import Guards, spike_limit
-from convneur.records.checkpoint import list_checkpoints
+from convneur.records.listing import list_checkpoints
 from convneur.records.metrics import read_metrics
 from convneur.system.world import COLLECTIVE_TIMEOUT, World
 

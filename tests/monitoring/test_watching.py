@@ -20,7 +20,7 @@ from convneur.launch.cli import main
 from convneur.limits import check_config
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.monitoring.gauges import step_flops
-from convneur.records.checkpoint import list_checkpoints
+from convneur.records.listing import list_checkpoints
 from convneur.records.metrics import Records, read_metrics
 from convneur.system.world import World
 from convneur.train import train

@@ -30,15 +30,12 @@ from convneur.errors import NonFiniteError, SaveError
 from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.config import GuardConfig
 from convneur.records import checkpoint as checkpoints
-from convneur.records.checkpoint import (
-    find_checkpoint,
-    list_checkpoints,
-    load_weights,
-    newest_intact,
-    read_classes,
-    read_state,
-)
+from convneur.records import manifest as manifests
+from convneur.records import upkeep
+from convneur.records.checkpoint import load_weights, read_classes, read_state
 from convneur.records.folder import BEST, CHECKPOINTS, CLASSES_FILE, LATEST, MANIFEST
+from convneur.records.listing import find_checkpoint, list_checkpoints
+from convneur.records.manifest import newest_intact
 from convneur.records.metrics import read_metrics
 from convneur.records.retention import Best
 from convneur.run.keeper import LAST_TRIES
@@ -277,15 +274,15 @@ def test_cleaning_up_is_not_saving(
         if not ignore_errors:
             raise OSError(39, "Directory not empty", str(path))
 
-    flush = checkpoints.fsync
+    flush = upkeep.fsync
 
     def fail_for_names(path: Path) -> None:
         if path == folder:
             raise OSError(5, "Input/output error")
         flush(path)
 
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", refuse)
-    monkeypatch.setattr(checkpoints, "fsync", fail_for_names)
+    monkeypatch.setattr(upkeep.shutil, "rmtree", refuse)
+    monkeypatch.setattr(upkeep, "fsync", fail_for_names)
     train(replace(config, run=replace(config.run, keep_checkpoints=1, keep_best=False)), world, tmp_path)
     said = capfd.readouterr().out
     assert "ALARM" not in said
@@ -314,7 +311,7 @@ def test_what_lies_where_a_checkpoint_has_to_go_steps_aside(tmp_path: Path) -> N
     for step in range(1, 5):
         temporary = Path(shutil.copytree(whole, tmp_path / f"tmp-step-0000000{step}"))
         checkpoints._publish(temporary, tmp_path / f"step-0000000{step}")
-    checkpoints._remove_leftovers(tmp_path)
+    upkeep.remove_leftovers(tmp_path)
     asides = [f"step-0000000{step}.aside" for step in (1, 2, 3)]
     named = [f"step-0000000{step}" for step in (1, 2, 3, 4)]
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "tmp-mine", "tmp-step-00000009", *asides, *named}
@@ -356,14 +353,14 @@ def test_never_starts_afresh_in_silence(run: Path, world: World, config: Config)
 def test_storage_that_does_not_answer_is_no_damage(run: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An older checkpoint that can be read is not taken for it: the one that can't would be removed in the end."""
     newest, previous = list_checkpoints(run / CHECKPOINTS)
-    real = checkpoints._digest
+    real = manifests.digest
 
     def failing(path: Path) -> dict[str, Any]:
         if unreadable in path.parents:
             raise OSError(number, os.strerror(number), str(path))
         return real(path)
 
-    monkeypatch.setattr(checkpoints, "_digest", failing)
+    monkeypatch.setattr(manifests, "digest", failing)
     unreadable, number = newest, errno.EIO
     with pytest.raises(InputError, match=rf"{newest}/.* can't be read \(Input/output error\)") as error:
         choose_checkpoint(run, "auto", world)
@@ -406,7 +403,7 @@ def test_lost_checkpoints_are_missed(
     assert f"warning: no checkpoint yet: the {STEPS} steps that this run has made" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("fails_in", ["save_config", "_digest", "_publish"])
+@pytest.mark.parametrize("fails_in", ["save_config", "digest", "_publish"])
 def test_a_save_that_fails_raises_an_alarm_and_the_run_goes_on(
     world: World,
     config: Config,

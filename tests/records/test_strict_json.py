@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from small_run import small_config
 
 from convneur.launch.cli import main
-from convneur.records.checkpoint import _digest, find_checkpoint
 from convneur.records.folder import MANIFEST, MODEL_FILE
+from convneur.records.listing import find_checkpoint
+from convneur.records.manifest import digest
 from convneur.records.metrics import TrainingLog, read_metrics
 from convneur.system.world import World
 from convneur.tools.evaluate import Scores
@@ -49,7 +50,7 @@ def test_evaluation_of_weights_that_are_not_finite(
     weights = load_file(broken / MODEL_FILE)
     save_file({name: weight * math.nan for name, weight in weights.items()}, broken / MODEL_FILE)
     manifest = json.loads((broken / MANIFEST).read_text())
-    (broken / MANIFEST).write_text(json.dumps(manifest | {MODEL_FILE: _digest(broken / MODEL_FILE)}))
+    (broken / MANIFEST).write_text(json.dumps(manifest | {MODEL_FILE: digest(broken / MODEL_FILE)}))
     monkeypatch.delenv("RANK")
     capfd.readouterr()
     assert main(["eval", str(broken), "--json", "--nproc", "1"]) == 0

@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from small_run import STEPS, small_config
 
 from convneur.config import Config
-from convneur.records.checkpoint import checkpoint_step, list_checkpoints, newest_intact
+from convneur.records.listing import checkpoint_step, list_checkpoints
+from convneur.records.manifest import newest_intact
 from convneur.records.metrics import TrainingLog, read_metrics
 from convneur.system.world import World
 from convneur.tasks.classification import Scores

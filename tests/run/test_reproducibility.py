@@ -17,7 +17,7 @@ from small_run import STEPS, small_config
 
 from convneur.config import load_config, save_config
 from convneur.launch.cli import main
-from convneur.records.checkpoint import list_checkpoints
+from convneur.records.listing import list_checkpoints
 from convneur.records.metrics import read_metrics
 from convneur.records.provenance import _packages, _sources, differences, read_record, record, write_record
 

@@ -16,7 +16,7 @@ from compared_runs import assert_same_files
 from small_run import STEPS, small_config
 
 from convneur.config import save_config
-from convneur.records.checkpoint import checkpoint_name
+from convneur.records.listing import checkpoint_name
 from convneur.records.metrics import read_metrics
 
 SEED = int(os.environ.get("CONVNEUR_SIGNALS_SEED", "0"))

@@ -17,7 +17,7 @@ from small_run import STEPS, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from convneur.config import save_config
-from convneur.records.checkpoint import list_checkpoints
+from convneur.records.listing import list_checkpoints
 from convneur.records.metrics import read_metrics
 from convneur.system.world import World
 from convneur.train import train

@@ -18,7 +18,7 @@ from places import SUPPORT
 from slurm_cluster import SLURM, Cluster, dev_cluster
 
 from convneur.config import load_config
-from convneur.records.checkpoint import checkpoint_step, list_checkpoints
+from convneur.records.listing import checkpoint_step, list_checkpoints
 from convneur.records.metrics import read_metrics
 
 pytestmark = pytest.mark.slurm

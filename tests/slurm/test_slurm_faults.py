@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from slurm_cluster import ENDED, SLURM, Cluster
 
 from convneur.monitoring.watchdog import EXIT_STATUS
-from convneur.records.checkpoint import list_checkpoints
+from convneur.records.listing import list_checkpoints
 from convneur.records.metrics import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]

@@ -26,8 +26,8 @@ from convneur.data.stores.choose import open_store
 from convneur.launch.cli import main
 from convneur.launch.side_by_side import device_shares
 from convneur.models.convneur.model import ModelConfig, variant_named
-from convneur.records.checkpoint import list_checkpoints
 from convneur.records.folder import METRICS_FILE
+from convneur.records.listing import list_checkpoints
 from convneur.records.summary import Summary, write_summary
 from convneur.settings import load_as
 from convneur.studies.fit import Findings, find

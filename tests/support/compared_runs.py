@@ -9,7 +9,7 @@ import torch
 from places import SUPPORT
 from safetensors.torch import load_file
 
-from convneur.records.checkpoint import list_checkpoints
+from convneur.records.listing import list_checkpoints
 
 MOMENTS = ["optimizer/exp_avg.safetensors", "optimizer/exp_avg_sq.safetensors"]
 PATHS = [str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]

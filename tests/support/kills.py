@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convneur.config import Config
-from convneur.records import checkpoint
+from convneur.records import checkpoint, upkeep
 from convneur.records.folder import MANIFEST
 from convneur.run import keeper
 
@@ -17,7 +17,7 @@ PHASES = (
     "_write_weights: before",
     "_write_weights: in the middle",
     "_write_weights: after",
-    "_digest: before",
+    "digest: before",
     "manifest: before",
     "_publish: before",
     "_publish: after",
@@ -30,13 +30,14 @@ def train_and_die(config: Config, folder: Path, phase: str) -> None:
     """Resumes a run and dies in the named phase of its first save."""
     where, _, when = phase.partition(": ")
     name = "_write_json" if where == "manifest" else where
-    real = getattr(checkpoint, name)
+    module = upkeep if name == "_remove" else checkpoint
+    real = getattr(module, name)
 
     def deadly(*words: Any) -> Any:
         if where == "manifest" and words[-1].name != MANIFEST:
             return real(*words)
         if when == "in the middle" and where == "_remove":
-            checkpoint.shutil.rmtree = lambda path: remove_one_file(path) or die()
+            upkeep.shutil.rmtree = lambda path: remove_one_file(path) or die()
             real(*words)
         if when != "before":
             real(*words)
@@ -45,7 +46,7 @@ def train_and_die(config: Config, folder: Path, phase: str) -> None:
         die()
 
     if phase:
-        setattr(checkpoint, name, deadly)
+        setattr(module, name, deadly)
     train_alone(config, folder)
 
 

@@ -17,7 +17,7 @@ from convneur.data.errors import WorkerError
 from convneur.data.stream.batch import Batch, EvalBatch
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.train import TrainLoader
-from convneur.records.checkpoint import list_checkpoints
+from convneur.records.listing import list_checkpoints
 from convneur.records.metrics import read_metrics
 from convneur.system.world import World
 from convneur.train import train
