@@ -224,8 +224,8 @@ def fit(args: argparse.Namespace, overrides: Overrides) -> int:
     config = _load(args, overrides)
     from convneur.studies.fit import find, save_findings
     from convneur.studies.grid import finished_points
-    from convneur.studies.report import fit_lines
     from convneur.studies.series import series_folder
+    from convneur.studies.words import fit_lines
 
     damaged: list[str] = []
     findings = find(config, _some(finished_points(config, damaged), config, damaged), damaged)

@@ -32,8 +32,9 @@ from convneur.records.summary import Summary, write_summary
 from convneur.settings import load_as
 from convneur.studies.fit import Findings, find
 from convneur.studies.grid import StudyConfig, StudySettings, best_rates, cost, finished_points, progress, study_runs
-from convneur.studies.report import fit_lines, write_report
+from convneur.studies.report import write_report
 from convneur.studies.series import member_folder, series_folder
+from convneur.studies.words import fit_lines
 
 STUDIES = CONFIGS / "studies"
 ENV = {name: value for name, value in os.environ.items() if name != "RANK"} | {"OMP_NUM_THREADS": "1"}
