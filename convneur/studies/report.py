@@ -41,8 +41,22 @@ def write_report(config: StudyConfig, findings: Findings, folder: Path) -> list[
 
 
 def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]) -> str:
-    finished = len(findings.points)
     parts = [
+        *_opening(config, findings),
+        *_losses(findings, pictures),
+        *_laws(findings),
+        *_windows(findings),
+        *_best_sizes(findings, pictures),
+        *_training(config, findings, pictures),
+        *_making(config, findings),
+    ]
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(config.run.name)}</title>"
+    return f"{head}<style>{STYLE}</style>\n" + "\n".join(parts) + "</html>\n"
+
+
+def _opening(config: StudyConfig, findings: Findings) -> list[str]:
+    finished = len(findings.points)
+    return [
         f"<h1>Scaling study {escape(config.run.name)}</h1>",
         f"<p>{finished} of {len(study_runs(config))} runs are finished. "
         f"Sizes {', '.join(config.study.sizes)}; held out {', '.join(config.study.held_out) or 'none'}. Images of "
@@ -53,6 +67,11 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
         "<h2>What it says</h2><ul>",
         *(f"<li>{escape(line)}</li>" for line in _summary(config, findings)),
         "</ul>",
+    ]
+
+
+def _losses(findings: Findings, pictures: Mapping[str, bytes]) -> list[str]:
+    return [
         "<h2>Loss and error by size</h2>",
         _picture(pictures, "loss-by-size.png"),
         "<p class=note>A point is a run. Lines are the fitted laws L = E + A N<sup>-&alpha;</sup>, bands the intervals"
@@ -70,6 +89,11 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
         ),
         "<p class=note>At every budget that was run of either kind, the other kind's loss is interpolated between its"
         " neighbouring sizes. The intervals are Student's, from the spread between seeds.</p>",
+    ]
+
+
+def _laws(findings: Findings) -> list[str]:
+    return [
         "<h2>Fitted laws</h2>",
         _table(
             ("law", "kind", "runs", "points", "floor E", "exponents"),
@@ -95,6 +119,11 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
                 if p.measured is not None
             ),
         ),
+    ]
+
+
+def _windows(findings: Findings) -> list[str]:
+    return [
         "<h2>How the fit depends on its smallest sizes</h2>",
         "<p class=note>The same fit without the smallest size, without the two smallest, and so on, as long as five"
         " sizes and a decade of parameters are left; a single line says that no size may go.</p>",
@@ -114,6 +143,11 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
                 for w in f.windows
             ),
         ),
+    ]
+
+
+def _best_sizes(findings: Findings, pictures: Mapping[str, bytes]) -> list[str]:
+    return [
         "<h2>Best size at equal compute</h2>",
         "<p class=note>A curve joins sizes that were trained with equal compute, interpolated between lengths of"
         " training. Where its lowest point is its end, a still smaller or larger size may be better: the curve is"
@@ -127,6 +161,11 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
                 for c in curves
             ),
         ),
+    ]
+
+
+def _training(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]) -> list[str]:
+    return [
         "<h2>Training</h2>",
         _picture(pictures, "training.png"),
         "<h2>Cost</h2>",
@@ -137,6 +176,11 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
         "<p class=note>Spent: hours of every GPU, or of every core that computed: wall time times ranks times threads."
         " They include evaluation, checkpoints and waiting for other work on the machine. Predicted: GPU hours of all"
         " runs, by `convneur study run --plan`.</p>",
+    ]
+
+
+def _making(config: StudyConfig, findings: Findings) -> list[str]:
+    return [
         "<h2>How it was made</h2>",
         "<p>Laws are fitted to the logarithm of the losses by Huber's cost from many starts. Their intervals come from"
         " a bootstrap that gives every run the residual of a run drawn at random, scaled to the spread of the noise at"
@@ -147,8 +191,6 @@ def _page(config: StudyConfig, findings: Findings, pictures: Mapping[str, bytes]
         _table(POINT_COLUMNS[1:], (_point_cells(point)[1:] for point in findings.points)),
         f"<details><summary>The recipe of all runs</summary><pre>{escape(config_text(config))}</pre></details>",
     ]
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(config.run.name)}</title>"
-    return f"{head}<style>{STYLE}</style>\n" + "\n".join(parts) + "</html>\n"
 
 
 def _summary(config: StudyConfig, findings: Findings) -> Iterator[str]:
