@@ -74,9 +74,7 @@ KNOWN_IMPORTS = {
     ("convneur/models/convneur/inference.py", "convneur/models/convneur/model.py"),
     ("convneur/ops/memory/operator.py", "convneur/models/convneur/memory.py"),
     ("convneur/ops/memory/scan.py", "convneur/models/convneur/memory.py"),
-    ("data/stores/beton.py", "data/prepare/parallel.py"),
-    ("data/stores/beton.py", "data/views/transforms.py"),
-    ("data/stores/store.py", "data/stores/beton.py"),
+    ("data/stores/beton.py", "data/views/decode.py"),
 }
 KNOWN_LONG = {
     "benchmarks/data.py::main",
@@ -85,16 +83,10 @@ KNOWN_LONG = {
     "convneur/ops/memory/eager.py::forward",
     "convneur/ops/memory/triton.py::_backward_kernel",
     "convneur/ops/memory/triton.py::_forward_kernel",
-    "convneur/planning/footprint.py::_peak",
-    "convneur/planning/forecast.py::make_plan",
     "convneur/records/checkpoint.py",
     "convneur/records/checkpoint.py::save_checkpoint",
     "convneur/run/build.py::_start",
-    "convneur/studies/report.py",
-    "convneur/studies/report.py::_page",
     "data/prepare/imagenet.py::prepare_imagenet",
-    "data/stores/beton.py",
-    "data/stores/beton.py::_write_beton",
 }
 """What is to be mended."""
 

@@ -20,7 +20,7 @@ PERSISTENT = 100_000  # elements up to which ZeRO 3 keeps a parameter whole: sta
 
 
 @dataclass(frozen=True)
-class Memory:
+class Footprint:
     """What a rank holds at the moment of a step at which it holds most.
 
     Attributes:
@@ -83,8 +83,8 @@ def layout(section: dict[str, Any], stage: int, ranks: int, precision: Precision
     return Layout(stage, ranks, precision, averages, int(zero["reduce_bucket_size"]), offload, accumulates)
 
 
-def peak(trace: Trace, how: Layout) -> Memory:
-    """The memory of a rank in the last micro-batch of a step after the first, when the optimizer has its moments."""
+def peak(trace: Trace, how: Layout) -> Footprint:
+    """What a rank holds in the last micro-batch of a step after the first, when the optimizer has its moments."""
     return _peak(trace.shapes, trace.moments, trace.memory_states, how)
 
 
@@ -119,13 +119,27 @@ def largest_micro_batch(small: tuple[int, Trace], large: tuple[int, Trace], how:
     return least
 
 
-def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how: Layout) -> Memory:
-    params = sum(shape.numel() for shape in shapes.values())
-    persistent = sum(n for shape in shapes.values() if (n := shape.numel()) <= PERSISTENT)
-    own_half = how.precision in ("bf16", "fp16")  # DeepSpeed's own modes: the weights themselves are half precision
-    size = HALF if own_half else FLOAT
-    full, share = FLOAT * params, FLOAT * params // how.ranks  # a float32 number for every parameter, and this rank's
+@dataclass(frozen=True)
+class _Held:
+    """Bytes that a rank holds throughout a step; names as in `Footprint`.
 
+    Attributes:
+        persisted: the part of `gathered` that ZeRO 3 never lets go.
+        buckets: while gradients are reduced.
+    """
+
+    weights: int
+    optimizer: int
+    averages: int
+    gradients: int
+    persisted: int
+    buckets: int
+
+
+def _held(shapes: dict[str, Any], how: Layout, size: int) -> _Held:
+    """What stays, where the weights take `size` bytes an element."""
+    params = sum(shape.numel() for shape in shapes.values())
+    full, share = FLOAT * params, FLOAT * params // how.ranks  # a float32 number for every parameter, and this rank's
     weights = size * params
     optimizer = 0 if how.offload else 2 * share
     if how.stage == 0:
@@ -133,46 +147,51 @@ def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how:
     elif not how.offload:
         optimizer += share
     averages = full if how.averages else 0
-    gradients = buckets = persisted = 0
     bucket = FLOAT * how.bucket
-    sums = how.stage == 1 and how.precision == "bf16"  # DeepSpeed's BF16_Optimizer
     if how.stage == 3:
-        weights //= how.ranks
-        averages //= how.ranks
-        gradients = share  # a flat buffer that stays
-        persisted = size * persistent
-        # A bucket for each precision that gradients are reduced in.
+        persistent = sum(n for shape in shapes.values() if (n := shape.numel()) <= PERSISTENT)
+        # The gradients are a flat buffer that stays. A bucket for each precision that they are reduced in.
         buckets = {"fp32": bucket, "autocast": bucket + bucket // 2}.get(how.precision, bucket // 2)
-    elif sums:
-        gradients = full + weights  # added up in a flat buffer that stays, as do those of the backward pass, for zeros
-    elif how.stage:  # from the first to the last gradient; autocast has two precisions
-        buckets = (2 if how.precision == "autocast" else 1) * size * how.bucket
+        return _Held(weights // how.ranks, optimizer, averages // how.ranks, share, size * persistent, buckets)
+    if how.stage == 1 and how.precision == "bf16":  # DeepSpeed's BF16_Optimizer
+        # Added up in a flat buffer that stays, as do those of the backward pass, for zeros.
+        return _Held(weights, optimizer, averages, full + weights, 0, 0)
+    # From the first to the last gradient; autocast has two precisions.
+    buckets = (2 if how.precision == "autocast" else 1) * size * how.bucket if how.stage else 0
+    return _Held(weights, optimizer, averages, 0, 0, buckets)
 
-    def at(when: str, activations: int, grads: int = 0, copies: int = 0, gathered: int = 0) -> Memory:
+
+def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how: Layout) -> Footprint:
+    params = sum(shape.numel() for shape in shapes.values())
+    own_half = how.precision in ("bf16", "fp16")  # DeepSpeed's own modes: the weights themselves are half precision
+    size = HALF if own_half else FLOAT
+    held = _held(shapes, how, size)
+    earlier, in_backward_pass, reducing = _gradients(how, size, params)
+
+    def at(when: str, activations: int, grads: int = 0, copies: int = 0, gathered: int = 0) -> Footprint:
         # ZeRO 1 reduces only in the last micro-batch what has been added up from the first one on.
         in_backward = how.stage == 3 or when != "forward pass" or (how.stage == 1 and how.accumulates)
-        return Memory(
-            weights=weights,
-            optimizer=optimizer,
-            averages=averages,
-            gradients=gradients + earlier + grads,
-            buckets=(buckets if in_backward else 0) + copies,
-            gathered=persisted + gathered,
+        return Footprint(
+            weights=held.weights,
+            optimizer=held.optimizer,
+            averages=held.averages,
+            gradients=held.gradients + earlier + grads,
+            buckets=(held.buckets if in_backward else 0) + copies,
+            gathered=held.persisted + gathered,
             activations=activations,
             memory_states=min(states, activations),
             when=when,
         )
 
     forward, *backward = moments
-    earlier, held, reducing = _gradients(how, size, params)
     if how.stage == 3:
-        others = weights * how.ranks - persisted
+        others = held.weights * how.ranks - held.persisted
         # The backward pass gathers parameters anew: so many at once, into one tensor, of autocast's precision, and from
         # there.
         part = min(1.0, PREFETCH / params) / (2 if how.precision == "autocast" else 1)
         kept = min(forward.high, backward[0].high)
         gathering = at("start of the backward pass", kept, gathered=others + round(part * others))
-        moved = min(bucket, full) // (1 if how.precision == "fp32" else 2)
+        moved = min(FLOAT * how.bucket, FLOAT * params) // (1 if how.precision == "fp32" else 2)
         found = [gathering, at("forward pass", forward.high, gathered=others)]
         found.append(at("end of the backward pass", 0, copies=moved, gathered=others))
     else:
@@ -182,8 +201,8 @@ def _peak(shapes: dict[str, Any], moments: tuple[Moment, ...], states: int, how:
         before, grown = grown, grown + moment.grown
         fills = how.stage == 2 and grown // how.bucket > before // how.bucket  # a bucket, which is reduced in a copy
         copies = size * how.bucket if fills else 0
-        found.append(at("backward pass", moment.high, held(before), copies, others))
-    return max(found, key=lambda memory: memory.total)
+        found.append(at("backward pass", moment.high, in_backward_pass(before), copies, others))
+    return max(found, key=lambda footprint: footprint.total)
 
 
 def _gradients(how: Layout, size: int, params: int) -> tuple[int, Callable[[int], int], tuple[int, int]]:

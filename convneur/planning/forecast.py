@@ -8,6 +8,7 @@ Names: P parameters, N ranks.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from convneur.data.format.manifest import MANIFEST
 from convneur.data.stores.choose import open_store
 from convneur.engine.section import deepspeed_config
 from convneur.models.convneur.model import ModelConfig
-from convneur.planning.footprint import FLOAT, HALF, Layout, Memory, host_bytes, largest_micro_batch, layout, peak
+from convneur.planning.footprint import FLOAT, HALF, Footprint, Layout, host_bytes, largest_micro_batch, layout, peak
 from convneur.planning.step_trace import Group, Kernel, Precision, Trace, trace_step
 from convneur.system.gpu import Gpu
 
@@ -141,7 +142,7 @@ class Plan:
     micro_batch: int
     accumulation: int
     capacity: int
-    memory: dict[int, Memory]
+    memory: dict[int, Footprint]
     largest_micro_batch: dict[int, int]
     host_bytes: int
     sent_bytes: int
@@ -176,49 +177,28 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     Raises:
         InputError: the configuration can't be trained on so many ranks.
     """
-    ranks, gpu = cluster.ranks, cluster.gpu
+    ranks, gpu, run = cluster.ranks, cluster.gpu, config.run
     section = deepspeed_config(config, ranks)
     micro_batch, accumulation = section["train_micro_batch_size_per_gpu"], config.train.accumulation
     precision, stage = _precision(section), section["zero_optimization"].get("stage", 0)
     trace = _traced(config, micro_batch, precision)
-    twice = _traced(config, 2 * micro_batch, precision)
     params = sum(shape.numel() for shape in trace.shapes.values())
-
-    capacity = round(gpu.memory_gb * 1e9) - RESERVE_BYTES
     averages = bool(config.train.ema_decay)
     stages = [s for s in STAGES if s or precision in ("fp32", "autocast")]
     layouts = {s: layout(section, s, ranks, precision, averages) for s in stages}
-    memory = {s: peak(trace, how) for s, how in layouts.items()}
-    sizes = (micro_batch, trace), (2 * micro_batch, twice)
-    largest = {s: _largest(*sizes, how, capacity) for s, how in layouts.items()}
+    capacity = round(gpu.memory_gb * 1e9) - RESERVE_BYTES
+    sizes = (micro_batch, trace), (2 * micro_batch, _traced(config, 2 * micro_batch, precision))
 
-    state_share = params / (ranks if stage else 1)
-    average_share = params / (ranks if stage == 3 else 1) * averages
     sent = _sent(trace, stage, ranks, precision)
-    seconds: dict[Part, Range] = {}
-    for kernel in trace.kernels:
-        took = _kernel_seconds(kernel, gpu).times(accumulation)
-        seconds[kernel.group] = seconds.get(kernel.group, Range(0, 0)) + took
-    moved = OPTIMIZER_BYTES * state_share + AVERAGE_BYTES * average_share + NORM_BYTES * state_share
-    moving = moved / (gpu.bandwidth_gbs * 1e9)
-    seconds["optimizer"] = Range(moving, moving / SLOW_BANDWIDTH)
-    seconds["communication"] = _communication(sent, cluster, overlaps=stage == 3)
-    step = Range(sum(s.low for s in seconds.values()), sum(s.high for s in seconds.values()))
-
+    seconds = _seconds(trace, accumulation, sent, layouts[stage], cluster)
+    step = total(seconds.values())
     images, eval_images, assumed = _images(config.data)
     batch = config.data.global_batch_size
     steps = images // batch * config.schedule.epochs
-    forward = [_kernel_seconds(kernel, gpu) for kernel in trace.kernels if kernel.forward]
-    per_image = Range(sum(s.low for s in forward), sum(s.high for s in forward)).times(1 / micro_batch)
-    evaluations = math.ceil(config.schedule.epochs / config.run.eval_every_epochs) * (1 + averages)
-    hours = step.times(steps / 3600) + per_image.times(evaluations * eval_images / ranks / 3600)
-
+    per_image = total(_kernel_seconds(kernel, gpu) for kernel in trace.kernels if kernel.forward).times(1 / micro_batch)
+    evaluations = math.ceil(config.schedule.epochs / run.eval_every_epochs) * (1 + averages)
     rate = step.rate(batch)
     flops = sum(kernel.flops for kernel in trace.kernels) * accumulation
-    heavy = bool(config.data.augment.randaugment)
-    per_core = PER_CORE[heavy].get(config.data.interpolation, PER_CORE_ELSE[heavy])
-    cores = rate.times(1 / ranks / per_core)
-    run = config.run
     plan = Plan(
         variant=config.model.variant,
         params=params,
@@ -230,8 +210,8 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         micro_batch=micro_batch,
         accumulation=accumulation,
         capacity=capacity,
-        memory=memory,
-        largest_micro_batch=largest,
+        memory={s: peak(trace, how) for s, how in layouts.items()},
+        largest_micro_batch={s: _largest(*sizes, how, capacity) for s, how in layouts.items()},
         host_bytes=host_bytes(params, layouts[stage]),
         sent_bytes=sent,
         seconds=seconds,
@@ -240,15 +220,42 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         mfu=step.rate(flops / (gpu.half_tflops * 1e12)),
         binds=max(seconds, key=lambda part: seconds[part].high),
         read_bytes_per_second=rate.times(IMAGE_BYTES / config.data.repeats),
-        cores_per_gpu=cores,
+        cores_per_gpu=rate.times(1 / ranks / _images_per_core(config.data)),
         steps=steps,
-        hours=hours,
+        hours=step.times(steps / 3600) + per_image.times(evaluations * eval_images / ranks / 3600),
         checkpoint_bytes=(3 + averages) * FLOAT * params,
         kept_checkpoints=run.keep_checkpoints + run.keep_best,
         warnings=(),
         assumed=(*assumed, "the fractions of the data sheet's rates at the slow end are guesses"),
     )
     return _with_warnings(plan, config)
+
+
+def _seconds(trace: Trace, accumulation: int, sent: int, how: Layout, cluster: Cluster) -> dict[Part, Range]:
+    """Those of a step, by what they go into; `sent` bytes leave every rank."""
+    seconds: dict[Part, Range] = {}
+    for kernel in trace.kernels:
+        took = _kernel_seconds(kernel, cluster.gpu).times(accumulation)
+        seconds[kernel.group] = seconds.get(kernel.group, Range(0, 0)) + took
+    params = sum(shape.numel() for shape in trace.shapes.values())
+    state_share = params / (how.ranks if how.stage else 1)
+    average_share = params / (how.ranks if how.stage == 3 else 1) * how.averages
+    moved = OPTIMIZER_BYTES * state_share + AVERAGE_BYTES * average_share + NORM_BYTES * state_share
+    moving = moved / (cluster.gpu.bandwidth_gbs * 1e9)
+    seconds["optimizer"] = Range(moving, moving / SLOW_BANDWIDTH)
+    seconds["communication"] = _communication(sent, cluster, overlaps=how.stage == 3)
+    return seconds
+
+
+def _images_per_core(data: DataConfig) -> int:
+    """What a core decodes and augments in a second."""
+    heavy = bool(data.augment.randaugment)
+    return PER_CORE[heavy].get(data.interpolation, PER_CORE_ELSE[heavy])
+
+
+def total(spans: Iterable[Range]) -> Range:
+    """Their sum."""
+    return sum(spans, Range(0, 0))
 
 
 def _precision(section: dict[str, Any]) -> Precision:

@@ -48,11 +48,6 @@ def said_once(lines: Iterable[tuple[str, str]]) -> Iterator[str]:
         yield f"{f'{about}: ' if about else ''}{line}{more}"
 
 
-def total(spans: list[Range]) -> Range:
-    """Their sum."""
-    return Range(sum(span.low for span in spans), sum(span.high for span in spans))
-
-
 def save_study_plan(plans: Mapping[Place, Plan], folder: Path) -> Path:
     """Writes the GPU hours of every run, by its name."""
     path = folder / STUDY_PLAN_FILE

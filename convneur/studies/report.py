@@ -11,8 +11,9 @@ from convneur.config import config_text
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
 from convneur.models.convneur.model import variant_named
+from convneur.planning.forecast import total
 from convneur.studies import words
-from convneur.studies.cost import read_study_plan, total
+from convneur.studies.cost import read_study_plan
 from convneur.studies.figures import draw
 from convneur.studies.fit import LEVEL, Findings, StudyFit
 from convneur.studies.grid import Place, Point, StudyConfig, study_runs

@@ -115,7 +115,8 @@ def _plan(args: argparse.Namespace, config: "StudyConfig", runs: "Mapping[Place,
     """Prints what the study will cost, and keeps it for the report; trains nothing."""
     from convneur.data.prepare.progress import progress
     from convneur.launch.tables import show_table
-    from convneur.studies.cost import plan_study, said_once, save_study_plan, total
+    from convneur.planning.forecast import total
+    from convneur.studies.cost import plan_study, said_once, save_study_plan
 
     machines = asked_cluster(args)
     with progress("planning", len(runs), "runs") as advance:
