@@ -74,7 +74,6 @@ KNOWN_IMPORTS = {
     ("convneur/models/convneur/inference.py", "convneur/models/convneur/model.py"),
     ("convneur/ops/memory/operator.py", "convneur/models/convneur/memory.py"),
     ("convneur/ops/memory/scan.py", "convneur/models/convneur/memory.py"),
-    ("data/stores/beton.py", "data/views/decode.py"),
 }
 KNOWN_LONG = {
     "benchmarks/data.py::main",
