@@ -12,7 +12,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from convneur.data.files import atomic_write
 from convneur.monitoring.gauges import Gauges
@@ -148,6 +147,8 @@ class Records:
         with atomic_write(folder / METRICS_FILE) as file:
             file.writelines(f"{json_text(record)}\n".encode() for record in kept)
         self._file = (folder / METRICS_FILE).open("a")
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to load, and only one rank writes
+
         self._events = SummaryWriter(str(folder / EVENTS), purge_step=step + 1)
         self._wandb = None
         if wandb_project:

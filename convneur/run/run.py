@@ -14,7 +14,6 @@ from convneur.data.stream.train import TrainLoader
 from convneur.engine.state import steps_made
 from convneur.errors import NonFiniteError
 from convneur.monitoring.monitors import Monitors
-from convneur.records.curves import plot_run
 from convneur.records.folder import CHECKPOINTS
 from convneur.records.listing import checkpoint_name
 from convneur.records.metrics import TrainingLog
@@ -166,6 +165,8 @@ class Run:
         return summary
 
     def _write(self, summary: Summary) -> None:
+        from convneur.records.curves import plot_run  # with matplotlib, which takes a second: only one rank draws
+
         write_summary(summary, self.folder)
         try:
             plot_run(self.folder)
