@@ -8,6 +8,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from convneur.engine.buffers import Buffers
 from convneur.engine.finite import FiniteSteps
 
 Weights = dict[str, Tensor]
@@ -16,12 +17,14 @@ Weights = dict[str, Tensor]
 class Engine:
     """A model and its optimizer under DeepSpeed.
 
-    Steps whose gradients aren't finite leave weights, moments and counts of steps as they are, under every ZeRO stage.
+    Steps whose gradients aren't finite leave weights, moments, counts of steps and buffers as they are, under every
+    ZeRO stage.
 
     Attributes:
         deepspeed: DeepSpeed's engine.
         module: the model in it; ZeRO 3 leaves nothing in its parameters between two steps.
         device: where it is.
+        buffers: the model's persistent ones, the same on every rank between two steps.
         stage: of ZeRO, 0 to 3: which of optimizer state (1), gradients (2) and parameters (3) are partitioned.
     """
 
@@ -29,6 +32,7 @@ class Engine:
         self.deepspeed = deepspeed
         self.module: Any = deepspeed.module  # an nn.Module, whose parameters DeepSpeed gives attributes of its own
         self.device: torch.device = torch.device(deepspeed.device)
+        self.buffers = Buffers(self.module)
         self.stage = int(deepspeed.zero_optimization_stage())
         self._finite = FiniteSteps(deepspeed) if self.stage == 0 else None
 
@@ -41,10 +45,13 @@ class Engine:
         self.deepspeed.backward(loss)
 
     def step(self) -> None:
-        """Ends a micro-batch; after the last of a step, clips the gradients and steps the optimizer."""
-        if self._finite and self.deepspeed.is_gradient_accumulation_boundary():
+        """Ends a micro-batch; after the last of a step, clips the gradients and steps the optimizer. Collective."""
+        last = self.deepspeed.is_gradient_accumulation_boundary()
+        if self._finite and last:
             self._finite.check()
         self.deepspeed.step()
+        if last:
+            self.buffers.settle(self.skipped)
 
     def gradient_norm(self) -> Tensor | float | None:
         """The last step's global gradient norm before clipping; None where DeepSpeed doesn't tell."""
@@ -81,10 +88,9 @@ class Engine:
         }
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of what every rank holds alike, not gathered: weights below ZeRO 3, moments under ZeRO 0."""
-        if self.stage == 3:
-            return
-        for name, parameter in self.module.named_parameters():
+        """Names and values of what every rank holds alike: buffers, weights below ZeRO 3, moments under ZeRO 0."""
+        yield from self.buffers.named().items()
+        for name, parameter in self.module.named_parameters() if self.stage < 3 else ():
             yield name, parameter
             if self.stage == 0:
                 for key, value in self.deepspeed.basic_optimizer.state[parameter].items():

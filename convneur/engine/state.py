@@ -97,6 +97,11 @@ def gather(engine: Engine, moment: str | None = None) -> Weights:
     return {name: part.view(shapes[name]) for name, part in parts.items()}
 
 
+def gather_model(engine: Engine) -> Weights:
+    """What the model's `state_dict` would hold: float32 masters, whole, and persistent buffers. Collective."""
+    return gather(engine) | engine.buffers.named()
+
+
 def gather_scalars(engine: Engine) -> dict[str, Any]:
     """What else an optimizer resumes from, the same on every rank: steps made by parameter, and the loss scale."""
     steps = _steps(engine)
@@ -140,13 +145,14 @@ def restore(
 
     Args:
         engine: fresh, or one that has trained.
-        masters: what `gather` returned; reading a value may load it.
+        masters: what `gather_model` returned; reading a value may load it.
         moments: by their names, the same of the optimizer's moments.
         scalars: what `gather_scalars` returned.
 
     Raises:
         InputError: the state is of another model.
     """
+    engine.buffers.load(masters)
     inner, held, steps = engine.deepspeed.basic_optimizer, list(pieces(engine)), scalars["steps"]
     if {piece.name for piece in held} - steps.keys():
         raise InputError("the checkpoint's optimizer state is of another model")

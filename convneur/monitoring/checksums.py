@@ -16,7 +16,10 @@ def difference(tensors: Iterable[tuple[str, Tensor]], world: World) -> str | Non
         tensors: names and values of what every rank should hold alike, in the same order on all of them.
         world: this process among the ranks.
     """
-    names, sums = zip(*((name, checksum(tensor)) for name, tensor in tensors), strict=True)
+    held = [(name, checksum(tensor)) for name, tensor in tensors]
+    if not held:
+        return None
+    names, sums = zip(*held, strict=True)
     gathered = [torch.empty(len(sums), dtype=torch.int64) for _ in range(world.size)]
     dist.all_gather(gathered, torch.stack(sums).cpu(), world.control)
     return odd_ranks(torch.stack(gathered), names)
@@ -25,9 +28,9 @@ def difference(tensors: Iterable[tuple[str, Tensor]], world: World) -> str | Non
 def checksum(tensor: Tensor) -> Tensor:
     """A number, int64 on the tensor's device, that any single flipped bit changes: the sum of its 32-bit words.
 
-    16-bit tensors are summed by words of 16 bits.
+    Tensors of 16 and of 8 bits an element are summed by words of these.
     """
-    word = torch.int32 if tensor.element_size() % 4 == 0 else torch.int16
+    word = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
     return tensor.detach().contiguous().view(-1).view(word).sum(dtype=torch.int64)
 
 

@@ -123,12 +123,12 @@ class Guards:
     def compare_weights(self, done: int) -> None:
         """Compares, where that is due after `done` steps, what every rank should hold alike. Collective.
 
-        That is weights and averages under ZeRO 0 to 2, and the moments under ZeRO 0; ZeRO 3 leaves nothing twofold.
+        That is buffers; weights and averages under ZeRO 0 to 2; and the moments under ZeRO 0.
 
         Raises:
             CorruptionError: it differs; on all ranks alike.
         """
-        if done % self._config.compare_every_steps or self._engine.stage == 3 or self._world.size == 1:
+        if done % self._config.compare_every_steps or self._world.size == 1:
             return
         if fault := difference(self._replicated(), self._world):
             raise CorruptionError(f"after {done} steps {fault}; --resume auto goes on from the last checkpoint")
@@ -136,7 +136,8 @@ class Guards:
     def _replicated(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._engine.replicated()
         if self._ema:
-            yield from ((f"the average of {name}", weight) for name, weight in self._ema.full_weights().items())
+            averages = self._ema.full_model() if self._engine.stage < 3 else self._ema.full_buffers()
+            yield from ((f"the average of {name}", value) for name, value in averages.items())
 
     def _is_bad(self, step: _Step, loss: float, own_finite: bool) -> bool:
         if step.skipped:

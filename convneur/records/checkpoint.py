@@ -8,6 +8,8 @@ A checkpoint is a folder `step-00000460`:
     state.json              step, position in the data, engine settings, versions
     model.safetensors       whole float32 weights, with the configuration in the file's metadata
     ema.safetensors         whole averaged weights, likewise
+    buffers.safetensors     persistent buffers, such as running statistics; none of a model without any, as ConvNeur
+    ema-buffers.safetensors averaged ones, likewise
     optimizer/*.safetensors whole moments, one file each, such as exp_avg
     optimizer.json          steps by parameter, loss scale
 
@@ -26,6 +28,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,8 +44,10 @@ from convneur.engine.engine import Engine, Weights
 from convneur.engine.state import gather, gather_scalars, moment_names, restore
 from convneur.errors import NonFiniteError, SaveError
 from convneur.records.folder import (
+    BUFFERS_FILE,
     CLASSES_FILE,
     CONFIG_FILE,
+    EMA_BUFFERS_FILE,
     EMA_FILE,
     MANIFEST,
     MODEL_FILE,
@@ -200,40 +205,42 @@ def load_checkpoint(checkpoint: Path, engine: Engine, ema: Ema | None) -> None:
     moments = {Path(name).stem: load_file(checkpoint / name) for name in names}
     restore(engine, load_weights(checkpoint, averaged=False), moments, scalars)
     if ema:
-        ema.load_full_weights(load_weights(checkpoint, averaged=True))
+        ema.load_full_model(load_weights(checkpoint, averaged=True))
 
 
 def load_weights(checkpoint: Path, averaged: bool) -> Weights:
-    """Whole float32 weights of a checkpoint, raw or averaged; InputError where they are not there.
+    """Whole float32 weights, and buffers, of a checkpoint, raw or averaged; InputError where they are not there.
 
     They are mapped, and not compared with the manifest: `newest_intact` or `check_files` has done that before.
     """
-    path = checkpoint / weights_file(averaged)
-    if not path.is_file():
-        raise InputError(f"{path} is missing: the run kept no {'average of its weights' if averaged else 'weights'}")
-    return load_file(path)
+    weights, buffers = (checkpoint / name for name in weights_files(averaged))
+    if not weights.is_file():
+        raise InputError(f"{weights} is missing: the run kept no {'average of its weights' if averaged else 'weights'}")
+    return load_file(weights) | (load_file(buffers) if buffers.is_file() else {})
 
 
-def weights_file(averaged: bool) -> str:
-    """Name of the file with the raw or the averaged weights."""
-    return EMA_FILE if averaged else MODEL_FILE
+def weights_files(averaged: bool) -> tuple[str, str]:
+    """Names of the files with the raw or the averaged weights, and with the buffers, if there are any."""
+    return (EMA_FILE, EMA_BUFFERS_FILE) if averaged else (MODEL_FILE, BUFFERS_FILE)
 
 
 def _gather_files(engine: Engine, ema: Ema | None, world: World, state: TrainState) -> dict[str, Weights]:
     """Names and contents, in this rank's memory, of the files that this rank is to write. Collective."""
-    names = [MODEL_FILE, *([EMA_FILE] if ema else []), *(f"{MOMENTS}/{m}.safetensors" for m in moment_names(engine))]
+    contents: dict[str, Callable[[], Weights]] = {MODEL_FILE: partial(gather, engine)}
+    contents |= {EMA_FILE: ema.full_weights} if ema else {}
+    contents |= {f"{MOMENTS}/{moment}.safetensors": partial(gather, engine, moment) for moment in moment_names(engine)}
+    if len(engine.buffers):
+        contents |= {BUFFERS_FILE: engine.buffers.named} | ({EMA_BUFFERS_FILE: ema.full_buffers} if ema else {})
     files = {}
-    for i, name in enumerate(names):
-        weights = ema.full_weights() if ema and name == EMA_FILE else gather(engine, _moment(name))
+    for i, (name, content) in enumerate(contents.items()):
+        weights = content()
         if name in (MODEL_FILE, EMA_FILE) and not all(w.isfinite().all() for w in weights.values()):
             raise NonFiniteError(f"the weights are no longer finite after {state.step} steps; nothing was saved")
+        if name in (BUFFERS_FILE, EMA_BUFFERS_FILE) and any(b.isnan().any() for b in weights.values()):  # inf may mask
+            raise NonFiniteError(f"the buffers hold a NaN after {state.step} steps; nothing was saved")
         if i % world.size == world.rank:
             files[name] = {key: weight.cpu() for key, weight in weights.items()}
     return files
-
-
-def _moment(name: str) -> str | None:
-    return None if name == MODEL_FILE else Path(name).stem
 
 
 def _write_weights(weights: Weights, config: Config, path: Path) -> None:

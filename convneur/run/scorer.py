@@ -9,7 +9,7 @@ from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
 from convneur.engine.build import autocast
 from convneur.engine.engine import Weights
-from convneur.engine.state import gather
+from convneur.engine.state import gather_model
 from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.gauges import watched_gates
 from convneur.monitoring.watchdog import Watchdog
@@ -79,8 +79,8 @@ class Scorer:
         """
         ema = self._trainer.ema
         with self._log.paused(), self._watchdog.paused():
-            raw, gates = self._score(gather(self._trainer.engine))
-            averaged = self._score(ema.full_weights())[0] if ema else None
+            raw, gates = self._score(gather_model(self._trainer.engine))
+            averaged = self._score(ema.full_model())[0] if ema else None
         self._log.scores(done, raw, averaged, gates)
         self.newest = Evaluation(done, raw, averaged)
         for line in raw.warnings:

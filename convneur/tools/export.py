@@ -21,10 +21,11 @@ from torch.export import Dim
 from convneur.config import config_text
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
+from convneur.engine.engine import Weights
 from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.mixers import Titans
 from convneur.models.convneur.model import ConvNeur
-from convneur.records.checkpoint import read_classes, weights_file
+from convneur.records.checkpoint import load_weights, read_classes
 from convneur.records.folder import CLASSES_FILE, CONFIG_FILE
 from convneur.tools.trained import open_trained
 
@@ -88,7 +89,7 @@ def export_checkpoint(path: Path, kind: Format, out: Path | None = None, average
     write = {"safetensors": _write_safetensors, "onnx": _write_onnx, "torch": _write_program}[kind]
     with TemporaryDirectory(prefix="convneur-export-") as folder:
         file = Path(folder) / f"model{SUFFIXES[kind]}"
-        run = write(model, example, any_size, checkpoint / weights_file(averaged), texts, file)
+        run = write(model, example, any_size, load_weights(checkpoint, averaged), texts, file)
         # Not Python's max, which passes over a NaN.
         differences = [(run(x) - y).abs().max() for x, y in zip(inputs, expected, strict=True)]
         difference = torch.stack(differences).max().item()
@@ -102,14 +103,16 @@ def export_checkpoint(path: Path, kind: Format, out: Path | None = None, average
     return Export(out, difference, any_size)
 
 
-def _write_safetensors(model: ConvNeur, example: Tensor, any_size: bool, source: Path, texts: Texts, file: Path) -> Run:
-    """The checkpoint's own file, of whatever ZeRO stage and world size, with more texts in it."""
-    save_file(load_file(source), file, metadata=texts)
+def _write_safetensors(
+    model: ConvNeur, example: Tensor, any_size: bool, weights: Weights, texts: Texts, file: Path
+) -> Run:
+    """The checkpoint's own weights and buffers, of whatever ZeRO stage and world size, with more texts in the file."""
+    save_file(weights, file, metadata=texts)
     model.load_state_dict(load_file(file), assign=True)
     return model
 
 
-def _write_onnx(model: ConvNeur, example: Tensor, any_size: bool, source: Path, texts: Texts, file: Path) -> Run:
+def _write_onnx(model: ConvNeur, example: Tensor, any_size: bool, weights: Weights, texts: Texts, file: Path) -> Run:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx.export needs it)
@@ -130,7 +133,7 @@ def _write_onnx(model: ConvNeur, example: Tensor, any_size: bool, source: Path, 
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-def _write_program(model: ConvNeur, example: Tensor, any_size: bool, source: Path, texts: Texts, file: Path) -> Run:
+def _write_program(model: ConvNeur, example: Tensor, any_size: bool, weights: Weights, texts: Texts, file: Path) -> Run:
     for module in model.modules():
         if isinstance(module, NeuralMemory):
             module.implementation = "scan" if any_size else "plain"  # nothing that only this package defines

@@ -8,7 +8,7 @@ import torch
 from convneur.config import Config, saved_config
 from convneur.data.errors import InputError
 from convneur.models.convneur.model import ConvNeur
-from convneur.records.checkpoint import load_weights, weights_file
+from convneur.records.checkpoint import load_weights, weights_files
 from convneur.records.folder import CLASSES_FILE, CONFIG_FILE
 from convneur.records.listing import find_checkpoint
 from convneur.records.manifest import check_files
@@ -65,5 +65,5 @@ def open_trained(path: Path, averaged: bool = False) -> Trained:
         InputError: there is no checkpoint, or one of these files is damaged.
     """
     checkpoint = find_checkpoint(path)
-    check_files(checkpoint, CONFIG_FILE, CLASSES_FILE, weights_file(averaged))
+    check_files(checkpoint, CONFIG_FILE, CLASSES_FILE, *weights_files(averaged))
     return Trained(checkpoint, saved_config(checkpoint / CONFIG_FILE), averaged)

@@ -126,10 +126,11 @@ def test_spikes_in_a_row_are_named_with_their_samples_and_send_a_run_back(world:
     assert said[0].endswith("its samples are train/000250, train/000251, train/000252, train/000253")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_every_flipped_bit_changes_the_checksum(dtype: torch.dtype) -> None:
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    word, width = (torch.int32, 32) if dtype is torch.float32 else (torch.int16, 16)
+    words = {torch.float32: (torch.int32, 32), torch.bfloat16: (torch.int16, 16), torch.int8: (torch.uint8, 8)}
+    word, width = words[dtype]
     for bit in range(width):
         flipped = weight.clone()
         flipped.view(word)[1, 2] ^= torch.tensor(1).bitwise_left_shift(bit).to(word)
