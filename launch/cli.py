@@ -54,7 +54,7 @@ def _run(words: Sequence[str] | None) -> int:
     try:
         words, overrides = _split_overrides(sys.argv[1:] if words is None else words)
         check_words(words, "convneur")
-        args, unknown = _parser().parse_known_args(words)
+        args, unknown = _parser().parse_known_args(words, argparse.Namespace(words=words))
         if unknown:
             raise _unknown(unknown[0], args)
         if overrides and not args.takes_overrides:

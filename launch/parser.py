@@ -12,7 +12,7 @@ MOST = 2**31 - 1
 Overrides = Sequence[str]
 """Configuration keys and their values, as the command line has them."""
 Command = Callable[[argparse.Namespace, Overrides], int]
-"""What a command does with its words; returns the exit status."""
+"""What a command does with its flags, among them `words`, all of them as they were; returns the exit status."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -42,6 +42,12 @@ def is_rank(args: argparse.Namespace) -> bool:
     return True
 
 
+def words_of_rank(args: argparse.Namespace) -> list[str]:
+    """The command line of this process as its ranks get it, who are to be ranks whatever it says of --launch."""
+    end = args.words.index("--") if "--" in args.words else len(args.words)  # flags come before it
+    return [*args.words[:end], "--launch", "env", *args.words[end:]]
+
+
 @contextmanager
 def joined_world() -> Iterator["World"]:
     """This process among the ranks. Left in good order only: after a failure the others may never say goodbye."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from convneur.launch.flags import add_json, add_launch, add_weights
 from convneur.launch.parser import PIXELS, Overrides, add_command, positive
-from convneur.launch.rank import is_rank, joined_world
+from convneur.launch.rank import is_rank, joined_world, words_of_rank
 
 if TYPE_CHECKING:
     from convneur.launch.parser import Parsers
@@ -47,14 +47,7 @@ def run(args: argparse.Namespace, _: Overrides) -> int:
     if not is_rank(args):
         from convneur.launch.local import rank_count, run_ranks
 
-        words = ["eval", str(args.path), "--ema" if args.ema else "--raw"]
-        words += ["--data", args.data] if args.data else []
-        words += ["--split", args.split] if args.split else []
-        words += ["--class-map", str(args.class_map)] if args.class_map else []
-        words += ["--image-size", str(args.image_size)] if args.image_size is not None else []
-        words += ["--crop", str(args.crop)] if args.crop is not None else []
-        words += ["--json"] if args.json else []
-        return run_ranks(words, rank_count(args.nproc))
+        return run_ranks(words_of_rank(args), rank_count(args.nproc))
 
     with joined_world() as world:
         from convneur.records.strict_json import json_text

@@ -211,6 +211,7 @@ def test_saved_configuration_repeats_the_run_in_another_folder(trained: tuple[Pa
             "has model.variant = n1",
         ),
         ("eval runs/absent", "no checkpoint in runs/absent"),
+        ("eval --launch local runs/small --split nowhere", "nowhere"),
     ],
 )
 def test_what_only_ranks_find_out_is_said_once(trained: tuple[Path, str], words: str, message: str) -> None:
