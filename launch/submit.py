@@ -33,7 +33,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
-from convneur.launch.supervise import Job
+from convneur.launch.supervise.job import Job
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CODE = ("convneur", "data", "launch", "slurm", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")

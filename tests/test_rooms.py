@@ -65,7 +65,6 @@ ROOMS = [
 ALSO_MEASURED = ["benchmarks", "scripts", "slurm"]  # folders that are no rooms, and whose files stay small all the same
 LONG = {
     "convneur/ops/memory/triton.py": "two kernels, forward and backward, which are read against each other",
-    "launch/supervise.py": "slurm/common.sh runs it by its path, with the standard library alone",
 }
 """Files of more than 400 lines, and functions, as FILE::NAME, of more than 60, each with its reason."""
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from convneur.launch import supervise
-from convneur.launch.supervise import Supervisor, free_port, newest_checkpoint
+from convneur.launch.supervise import supervisor
+from convneur.launch.supervise.run_files import newest_checkpoint
+from convneur.launch.supervise.supervisor import Supervisor, free_port
 
 RUNNING = 'echo "JobId=11 JobState=RUNNING Reason=None"'
 
@@ -69,8 +70,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
         monkeypatch.setenv(name, value)
     for name in ("SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(supervise, "OUTAGE_PAUSES", (0.1, 0.2))
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(supervisor, "OUTAGE_PAUSES", (0.1, 0.2))
     return slurm
 
 
@@ -78,8 +79,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses longer than those between two looks at a process; they are not made."""
     made: list[float] = []
-    sleep = supervise.time.sleep
-    monkeypatch.setattr(supervise.time, "sleep", lambda s: made.append(s) if s >= 1 else sleep(s))
+    sleep = supervisor.time.sleep
+    monkeypatch.setattr(supervisor.time, "sleep", lambda s: made.append(s) if s >= 1 else sleep(s))
     return made
 
 
@@ -141,13 +142,13 @@ def test_a_job_that_never_has_time_for_a_step_is_not_queued_for_ever(
         slurm.notice.unlink(missing_ok=True)
         return slurm.supervise(f"{ranks}; touch $notice; sleep 0.1; exit 0")
 
-    for _ in range(supervise.VAIN_STOPS - 1):
+    for _ in range(supervisor.VAIN_STOPS - 1):
         assert start("true") == 0
     assert start(SAVE) == 0  # a step was made, so this begins anew
-    for _ in range(supervise.VAIN_STOPS - 2):
+    for _ in range(supervisor.VAIN_STOPS - 2):
         assert start("true") == 0
     assert start("true") == 1
-    assert len(slurm.queued()) == 2 * supervise.VAIN_STOPS - 2
+    assert len(slurm.queued()) == 2 * supervisor.VAIN_STOPS - 2
     assert "before a new checkpoint: the job ends; ask for more --time" in capfd.readouterr().out
 
 
@@ -158,15 +159,15 @@ def test_outage_is_waited_out_and_counts_as_no_failure(slurm: Slurm) -> None:
 
 
 def test_notice_in_the_pause_of_an_outage_queues_the_job_again(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "OUTAGE_PAUSES", (600,))
+    monkeypatch.setattr(supervisor, "OUTAGE_PAUSES", (600,))
     ranks = f"(sleep 0.3; touch $notice) >/dev/null 2>&1 &\n{fails(74)}"
     assert slurm.supervise(ranks) == 0
     assert slurm.queued() == ["11"]
 
 
 def test_outage_without_end_ends(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "OUTAGE_SECONDS", 0.5)
-    assert slurm.supervise(fails(74)) == supervise.STORAGE
+    monkeypatch.setattr(supervisor, "OUTAGE_SECONDS", 0.5)
+    assert slurm.supervise(fails(74)) == supervisor.STORAGE
     assert slurm.queued() == []
 
 
@@ -174,22 +175,22 @@ def test_what_is_missing_during_an_outage_is_part_of_it(slurm: Slurm, monkeypatc
     bad = fails(2, "InputError")
     assert slurm.supervise(f"[ $attempt != 1 ] || {{ {fails(74)}; }}\n[ $attempt != 2 ] || {{ {bad}; }}\n{FINISH}") == 0
     (slurm.run / "summary.json").unlink()
-    monkeypatch.setattr(supervise, "DOUBT_SECONDS", 0.0)
-    assert slurm.supervise(f"[ $attempt != 1 ] || {{ {fails(74)}; }}\n{bad}") == supervise.BAD_INPUT
+    monkeypatch.setattr(supervisor, "DOUBT_SECONDS", 0.0)
+    assert slurm.supervise(f"[ $attempt != 1 ] || {{ {fails(74)}; }}\n{bad}") == supervisor.BAD_INPUT
 
 
 def test_only_a_rank_that_says_so_has_bad_input(slurm: Slurm) -> None:
     assert slurm.supervise(fails(2)) == 1  # "python: can't open file", or a shell's own
     assert [end["action"] for end in slurm.ends()] == ["restart", "restart", "stop: no progress"]
-    assert slurm.supervise(fails(2, "InputError")) == supervise.BAD_INPUT
+    assert slurm.supervise(fails(2, "InputError")) == supervisor.BAD_INPUT
 
 
 def test_run_folder_that_vanishes_is_not_begun_anew(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "OUTAGE_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "OUTAGE_SECONDS", 0.5)
     (slurm.run / "checkpoints/step-00000100").mkdir(parents=True)
     (slurm.run / "checkpoints/step-00000100/manifest.json").write_text("{}")
     gone = f'mv "$run" "{slurm.folder}/elsewhere"; exit 1'
-    assert slurm.supervise(gone) == supervise.STORAGE
+    assert slurm.supervise(gone) == supervisor.STORAGE
     assert not (slurm.run / "faults").exists()
 
 
@@ -224,12 +225,12 @@ def test_history_of_any_content_is_gone_on_with(slurm: Slurm, line: str) -> None
 
 def test_a_link_or_another_users_file_is_no_notice(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm.notice.symlink_to(slurm.run)
-    assert not supervise.is_ours(slurm.notice)
+    assert not supervisor.is_ours(slurm.notice)
     slurm.notice.unlink()
     slurm.notice.touch()
-    assert supervise.is_ours(slurm.notice)
+    assert supervisor.is_ours(slurm.notice)
     monkeypatch.setattr(os, "getuid", lambda: slurm.notice.stat().st_uid + 1)
-    assert not supervise.is_ours(slurm.notice)
+    assert not supervisor.is_ours(slurm.notice)
 
 
 def test_a_rank_that_was_signalled_has_the_job_queued_again(slurm: Slurm) -> None:
@@ -240,8 +241,8 @@ def test_a_rank_that_was_signalled_has_the_job_queued_again(slurm: Slurm) -> Non
 
 def test_time_limit_without_a_notice_stops_the_ranks(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm.tool("squeue", f"date -d @{time.time() + 2:.0f} +%Y-%m-%dT%H:%M:%S")
-    monkeypatch.setattr(supervise, "LAST_SECONDS", 0.3)
-    monkeypatch.setattr(supervise, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(supervisor, "LAST_SECONDS", 0.3)
+    monkeypatch.setattr(supervisor, "TELL_SECONDS", 0.1)
     ranks = f"trap '{SAVE}; exit 0' USR2; for i in {{1..60}}; do sleep 0.1; done"
     assert slurm.supervise(ranks) == 0
     assert slurm.queued() == ["11"]
@@ -261,8 +262,8 @@ def test_log_that_cannot_be_written_ends_nothing(slurm: Slurm) -> None:
     ranks = slurm.tool("ranks", f"run='{slurm.run}'; {FINISH}")
     words = [
         sys.executable,
-        "-I",
-        supervise.__file__,
+        "-IB",
+        str(Path(supervisor.__file__).parent),
         f"--folder={slurm.run}",
         f"--notice={slurm.notice}",
         "--",

@@ -5,11 +5,11 @@ import ast
 import pytest
 from places import ROOT
 
-from convneur.launch import supervise
+from convneur.launch.supervise import run_files
 from convneur.records import folder
 
 NAMES = {name: value for name, value in vars(folder).items() if isinstance(value, str) and name.isupper()}
-SUPERVISOR = ROOT / "launch" / "supervise.py"
+SUPERVISOR = ROOT / "launch" / "supervise" / "run_files.py"
 
 
 def spelled_in(source: str) -> set[str]:
@@ -31,7 +31,7 @@ def test_a_name_spelled_elsewhere_is_seen() -> None:
 
 
 def test_the_supervisor_spells_them_alike() -> None:
-    shared = {name: value for name, value in vars(supervise).items() if name in NAMES}
+    shared = {name: value for name, value in vars(run_files).items() if name in NAMES}
     assert shared == {name: NAMES[name] for name in ("ATTEMPTS_FILE", "SUMMARY_FILE")}
     names = {node.value for node in ast.walk(ast.parse(SUPERVISOR.read_text())) if isinstance(node, ast.Constant)}
     assert {folder.CHECKPOINTS, folder.MANIFEST} <= names

@@ -8,12 +8,12 @@ import pytest
 from convneur.data.errors import OUTAGE_STATUS, InputError, StorageError
 from convneur.data.stores import retry
 from convneur.errors import SaveError
-from convneur.launch import supervise
 from convneur.launch.cli import main
+from convneur.launch.supervise import run_files
 
 
 def test_supervisor_and_command_line_agree_on_the_status() -> None:
-    assert supervise.STORAGE == OUTAGE_STATUS not in (0, 1, supervise.BAD_INPUT, supervise.HANG)
+    assert run_files.STORAGE == OUTAGE_STATUS not in (0, 1, run_files.BAD_INPUT, run_files.HANG)
 
 
 @pytest.mark.parametrize("kind", [InputError, SaveError, OSError])

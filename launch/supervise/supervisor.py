@@ -1,10 +1,4 @@
-"""Looking after the ranks of a Slurm job: starts them, and starts them again where that can help.
-
-slurm/common.sh runs this file by itself, outside of any container, so it uses the standard library alone:
-
-    python3 -I launch/supervise.py --folder RUN --notice FILE -- srun ... convneur train ...
-
-What becomes of a job is decided here:
+"""One job's care for one run. What becomes of the job is decided here:
 
 - The run is finished, or a rank says that the input is bad (exit status 2): that is the end.
 - A notice (FILE appears, a rank leaves word of a signal, or the time limit is near): the ranks are told, save and
@@ -37,28 +31,32 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from .job import PATIENCE, Job, ask, say
+from .run_files import (
+    ATTEMPTS_FILE,
+    BAD_INPUT,
+    STORAGE,
+    SUMMARY_FILE,
+    TIME_FORMAT,
+    Fault,
+    Record,
+    faults_of,
+    newest_checkpoint,
+    read_attempts,
+)
 
 RESTARTS = 3
 FRUITLESS = 3
 VAIN_STOPS = 10
 START_SECONDS = 120.0
-BAD_INPUT = 2
-STORAGE = 74  # convneur.data.errors.StorageError
-HANG = 75  # convneur.monitoring.watchdog
-ATTEMPTS_FILE = "attempts.jsonl"
-SUMMARY_FILE = "summary.json"
 RANK_NOTICE = "notice"  # slurm/rank.sh
-TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 POLL_SECONDS = 0.5
 TELL_SECONDS = 2.0
 LAST_SECONDS = 60.0
 """How long before its time limit a job that has had no notice is treated as if one had come."""
-PATIENCE = (1, 2, 5, 10, 20, 30)
-"""Pauses, in seconds, before Slurm or the storage is asked again that has not answered."""
-REQUEUE_PATIENCE = (*PATIENCE, *[30] * 8)
 OUTAGE_PAUSES = (15, 30, 60, 120, 300, 600)
 """Seconds before ranks are started again that an outage has ended; the last goes on."""
 OUTAGE_SECONDS = 12 * 3600.0
@@ -66,173 +64,6 @@ DOUBT_SECONDS = 3600.0
 """How long after an outage began a dataset or folder that isn't there is taken for part of it."""
 
 UNKNOWN = (0, 0)
-
-Record = dict[str, Any]
-Answer = subprocess.CompletedProcess
-
-
-class Fault(NamedTuple):
-    """How the rank ended that failed first: its node and why, its exit status, and the exception if it left word."""
-
-    rank: int
-    node: str
-    status: int
-    reason: str
-    exception: str | None
-
-    @property
-    def is_bad_input(self) -> bool:
-        """Whether the rank itself says so. Interpreters and shells end with 2, too, where a file can't be read."""
-        return self.status == BAD_INPUT and self.exception == "InputError"
-
-
-class Job:
-    """The Slurm job that this process is part of."""
-
-    def __init__(self) -> None:
-        env = os.environ
-        self.id = env["SLURM_JOB_ID"]
-        self.restart = int(env.get("SLURM_RESTART_COUNT", "0"))
-        self.nodes = env["SLURM_JOB_NODELIST"]
-        array = env.get("SLURM_ARRAY_JOB_ID")
-        # The number of an array's last task is the array's too, and says all of its tasks.
-        self.name = f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else self.id
-
-    def is_running(self, patience: tuple[int, ...] = PATIENCE) -> bool | None:
-        """Whether Slurm counts the job as running: not cancelled, not being requeued; None where it doesn't answer."""
-        for pause in (0, *patience):
-            time.sleep(pause)
-            state = re.search(r"\bJobState=(\w+)", ask("scontrol", "show", "job", "-o", self.name).stdout)
-            if state:
-                return state[1] == "RUNNING"
-        return None
-
-    def has_step(self) -> bool:
-        """Whether Slurm has made a step of the job besides the batch script's, as far as it can be asked."""
-        shown = ask("squeue", "--noheader", "--steps", f"--jobs={self.name}", "--format=%i")
-        return shown.returncode != 0 or bool(re.search(r"\.\d+$", shown.stdout, re.MULTILINE))
-
-    def seconds_left(self) -> float | None:
-        """Until the job's time limit; None without one, or where Slurm doesn't answer."""
-        shown = ask("squeue", "--noheader", f"--jobs={self.name}", "--format=%e").stdout.strip()
-        try:
-            return time.mktime(time.strptime(shown, "%Y-%m-%dT%H:%M:%S")) - time.time()
-        except ValueError:
-            return None
-
-    def requeue(self, exclude: str | None) -> bool:
-        """Queues the job again, without a node where one is named; the rest of this process is then borrowed time."""
-        say("queueing the job again, to go on from its checkpoint" + (f", without node {exclude}" if exclude else ""))
-        for pause in REQUEUE_PATIENCE:
-            answer = ask("scontrol", "requeue", self.name)
-            if not answer.returncode:
-                break
-            say(f"that failed ({one_line(answer.stderr)})")
-            # These are answers, and no others would follow. The third: the answer to an earlier request was lost.
-            if re.search(r"disabled|denied|Invalid job", answer.stderr) or self.is_running(()) is False:
-                return False
-            time.sleep(pause)
-        else:
-            say("submit the job again to go on")
-            return False
-        # Slurm lets the nodes of a job be chosen only while it is pending, which takes it a moment.
-        for _ in range(20 if exclude else 0):
-            if not ask("scontrol", "update", f"JobId={self.name}", f"ExcNodeList={exclude}").returncode:
-                break
-            time.sleep(0.2)
-        return True
-
-
-def ask(*command: str) -> Answer[str]:
-    """What one of Slurm's commands answers; a status that isn't 0 where it doesn't, or can't be run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Answer(command, 1, "", str(error))
-
-
-def say(line: str) -> None:
-    """Writes to the job's log; one that can't be written ends nothing."""
-    with suppress(OSError):
-        os.write(1, f"slurm: {line}\n".encode(errors="replace"))
-
-
-def one_line(text: str) -> str:
-    """Its words, with a blank between one and the next."""
-    return " ".join(text.split())
-
-
-def free_port(address: str, start: int) -> int:
-    """A port at which nothing listens; the search begins elsewhere for every start of every job.
-
-    All of them are below those that the kernel gives to outgoing connections.
-    """
-    for port in range(20000 + start % 12000, 32768):
-        try:
-            socket.create_connection((address, port), timeout=5).close()  # of any address family
-        except OSError:
-            return port
-    raise OSError(f"no free port at {address}")
-
-
-def newest_checkpoint(folder: Path) -> int | None:
-    """The step of the newest committed checkpoint; 0 where there is none, None where the storage doesn't say."""
-    try:
-        found = [path for path in (folder / "checkpoints").iterdir() if re.fullmatch(r"step-[0-9]{8}", path.name)]
-        return max((int(path.name[len("step-") :]) for path in found if (path / "manifest.json").exists()), default=0)
-    except (FileNotFoundError, NotADirectoryError):
-        return 0
-    except OSError:
-        return None
-
-
-def read_attempts(folder: Path) -> list[Record]:
-    """The history of a run; a line that a full disk has cut short, or anything else has damaged, is left out."""
-    try:
-        lines = (folder / ATTEMPTS_FILE).read_bytes().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        with suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and {"event", "job"} <= record.keys():
-                found.append(record)
-    return found
-
-
-def faults_of(folder: Path) -> list[Fault]:
-    """How ranks ended that failed and could leave word, the first to fail first."""
-    found = []
-    for path in folder.glob("rank-*.ended"):
-        with suppress(OSError, ValueError):  # it was written on a full disk
-            seconds, number, name = path.read_text().split()
-            rank, status = int(path.stem[len("rank-") :]), int(number)
-            found.append((float(seconds), Fault(rank, name, status, *_reason(folder, rank, status))))
-    return [fault for _, fault in sorted(found)]
-
-
-def _reason(folder: Path, rank: int, status: int) -> tuple[str, str | None]:
-    """Why a rank ended: in words, and the exception's name where torch's error handler left word of one."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # "InputError: what is wrong"
-        exception, _, reason = json.loads((folder / f"rank-{rank}.json").read_text())["message"]["message"].partition(
-            ": "
-        )
-        return reason, exception
-    if status == HANG:
-        return "no step for too long; the ranks' stacks are in the folder stacks", None
-    with suppress(ValueError):
-        return f"killed by {signal.Signals(status - 128).name}", None
-    return f"exit status {status}; its traceback is above", None
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file is there that this user has made, and no other, nor a link."""
-    try:
-        found = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
 
 
 class Supervisor:
@@ -469,8 +300,30 @@ class Supervisor:
             say(f"{ATTEMPTS_FILE} can't be written ({error})")
 
 
+def free_port(address: str, start: int) -> int:
+    """A port at which nothing listens; the search begins elsewhere for every start of every job.
+
+    All of them are below those that the kernel gives to outgoing connections.
+    """
+    for port in range(20000 + start % 12000, 32768):
+        try:
+            socket.create_connection((address, port), timeout=5).close()  # of any address family
+        except OSError:
+            return port
+    raise OSError(f"no free port at {address}")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is there that this user has made, and no other, nor a link."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
+
+
 def main() -> int:
-    """Reads the command line; see the head of this file."""
+    """Reads the command line of __main__.py; the exit status of the job."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--notice", type=Path, required=True)
