@@ -11,20 +11,18 @@
 #SBATCH --open-mode=append
 
 trap 'early=yes' HUP INT QUIT ALRM TERM USR1 USR2 # until common.sh listens
-# Slurm runs a copy of this file. What it needs lies beside the original, whatever that is called, or in the checkout
-# that the job was submitted from.
-script=$(readlink -f -- "$0") original=
-for pause in 1 5 15 30 0; do
-    if [ -z "${SLURM_JOB_ID-}" ] || [ -n "$original" ] || [ -e "${script%/*}/common.sh" ]; then break; fi
+# Slurm runs a copy of this file. common.sh lies beside the original, or in the checkout that the job was submitted from.
+original=$(readlink -f -- "$0")
+[ -e "${original%/*}/common.sh" ] || for pause in ${SLURM_JOB_ID:+0 1 5 15 30}; do
+    sleep "$pause"
     original=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p;T;q')
-    [ -n "$original" ] || sleep $pause
+    [ -z "$original" ] || break
 done
 while [[ $original = *" "* && ! -f $original ]]; do original=${original% *}; done # without the words after it
-original=$(readlink -f -- "${original:-$script}") || original=$script
-for home in "${script%/*}" "${original%/*}" "${SLURM_SUBMIT_DIR-.}/slurm" "${SLURM_SUBMIT_DIR-.}"; do
+for home in "$(dirname -- "$(readlink -f -- "$original")")" "${SLURM_SUBMIT_DIR-.}"{/slurm,}; do
     [ ! -e "$home/common.sh" ] || break
 done
-[ -e "$home/common.sh" ] || { echo "$original: no common.sh beside it; submit it from slurm/ or a checkout" >&2; exit 2; }
+[ -e "$home/common.sh" ] || { echo "${original:-$0}: no common.sh beside it; submit it from slurm/ or a checkout" >&2; exit 2; }
 # shellcheck source=slurm/common.sh
 . "$home/common.sh"
 train m1 "$@"

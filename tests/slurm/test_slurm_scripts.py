@@ -96,6 +96,13 @@ def bash(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env={"PATH": "/usr/bin:/bin"} | env, cwd="/", capture_output=True, text=True)
 
 
+def tool(path: Path, text: str) -> None:
+    """Writes a program in the place of one of the system's or of Slurm's."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
 def directives(script: Path) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script.read_text(), re.MULTILINE))
 
@@ -126,6 +133,70 @@ def test_text_that_submit_gives_to_sbatch_needs_no_slurm(
     assert main(words) == 2
     assert "there is no sbatch here: submit on a login node" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+WORDS = "--run.name /a/b c"
+ANSWERS = {
+    # What scontrol shows of the job's script, from where the job was submitted, and where common.sh is taken from.
+    "as it is": ("CHECKOUT/slurm/train_m4.sh", "/", "CHECKOUT"),
+    "with words": (f"CHECKOUT/slurm/train_m4.sh {WORDS}", "/", "CHECKOUT"),
+    "renamed": (f"CHECKOUT/slurm/a copy {WORDS}", "/", "CHECKOUT"),
+    "linked": (f"FOLDER/a link.sh {WORDS}", "/", "CHECKOUT"),
+    "from another checkout": ("CHECKOUT/slurm/train_m4.sh", "OTHER", "CHECKOUT"),
+    "copied elsewhere": (f"FOLDER/mine.sh {WORDS}", "OTHER", "OTHER"),
+    "copied elsewhere, from slurm": (f"FOLDER/mine.sh {WORDS}", "OTHER/slurm", "OTHER"),
+    "not on this node": ("/nowhere/slurm/train_m4.sh", "OTHER", "OTHER"),
+    "silent": ("", "OTHER", "OTHER"),
+    "nowhere": (f"FOLDER/mine.sh {WORDS}", "/", ""),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_the_copy_that_slurm_runs_finds_the_checkout(tmp_path: Path, case: str) -> None:
+    places = {"CHECKOUT": tmp_path / "a checkout", "OTHER": tmp_path / "other", "FOLDER": tmp_path}
+    for name in ("CHECKOUT", "OTHER"):
+        shutil.copytree(SLURM, places[name] / "slurm")
+    script = places["CHECKOUT"] / "slurm" / "train_m4.sh"
+    for copy in (script.with_name("a copy"), tmp_path / "mine.sh", tmp_path / "slurm_script"):
+        shutil.copy(script, copy)
+    (tmp_path / "a link.sh").symlink_to(script)
+    answer, submitted_from, home = (re.sub(r"[A-Z]{5,}", lambda m: str(places[m[0]]), text) for text in ANSWERS[case])
+    tool(tmp_path / "bin" / "scontrol", f"echo '   Command={answer}'" if answer else "exit 1")
+    tool(tmp_path / "bin" / "sleep", f"echo $1 >>'{tmp_path}/slept'")
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": submitted_from}
+    shown = bash(tmp_path / "slurm_script", "--dry-run", **env)
+    slept = (tmp_path / "slept").read_text().split() if (tmp_path / "slept").exists() else []
+    assert sum(map(int, slept)) == (51 if case == "silent" else 0)
+    if home:
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert f"{home}/slurm/rank.sh" in shlex.split(shown.stdout.splitlines()[-1])
+    else:
+        assert (shown.returncode, shown.stdout) == (2, "")
+        assert shown.stderr == f"{tmp_path}/mine.sh: no common.sh beside it; submit it from slurm/ or a checkout\n"
+
+
+def test_a_script_is_run_from_anywhere_without_slurm(tmp_path: Path) -> None:
+    (tmp_path / "a link").symlink_to(SLURM / "train_m4.sh")
+    shutil.copy(SLURM / "train_m4.sh", tmp_path / "mine.sh")
+    for script, folder in ((tmp_path / "a link", "/"), ("train_m4.sh", SLURM), (tmp_path / "mine.sh", ROOT)):
+        env = {"PATH": "/usr/bin:/bin"}
+        shown = subprocess.run(["bash", script, "--dry-run"], cwd=folder, env=env, capture_output=True, text=True)
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert f"{ROOT}/slurm/rank.sh" in shlex.split(shown.stdout.splitlines()[-1])
+
+
+def test_all_scripts_find_the_checkout_alike() -> None:
+    scripts = [path for path in SLURM.glob("*.sh") if "Slurm runs a copy of this file" in path.read_text()]
+    assert {path.name for path in scripts} == {
+        *(p.name for p in TRAIN_SCRIPTS),
+        "study.sh",
+        "eval.sh",
+        "prepare_imagenet.sh",
+    }
+    found = {
+        path.read_text().partition("# Slurm runs a copy")[2].partition('\n. "$home/common.sh"\n')[0] for path in scripts
+    }
+    assert len(found) == 1
 
 
 SITE = """
