@@ -23,7 +23,7 @@ from convneur.engine.build import build_engine
 from convneur.engine.ema import Ema
 from convneur.engine.optimizer import build_optimizer
 from convneur.engine.section import deepspeed_config
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.build import build_model
 from convneur.records.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from convneur.records.manifest import newest_intact
 from convneur.records.retention import Retention
@@ -46,7 +46,7 @@ def measure(variant: str, stage: int, runs: int, folder: Path, world: World) -> 
     overrides = ["--model.variant", variant, "--data.global_batch_size", str(world.size)]
     config = load_config(overrides=[*overrides, "--deepspeed.zero_optimization.stage", str(stage)])
     torch.manual_seed(0)
-    model = ConvNeur(config.model).to(world.device)
+    model = build_model(config.model).to(world.device)
     optimizer = build_optimizer(model, config.optimizer, "torch", world.size, offload=False)
     engine = build_engine(model, optimizer, deepspeed_config(config, world.size))
     ema = Ema(engine, config.train.ema_decay)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from convneur.engine.config import OptimizerConfig, ScheduleConfig
 from convneur.engine.optimizer import build_optimizer, build_schedule
+from convneur.models.build import build_model
 from convneur.models.convneur.memory import MemoryConfig, MemoryState, NeuralMemory, retrieve
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 
@@ -69,7 +70,7 @@ def model_of(width: int, mup: bool, seed: int) -> ConvNeur:
         mup_base=BASE if mup else "",
     )
     torch.manual_seed(seed)
-    return ConvNeur(config)
+    return build_model(config)
 
 
 @contextmanager

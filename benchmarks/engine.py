@@ -39,6 +39,7 @@ from convneur.engine.build import build_engine
 from convneur.engine.ema import Ema
 from convneur.engine.optimizer import build_optimizer
 from convneur.engine.section import deepspeed_config
+from convneur.models.build import build_model
 from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.gauges import Gauges, step_flops
 from convneur.monitoring.guards import Guards
@@ -66,7 +67,7 @@ def settings(args: argparse.Namespace, stage: int, autocast: bool, world: World)
 def build(config: Config, world: World) -> tuple[ConvNeur, torch.optim.Optimizer]:
     """A model and its optimizer."""
     torch.manual_seed(0)
-    model = ConvNeur(config.model).to(world.device)
+    model = build_model(config.model).to(world.device)
     return model, build_optimizer(model, config.optimizer, "torch", config.data.global_batch_size, offload=False)
 
 

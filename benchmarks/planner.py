@@ -21,7 +21,7 @@ from convneur.engine.config import choose_implementation
 from convneur.engine.ema import Ema
 from convneur.engine.optimizer import build_optimizer
 from convneur.engine.section import deepspeed_config
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.build import build_model
 from convneur.planning.footprint import layout, peak
 from convneur.planning.step_trace import LiveStorages, Precision, trace_step
 from convneur.system.world import World
@@ -72,7 +72,7 @@ def measure(config: Config, world: World) -> tuple[int, int | None]:
     micro_batch = config.data.global_batch_size // world.size // accumulation
     with LiveStorages() as tensors:
         torch.manual_seed(0)
-        model = ConvNeur(config.model).to(world.device)
+        model = build_model(config.model).to(world.device)
         model.set_grad_checkpointing(config.train.recompute)
         implementation = choose_implementation(config.optimizer, world.device.type, False)
         optimizer = build_optimizer(model, config.optimizer, implementation, config.data.global_batch_size, False)

@@ -84,6 +84,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """What the model is trained for.
+
+    Attributes:
+        name: classification: which class an image is of.
+    """
+
+    name: str = "classification"
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run depends on; saved as `config.yaml` in its folder.
 
@@ -94,6 +105,7 @@ class Config:
     """
 
     run: RunConfig = field(default_factory=RunConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

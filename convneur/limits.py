@@ -19,6 +19,7 @@ from convneur.engine.config import check_no_lock, choose_implementation, peak_lr
 from convneur.engine.section import deepspeed_config, offloads_optimizer
 from convneur.models.convneur.model import SMALLEST_IMAGE
 from convneur.system.apex import examine_apex
+from convneur.tasks.choose import check_task
 
 Range = tuple[str, Callable[[float], bool]]
 COUNT: Range = ("at least 1", lambda x: x >= 1)
@@ -73,6 +74,7 @@ def check_config(config: Config, world_size: int) -> None:
 def check_values(config: Config) -> None:
     """The part of it that holds on any machine: InputError for the first value that is out of its range."""
     check_data_values(config.data)
+    check_task(config)
     for key, (expected, holds) in RANGES.items():
         value = attrgetter(key)(config)
         if not holds(value):

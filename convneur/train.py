@@ -1,12 +1,8 @@
-"""Training: the step and the loop around it. `convneur.run.build` builds what they use, `convneur.run.run` holds it.
-
-Shape legend: b images of a rank's micro-batch, K classes.
-"""
+"""Training: the step and the loop around it. `convneur.run.build` builds what they use, `convneur.run.run` holds it."""
 
 from pathlib import Path
 
 import torch
-from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 
 from convneur.config import Config
@@ -19,22 +15,20 @@ from convneur.records.summary import Summary
 from convneur.run.build import started_run
 from convneur.system.stopping import StopNow
 from convneur.system.world import World
-from convneur.tasks.mixing import DeviceTransform
-
-cross_entropy = SoftTargetCrossEntropy()
+from convneur.tasks.task import Task
 
 
-def train_step(engine: Engine, batches: list[Batch], prepare: DeviceTransform, ema: Ema | None) -> Tensor:
+def train_step(engine: Engine, batches: list[Batch], task: Task, ema: Ema | None) -> Tensor:
     """One optimizer step over this rank's micro-batches; returns their mean loss, still on the device.
 
-    loss = -sum_k y_k log softmax(logits)_k, with y the smoothed and mixed labels (b, K), averaged over the global
-    batch: DeepSpeed divides by the micro-batches and ranks, sums the gradients, clips them and, after the last
-    micro-batch, steps AdamW, unless the gradients aren't finite.
+    The task says what the loss of a micro-batch is. It is averaged over the global batch: DeepSpeed divides by the
+    micro-batches and ranks, sums the gradients, clips them and, after the last micro-batch, steps the optimizer, unless
+    the gradients aren't finite.
     """
     total = torch.zeros((), device=engine.device)
     for batch in batches:
-        images, targets = prepare(batch)
-        loss = cross_entropy(engine(images).float(), targets)
+        images, targets = task.prepare(batch)
+        loss = task.losses(engine, images, targets)["loss"]
         engine.backward(loss)
         engine.step()
         total += loss.detach()
@@ -71,7 +65,7 @@ def train(config: Config, world: World, run_dir: Path, resume: str = "never", pr
                 # Drop path draws from (seed, step, rank) alone, so a resumed run needs no saved generators.
                 seed_libraries(key(config.run.seed, "step", step, world.rank), world.device)
                 trainer.schedule.step_update(step)
-                loss = train_step(trainer.engine, batches, run.prepare, trainer.ema)
+                loss = train_step(trainer.engine, batches, run.task, trainer.ema)
                 run.done = step + 1
                 monitors.guards.observe(step, batches, loss)
                 run.log.step(step + 1, loss, trainer.learning_rate, monitors.gauges)

@@ -11,12 +11,16 @@ if TYPE_CHECKING:
 def check_start(config: "Config", world_size: int) -> None:
     """Refuses, where no run is to start yet, all that its start will: what `check` does, and the initial weights."""
     check(config, world_size)
-    from convneur.models.convneur.overflow import check_memories
+    import torch
+
+    from convneur.models.build import check_initial
     from convneur.ops import native
     from convneur.run.trainer import initial_model
+    from convneur.tasks.choose import build_task
 
+    task = build_task(config, torch.device("cpu"))
     with native.unused():
-        check_memories(initial_model(config), config.data.image_size)
+        check_initial(initial_model(task, config.run.seed), config.data.image_size)
 
 
 def check(config: "Config", world_size: int) -> None:

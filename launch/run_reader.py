@@ -48,7 +48,7 @@ class MetricsReader:
     Attributes:
         step: of the last record; 0 before the first.
         epoch: of the last record.
-        top1: of the last evaluation, the better of raw and averaged weights; None before the first.
+        scores: of the last evaluation, by the names in metrics.jsonl; none before the first.
         rate: images a second, last reported; None before it is.
         step_seconds: time in the steps that the metrics have, for a batch of one image.
     """
@@ -63,7 +63,7 @@ class MetricsReader:
         self._bad: list[str] = []
         self._timed = 0
         self.epoch = self.step_seconds = 0.0
-        self.top1: float | None = None
+        self.scores: dict[str, float] = {}
         self.rate: float | None = None
 
     def read(self) -> None:
@@ -103,8 +103,8 @@ class MetricsReader:
             self.rate = rate
             self.step_seconds += (self.step - self._timed) / rate
             self._timed = self.step
-        if scores := [record[name] for name in ("eval/top1", "eval/top1_ema") if record.get(name) is not None]:
-            self.top1 = max(scores)
+        scores = {name: value for name, value in record.items() if name.startswith("eval/") and value is not None}
+        self.scores = scores or self.scores
 
 
 class _Unchanged(Generic[Value]):

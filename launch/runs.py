@@ -19,9 +19,11 @@ from convneur.launch.supervise.run_files import Record
 from convneur.launch.tables import show_table, table_of
 from convneur.records.folder import ATTEMPTS_FILE, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from convneur.records.summary import ends_as_told
+from convneur.tasks.choose import primary_metric
+from convneur.tasks.task import Metric
 
 SUBMITTED = "submitted"
-HEADINGS = ("run", "state", "epoch", "top-1", "images/s", "left", "restarts", "ETTR")
+HEADINGS = ("run", "state", "epoch", "score", "images/s", "left", "restarts", "ETTR")
 WORDS = ("run", "state")
 RUN_FILES = {CONFIG_FILE, SUMMARY_FILE, METRICS_FILE, ATTEMPTS_FILE, CHECKPOINTS}
 """What tells the folder of a run: any of them, since damage may have taken the others."""
@@ -37,7 +39,7 @@ class RunStatus:
             why: nothing else is said then.
         epoch: reached.
         epochs: of the whole run; 0 for one that Slurm has only queued.
-        top1: of the newest evaluation, the better of raw and averaged weights.
+        score: of the newest evaluation, by the task's first metric, the better of raw and averaged weights.
         images_per_second: last reported.
         seconds_left: at that speed.
         restarts: attempts after the first one; None for a run outside of Slurm.
@@ -51,11 +53,12 @@ class RunStatus:
     state: str
     epoch: float
     epochs: int
-    top1: float | None
+    score: float | None
     images_per_second: float | None
     seconds_left: float | None
     restarts: int | None
     ettr: float | None
+    metric: Metric | None = None
 
     def cells(self) -> list[str]:
         """The row of a table."""
@@ -64,12 +67,18 @@ class RunStatus:
             self.name,
             self.state,
             f"{self.epoch:.2f}/{self.epochs}" if self.epochs else "-",
-            "-" if self.top1 is None else f"{self.top1:.2%}",
+            "-" if self.score is None or self.metric is None else f"{self.score:{self.metric.form}}",
             "-" if self.images_per_second is None else f"{self.images_per_second:,.0f}",
             "-" if minutes is None else f"{minutes // 60}:{minutes % 60:02d} h",
             "-" if self.restarts is None else str(self.restarts),
             "-" if self.ettr is None else f"{self.ettr:.0%}",
         ]
+
+
+def headings(runs: Sequence[RunStatus]) -> list[str]:
+    """Of the table of these runs: a score has the name that their tasks give it."""
+    titles = dict.fromkeys(run.metric.title for run in runs if run.metric)
+    return [" or ".join(titles) if titles and heading == "score" else heading for heading in HEADINGS]
 
 
 class Runs:
@@ -101,7 +110,7 @@ class Runs:
     def show(self) -> None:
         """Prints what there is to see now."""
         runs, notes = self.look()
-        show_table(HEADINGS, [run.cells() for run in runs], text=WORDS)
+        show_table(headings(runs), [run.cells() for run in runs], text=WORDS)
         for note in notes:
             print(f"note: {note}", flush=True)
 
@@ -133,7 +142,7 @@ def watch(runs: Runs, every: float) -> NoReturn:
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
             found, notes = runs.look()
-            table = table_of(HEADINGS, [run.cells() for run in found], console.width, text=WORDS)
+            table = table_of(headings(found), [run.cells() for run in found], console.width, text=WORDS)
             live.update(Group(table, *(Text(f"note: {note}") for note in notes)), refresh=True)
             time.sleep(every)
 
@@ -169,11 +178,14 @@ def _read(run: RunReader, notes: list[str]) -> _Begun:
     left = None
     if metrics.rate and metrics.epoch and not finished:
         left = (metrics.step / metrics.epoch * epochs - metrics.step) * batch / metrics.rate
-    scores = [summary.top1, summary.top1_ema or 0.0] if summary and finished else []
+    metric = primary_metric(config)
+    names = f"eval/{metric.name}", f"eval/{metric.name}_ema"
+    scores = [summary.score, summary.score_ema] if summary and finished else [metrics.scores.get(n) for n in names]
     known = {
         "epoch": float(epochs) if finished else metrics.epoch,
         "epochs": epochs,
-        "top1": max(scores, default=metrics.top1),
+        "score": max((score for score in scores if score is not None), key=metric.rank, default=None),
+        "metric": metric,
         "images_per_second": metrics.rate,
         "seconds_left": left,
         "restarts": max(0, sum(record["event"] == "start" for record in attempts) - 1) if attempts else None,
@@ -189,7 +201,7 @@ def _damaged(name: str, why: str) -> RunStatus:
 
 
 def _not_begun(name: str, state: str) -> RunStatus:
-    nothing = dict.fromkeys(("top1", "images_per_second", "seconds_left", "restarts", "ettr"))
+    nothing = dict.fromkeys(("score", "images_per_second", "seconds_left", "restarts", "ettr"))
     return RunStatus(name, state, 0.0, 0, **nothing)
 
 

@@ -92,7 +92,8 @@ def run_missing(config: StudyConfig, stand: Standing[Place], folder: Path, jobs:
                     left = _seconds_left(ended, weights, [*running, *waiting]) / jobs
                     done = len(stand.finished) + len(missing) - len(waiting) - len(running) - len(failed)
                     print(
-                        f"[{done}/{len(weights)}] {place.name}  top1 {summary.final_top1:.4f}  {summary.seconds:.0f} s"
+                        f"[{done}/{len(weights)}] {place.name}  {summary.metric} {summary.chosen:.4f}"
+                        f"  {summary.seconds:.0f} s"
                         f"  {finished / total:.0%} of the operations, about {left / 60:.0f} min left",
                         flush=True,
                     )

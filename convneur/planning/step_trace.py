@@ -23,7 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.backbone import Backbone
+from convneur.models.build import build_model
+from convneur.models.convneur.model import ModelConfig
 
 Precision = Literal["fp32", "autocast", "bf16", "fp16"]
 Group = Literal["matrix", "depthwise", "memory", "pointwise"]
@@ -131,12 +133,12 @@ def trace_step(
     return Trace(tuple(watch.moments), tuple(watch.kernels), watch.shapes, watch.memory_states)
 
 
-def _model(config: ModelConfig, dtype: torch.dtype) -> ConvNeur:
+def _model(config: ModelConfig, dtype: torch.dtype) -> Backbone:
     """A model that is made in its precision, as fake parameters can't be converted to another."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return ConvNeur(config)
+        return build_model(config)
     finally:
         torch.set_default_dtype(usual)
 

@@ -91,13 +91,17 @@ class TrainState:
     went_back: bool = False
     versions: dict[str, str] = field(default_factory=_versions)
 
+    def record(self) -> dict[str, Any]:
+        """What is written of it."""
+        return asdict(self) | {"best": self.best and self.best.record()}
+
 
 def read_state(checkpoint: Path) -> TrainState:
     """The state in a checkpoint folder; InputError where the folder is none."""
     path = checkpoint / STATE_FILE
     try:
         fields = json.loads(path.read_text())
-        return TrainState(**fields | {"best": Best(**fields["best"]) if fields["best"] else None})
+        return TrainState(**fields | {"best": Best.of(fields["best"]) if fields["best"] else None})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{checkpoint} is not a checkpoint: {path} can't be read ({error}); expected a folder step-<number>"
@@ -172,7 +176,7 @@ def save_checkpoint(
                 _write_weights(weights, config, temporary / name)
             if world.is_main:
                 save_config(config, temporary / CONFIG_FILE)
-                _write_json(asdict(state), temporary / STATE_FILE)
+                _write_json(state.record(), temporary / STATE_FILE)
                 _write_json(scalars, temporary / OPTIMIZER_FILE)
                 _write_json(classes, temporary / CLASSES_FILE)
             mine = [*files, *((CONFIG_FILE, STATE_FILE, OPTIMIZER_FILE, CLASSES_FILE) if world.is_main else ())]

@@ -19,6 +19,8 @@ from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.records.folder import CURVE_FILE, METRICS_FILE
 from convneur.records.saved import Metrics, salvage_metrics
+from convneur.tasks.choose import TASKS
+from convneur.tasks.task import Metric
 
 LineStyle = str | tuple[float, tuple[float, ...]]
 
@@ -28,14 +30,22 @@ LOSSES = {
     "eval/loss": "held out, raw weights",
     "eval/loss_ema": "held out, averaged weights",
 }
-ACCURACIES = {"eval/top1": "raw weights", "eval/top1_ema": "averaged weights"}
-COLORS = {"train/loss": "C0", "eval/loss": "C1", "eval/loss_ema": "C2", "eval/top1": "C1", "eval/top1_ema": "C2"}
+METRICS = {f"eval/{kind.metrics[0].name}": kind.metrics[0] for kind in TASKS.values()}
+AVERAGED = {f"{name}_ema": metric for name, metric in METRICS.items()}
+SCORES = dict.fromkeys(METRICS, "raw weights") | dict.fromkeys(AVERAGED, "averaged weights")
+COLORS = {
+    "train/loss": "C0",
+    "eval/loss": "C1",
+    "eval/loss_ema": "C2",
+    **dict.fromkeys(METRICS, "C1"),
+    **dict.fromkeys(AVERAGED, "C2"),
+}
 STYLES: dict[str, Literal["-", "--", ":"]] = {
     "train/loss": ":",
     "eval/loss": "-",
     "eval/loss_ema": "--",
-    "eval/top1": "-",
-    "eval/top1_ema": "--",
+    **dict.fromkeys(METRICS, "-"),
+    **dict.fromkeys(AVERAGED, "--"),
 }
 
 PALETTE = 10
@@ -47,7 +57,7 @@ Curves = dict[str, list[tuple[float, float]]]
 
 
 def plot_run(folder: Path) -> Path:
-    """Draws what is intact of a run's training loss, evaluation loss and top-1 against epochs; the picture's path."""
+    """Draws what is intact of a run's losses and its task's first metric against epochs; the picture's path."""
     path = folder / CURVE_FILE
     _draw({folder.resolve().name: _curves(salvage_metrics(folder)[0])}, path)
     return path
@@ -86,7 +96,7 @@ def plot_runs(folders: Sequence[Path], path: Path) -> list[str]:
 def _curves(records: Sequence[Metrics]) -> Curves:
     """Epochs and values of all that is drawn, and that there is."""
     found = {}
-    for name in (*LOSSES, *ACCURACIES):
+    for name in (*LOSSES, *SCORES):
         points = [(r["epoch"], r[name]) for r in records if r.get(name) is not None]
         if points:
             found[name] = points
@@ -101,19 +111,20 @@ def _draw(runs: Mapping[str, Curves], path: Path) -> None:
 
 
 def _few(runs: Mapping[str, Curves]) -> Figure:
-    figure, (losses, accuracy) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (losses, scores) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     one = len(runs) == 1
     for number, curves in enumerate(runs.values()):
-        for axis, names in ((losses, LOSSES), (accuracy, ACCURACIES)):
+        for axis, names in ((losses, LOSSES), (scores, SCORES)):
             for name in names:
                 if name in curves:
                     color, style = (COLORS[name], "-") if one else (f"C{number}", STYLES[name])
                     axis.plot(*zip(*curves[name], strict=True), label=names[name], color=color, ls=style, lw=1.4)
-    _label(losses, "Loss", accuracy=False)
-    _label(accuracy, "Held-out accuracy", accuracy=True)
+    shown = next((_metric(name) for curves in runs.values() for name in curves if name in SCORES), None)
+    _label(losses, "Loss", None)
+    _label(scores, f"Held-out {shown.kind}" if shown else "", shown)
     if one:
         figure.suptitle(_plain(next(iter(runs))))
-        for axis in (losses, accuracy):
+        for axis in (losses, scores):
             if axis.lines:
                 axis.legend(frameon=False)
         return figure
@@ -125,7 +136,7 @@ def _few(runs: Mapping[str, Curves]) -> Figure:
 
 def _many(runs: Mapping[str, Curves]) -> Figure:
     """A panel for each kind of curve; a run has the same colour, style and marker in all of them."""
-    kinds = [name for name in (*LOSSES, *ACCURACIES) if any(name in curves for curves in runs.values())]
+    kinds = [name for name in (*LOSSES, *SCORES) if any(name in curves for curves in runs.values())]
     columns = min(3, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     longest = max(map(len, runs))
@@ -140,7 +151,9 @@ def _many(runs: Mapping[str, Curves]) -> Figure:
         for curves, style in zip(runs.values(), styles, strict=True):
             if kind in curves:
                 axis.plot(*zip(*curves[kind], strict=True), linewidth=1.3, markevery=0.1, markersize=4, **style)
-        _label(axis, f"{'Top-1' if kind in ACCURACIES else 'Loss'}: {(LOSSES | ACCURACIES)[kind]}", kind in ACCURACIES)
+        metric = _metric(kind)
+        title = metric.title.capitalize() if metric else "Loss"
+        _label(axis, f"{title}: {(LOSSES | SCORES)[kind]}", metric)
     handles = [Line2D([], [], label=_plain(name), **style) for name, style in zip(runs, styles, strict=True)]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=names, frameon=False, fontsize="small", handlelength=4
@@ -154,12 +167,17 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": f"C{number % PALETTE}", "linestyle": DASHES[dash], "marker": MARKERS[marker]}
 
 
-def _label(axis: Axes, title: str, accuracy: bool) -> None:
-    axis.set(xlabel="epoch", ylabel="top-1" if accuracy else "cross-entropy", title=title)
-    if accuracy:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    else:
+def _metric(curve: str) -> Metric | None:
+    """What a curve shows; None for a loss."""
+    return (METRICS | AVERAGED).get(curve)
+
+
+def _label(axis: Axes, title: str, metric: Metric | None) -> None:
+    axis.set(xlabel="epoch", ylabel=metric.title if metric else "loss", title=title)
+    if metric is None:
         axis.set_ylim(bottom=0)
+    elif metric.form.endswith("%"):
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 

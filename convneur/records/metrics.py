@@ -20,7 +20,7 @@ from convneur.records.saved import read_metrics as read_metrics  # it reads what
 from convneur.records.saved import salvage_metrics
 from convneur.records.strict_json import json_text
 from convneur.system.world import World
-from convneur.tasks.classification import Scores
+from convneur.tasks.task import Scores
 
 
 class TrainingLog:
@@ -86,13 +86,9 @@ class TrainingLog:
 
     def scores(self, done: int, raw: Scores, averaged: Scores | None, gates: dict[str, float]) -> None:
         """Writes an evaluation after `done` steps, and the statistics of the gates in it."""
-        values = {"eval/top1": raw.top1, "eval/top5": raw.top5, "eval/loss": raw.loss}
+        values = {f"eval/{name}": value for name, value in raw.values.items()}
         if averaged:
-            values |= {
-                "eval/top1_ema": averaged.top1,
-                "eval/top5_ema": averaged.top5,
-                "eval/loss_ema": averaged.loss,
-            }
+            values |= {f"eval/{name}_ema": value for name, value in averaged.values.items()}
         self._add(done, values | gates)
 
     def say(self, line: str) -> None:
@@ -143,7 +139,8 @@ class Records:
         if self.faults:
             shutil.copyfile(folder / METRICS_FILE, folder / DAMAGED_METRICS_FILE)
         kept = [record for record in records if record["step"] <= step]
-        self.lacks_scores = bool(kept) and not any(r["step"] == step and "eval/top1" in r for r in kept)
+        scored = [record["step"] for record in kept if any(name.startswith("eval/") for name in record)]
+        self.lacks_scores = bool(kept) and step not in scored
         with atomic_write(folder / METRICS_FILE) as file:
             file.writelines(f"{json_text(record)}\n".encode() for record in kept)
         self._file = (folder / METRICS_FILE).open("a")

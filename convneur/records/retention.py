@@ -1,10 +1,10 @@
-"""Which checkpoints of a run are kept: the newest, some for good, and the one with the best accuracy."""
+"""Which checkpoints of a run are kept: the newest, some for good, and the one with the best score."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from convneur.data.files import atomic_write
 from convneur.records.folder import BEST
@@ -17,7 +17,7 @@ class Retention:
     Attributes:
         newest: how many of the newest.
         periods: those whose step one of these numbers divides are kept for good.
-        best: whether the one with the best accuracy is kept.
+        best: whether the one with the best score is kept.
     """
 
     newest: int
@@ -45,15 +45,27 @@ class Best:
 
     Attributes:
         step: optimizer steps made by then.
-        top1: fraction of the held-out images that were classified rightly.
-        weights: whose accuracy it was.
+        score: on the held-out images.
+        weights: whose score it was.
+        metric: name of the score.
     """
 
     step: int
-    top1: float
+    score: float
     weights: Literal["raw", "averaged"]
+    metric: str = "top1"
+
+    def record(self) -> dict[str, Any]:
+        """What is written of it, such as {"step": 6, "top1": 0.7, "weights": "raw"}."""
+        return {"step": self.step, self.metric: self.score, "weights": self.weights}
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Best":
+        """What `record` has made. ValueError or KeyError where it is none."""
+        (metric,) = record.keys() - {"step", "weights"}
+        return cls(record["step"], record[metric], record["weights"], metric)
 
     def write(self, folder: Path) -> None:
         """Writes it into a folder of checkpoints."""
         with atomic_write(folder / BEST) as file:
-            file.write(json.dumps(asdict(self)).encode())
+            file.write(json.dumps(self.record()).encode())

@@ -3,7 +3,7 @@
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
@@ -18,31 +18,37 @@ class Summary:
     """How a run ended; `summary.json` in its folder.
 
     Attributes:
-        top1: fraction of held-out images classified rightly by the raw weights.
-        top1_ema: the same by the averaged weights; None where no average was kept.
+        score: of the raw weights on the held-out images, by the task's first metric.
+        score_ema: the same of the averaged weights; None where no average was kept.
         epochs: length of the run.
         images: training images seen, repetitions counted.
         seconds: time spent, evaluation and checkpoints included, over all starts of the run.
         checkpoint: folder of the last checkpoint.
+        metric: name of the score.
     """
 
-    top1: float
-    top1_ema: float | None
+    score: float
+    score_ema: float | None
     epochs: int
     images: int
     seconds: float
     checkpoint: str
+    metric: str = "top1"
 
     @property
-    def final_top1(self) -> float:
-        """Of the averaged weights where an average was kept, else of the raw ones: those that one takes of a run."""
-        return self.top1 if self.top1_ema is None else self.top1_ema
+    def chosen(self) -> float:
+        """The score that stands for the run: of the averaged weights where there are such."""
+        return self.score if self.score_ema is None else self.score_ema
 
 
 def write_summary(summary: Summary, folder: Path) -> None:
     """Writes a run's summary; its presence says that the run has ended."""
+    names = _names(summary.metric)
+    record = {names.get(name, name): value for name, value in asdict(summary).items()}
+    if summary.metric == Summary.metric:  # as it was before there were other tasks
+        del record["metric"]
     with atomic_write(folder / SUMMARY_FILE) as file:
-        file.write(json.dumps(asdict(summary), indent=2).encode())
+        file.write(json.dumps(record, indent=2).encode())
 
 
 def read_summary(folder: Path) -> Summary | None:
@@ -51,15 +57,24 @@ def read_summary(folder: Path) -> Summary | None:
     found = read_object(path)
     if found is None:
         return None
-    absent = [f.name for f in fields(Summary) if f.default is MISSING and f.name not in found]
+    names = _names(found.get("metric", Summary.metric))
+    absent = [key for f in fields(Summary) if f.default is MISSING and (key := names.get(f.name, f.name)) not in found]
     if absent:
         raise DamagedError(f"{path}: has no {', '.join(absent)}; {REMEDY}")
-    hints = get_type_hints(Summary)
-    for name, hint in hints.items():
-        value = found.get(name)
-        if name in found and not isinstance(float(value) if type(value) is int and hint is not int else value, hint):
-            raise DamagedError(f"{path}: {name} is {value!r}; {REMEDY}")
-    return Summary(**{name: value for name, value in found.items() if name in hints})
+    values = {}
+    for name, hint in get_type_hints(Summary).items():
+        key = names.get(name, name)
+        if key not in found:
+            continue
+        values[name] = value = found[key]
+        if not isinstance(float(value) if type(value) is int and hint is not int else value, hint):
+            raise DamagedError(f"{path}: {key} is {value!r}; {REMEDY}")
+    return Summary(**values)
+
+
+def _names(metric: Any) -> dict[str, str]:
+    """What the scores are called in the file."""
+    return {"score": f"{metric}", "score_ema": f"{metric}_ema"}
 
 
 def read_result(folder: Path) -> tuple[Summary, Metrics] | None:

@@ -35,7 +35,7 @@ from convneur.system.agreement import led
 from convneur.system.determinism import set_determinism
 from convneur.system.stopping import StopRequest
 from convneur.system.world import World
-from convneur.tasks.mixing import DeviceTransform
+from convneur.tasks.choose import build_task
 
 
 @contextmanager
@@ -76,15 +76,9 @@ def _start(
         accumulation=config.train.accumulation,
     )
     eval_loader = EvalLoader(config.data, eval_store, rank=world.rank, world_size=world.size)
-    prepare = DeviceTransform(
-        config.data,
-        num_classes=config.model.num_classes,
-        label_smoothing=config.train.label_smoothing,
-        seed=config.run.seed,
-        device=world.device,
-    )
+    task = build_task(config, world.device)
     implementation = choose_implementation(config.optimizer, world.device.type, offloads_optimizer(config.deepspeed))
-    trainer = build_trainer(config, world, implementation, loader.steps_per_epoch)
+    trainer = build_trainer(task, config, world, implementation, loader.steps_per_epoch)
     engine = trainer.engine
 
     checkpoint, faults = choose_checkpoint(folder, resume, world)
@@ -103,7 +97,7 @@ def _start(
         check_length(checkpoint, start_step, config.schedule.epochs, loader.steps_per_epoch)
     best = None
     if config.run.keep_best and checkpoint and state:
-        best, missed = best_so_far(folder, checkpoint, state, world)
+        best, missed = best_so_far(folder, checkpoint, state, task.metrics[0], world)
         faults += missed
 
     changed: list[str] = []
@@ -151,8 +145,8 @@ def _start(
         config=config,
         world=world,
         folder=folder,
+        task=task,
         loader=loader,
-        prepare=prepare,
         trainer=trainer,
         monitors=Monitors(
             watchdog=watchdog,
@@ -161,7 +155,7 @@ def _start(
             bad_samples=BadSampleCount(config.data, len(store), loader.bad_samples, world.device),
             profiler=Profiler(folder / TRACE_FILE, world, log.say) if profile else None,
         ),
-        scorer=Scorer(config, world, eval_loader, len(eval_store), trainer, log, watchdog, stop_request),
+        scorer=Scorer(task, world, eval_loader, len(eval_store), trainer, log, watchdog, stop_request),
         keeper=Keeper(
             folder=folder / CHECKPOINTS,
             config=config,
@@ -169,6 +163,7 @@ def _start(
             trainer=trainer,
             loader=loader,
             classes=store.classes,
+            metric=task.metrics[0],
             log=log,
             watchdog=watchdog,
             saved=start_step if checkpoint is None or checkpoint.parent == folder / CHECKPOINTS else -1,

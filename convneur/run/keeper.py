@@ -17,6 +17,7 @@ from convneur.records.upkeep import remove_obsolete
 from convneur.run.trainer import Trainer
 from convneur.system.agreement import led
 from convneur.system.world import World
+from convneur.tasks.task import Metric
 
 LAST_TRIES, TRY_SECONDS = 10, 20.0
 """How often, and how far apart, a checkpoint is tried that there will be no other chance for: 3 minutes.
@@ -36,6 +37,7 @@ class Keeper:
         trainer: what is saved.
         loader: whose position is saved.
         classes: names of the classes, in the order of the logits.
+        metric: decides which evaluation is the best.
         log: is told of what can't be saved.
         watchdog: gets the time that saving needs.
         saved: steps made by the newest checkpoint; -1 where the run has none of its own.
@@ -51,6 +53,7 @@ class Keeper:
     trainer: Trainer
     loader: TrainLoader
     classes: tuple[str, ...]
+    metric: Metric
     log: TrainingLog
     watchdog: Watchdog
     saved: int
@@ -127,7 +130,8 @@ class Keeper:
         if not self.config.run.keep_best:
             return None
         now = self._evaluated if self._evaluated and self._evaluated.step == done else None
-        return now if now and (self.best is None or now.top1 > self.best.top1) else self.best
+        better = now and (self.best is None or self.metric.rank(now.score) > self.metric.rank(self.best.score))
+        return now if better else self.best
 
     def go_back(self, latest: int, done: int) -> None:
         """Takes weights, moments and average from the newest checkpoint of at most `latest` steps. Collective.

@@ -22,6 +22,7 @@ from convneur.records.saved import salvage_metrics
 from convneur.records.upkeep import restore_replaced
 from convneur.system.agreement import led
 from convneur.system.world import World
+from convneur.tasks.task import Metric
 
 NEVER = "never"
 
@@ -119,13 +120,16 @@ def check_length(checkpoint: Path, made: int, epochs: int, steps_per_epoch: int)
         )
 
 
-def best_so_far(folder: Path, checkpoint: Path, state: TrainState, world: World) -> tuple[Best | None, list[str]]:
+def best_so_far(
+    folder: Path, checkpoint: Path, state: TrainState, metric: Metric, world: World
+) -> tuple[Best | None, list[str]]:
     """The best evaluation up to a checkpoint of which the weights are still there, intact. Collective.
 
     Args:
         folder: the run's.
         checkpoint: the intact one that it goes on from.
         state: what that one knows.
+        metric: the one that decides.
         world: this process among the ranks.
 
     Returns:
@@ -137,7 +141,7 @@ def best_so_far(folder: Path, checkpoint: Path, state: TrainState, world: World)
     agreed: list[list[Best]] = [[]]
     with led(world):
         if world.is_main:
-            agreed = [_evaluated(folder, state)]
+            agreed = [_evaluated(folder, state, metric)]
     dist.broadcast_object_list(agreed, group=world.control)
     faults: list[str] = []
     for best in agreed[0]:
@@ -149,21 +153,21 @@ def best_so_far(folder: Path, checkpoint: Path, state: TrainState, world: World)
     return None, faults
 
 
-def _evaluated(folder: Path, state: TrainState) -> list[Best]:
+def _evaluated(folder: Path, state: TrainState, metric: Metric) -> list[Best]:
     """Evaluations up to a state whose checkpoints are there, best first, by what the run has left."""
     saved = {checkpoint_step(path) for path in list_checkpoints(folder / CHECKPOINTS)}
-    found = {best for best in (*_in_metrics(folder), state.best) if best}
+    found = {best for best in (*_in_metrics(folder, metric.name), state.best) if best}
     usable = (best for best in found if best.step in saved and best.step <= state.step)
-    return sorted(usable, key=lambda best: (-best.top1, best.step, best.weights != "raw"))
+    return sorted(usable, key=lambda best: (-metric.rank(best.score), best.step, best.weights != "raw"))
 
 
-def _in_metrics(folder: Path) -> Iterator[Best]:
+def _in_metrics(folder: Path, metric: str) -> Iterator[Best]:
     try:
         records, _ = salvage_metrics(folder)
     except DamagedError:
         return
     for record in records:
-        if (top1 := record.get("eval/top1")) is not None:
-            yield Best(record["step"], top1, "raw")
-        if (top1 := record.get("eval/top1_ema")) is not None:
-            yield Best(record["step"], top1, "averaged")
+        if (score := record.get(f"eval/{metric}")) is not None:
+            yield Best(record["step"], score, "raw", metric)
+        if (score := record.get(f"eval/{metric}_ema")) is not None:
+            yield Best(record["step"], score, "averaged", metric)

@@ -24,7 +24,7 @@ from convneur.run.trainer import Trainer
 from convneur.system.agreement import led
 from convneur.system.stopping import StopRequest
 from convneur.system.world import World
-from convneur.tasks.mixing import DeviceTransform
+from convneur.tasks.task import Task
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Run:
         config: what is trained.
         world: this process among the ranks.
         folder: the run's.
+        task: what it trains for.
         loader: this rank's training samples.
-        prepare: makes images and targets of them, on the device.
         trainer: what a step changes.
         monitors: who looks on.
         scorer: evaluates.
@@ -49,8 +49,8 @@ class Run:
     config: Config
     world: World
     folder: Path
+    task: Task
     loader: TrainLoader
-    prepare: DeviceTransform
     trainer: Trainer
     monitors: Monitors
     scorer: Scorer
@@ -121,7 +121,7 @@ class Run:
         return done % (self.config.run.eval_every_epochs * self.loader.steps_per_epoch) == 0 and done < self.total_steps
 
     def _evaluate(self, done: int, *, saved: bool = False) -> None:
-        self.keeper.consider(self.scorer.evaluate(done).best, saved=saved)
+        self.keeper.consider(self.scorer.evaluate(done).best(self.task.metrics[0]), saved=saved)
 
     def save_unsaved(self) -> None:
         """Saves where the run stands, if it has made steps since it was saved. Collective."""
@@ -149,15 +149,17 @@ class Run:
         newest = self.scorer.newest
         if newest is None or newest.step != self.total_steps:  # a start that had no step left to make
             newest = self.scorer.evaluate(self.total_steps)
-        self.keeper.consider(newest.best, saved=True)
+        metric = self.task.metrics[0]
+        self.keeper.consider(newest.best(metric), saved=True)
         self.keeper.clean_up(self.total_steps)
         summary = Summary(
-            top1=newest.raw.top1,
-            top1_ema=newest.averaged.top1 if newest.averaged else None,
+            score=newest.raw.values[metric.name],
+            score_ema=newest.averaged.values[metric.name] if newest.averaged else None,
             epochs=self.config.schedule.epochs,
             images=self.total_steps * self.config.data.global_batch_size,
             seconds=round(self.keeper.seconds, 1),
             checkpoint=str(self.folder / CHECKPOINTS / checkpoint_name(self.total_steps)),
+            metric=metric.name,
         )
         with led(self.world):
             if self.world.is_main:

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
-from convneur.config import Config
 from convneur.data.stream.batch import EvalBatch
 from convneur.data.stream.eval import EvalLoader
-from convneur.data.stream.on_device import Normalize
-from convneur.engine.build import autocast
 from convneur.engine.engine import Weights
 from convneur.engine.state import gather_model
 from convneur.models.convneur.model import ConvNeur
@@ -18,7 +16,7 @@ from convneur.records.retention import Best
 from convneur.run.trainer import Trainer
 from convneur.system.stopping import StopRequest
 from convneur.system.world import World
-from convneur.tasks.classification import Scores, evaluate
+from convneur.tasks.task import Metric, Scores, Task
 
 
 @dataclass(frozen=True)
@@ -29,19 +27,20 @@ class Evaluation:
     raw: Scores
     averaged: Scores | None
 
-    @property
-    def best(self) -> Best:
-        """The better of the two accuracies."""
-        if self.averaged and self.averaged.top1 > self.raw.top1:
-            return Best(self.step, self.averaged.top1, "averaged")
-        return Best(self.step, self.raw.top1, "raw")
+    def best(self, metric: Metric) -> Best:
+        """The better of the two scores."""
+        raw = self.raw.values[metric.name]
+        averaged = self.averaged.values[metric.name] if self.averaged else raw
+        if metric.rank(averaged) > metric.rank(raw):
+            return Best(self.step, averaged, "averaged", metric.name)
+        return Best(self.step, raw, "raw", metric.name)
 
 
 class Scorer:
     """Evaluates the weights that are in training, and says how they do.
 
     Args:
-        config: the run's.
+        task: builds the model, and says how good it is.
         world: this process among the ranks.
         loader: this rank's share of the held-out images.
         images: held-out images there are.
@@ -56,7 +55,7 @@ class Scorer:
 
     def __init__(
         self,
-        config: Config,
+        task: Task,
         world: World,
         loader: EvalLoader,
         images: int,
@@ -65,11 +64,9 @@ class Scorer:
         watchdog: Watchdog,
         stop_request: StopRequest,
     ) -> None:
-        self._model_config, self._device = config.model, world.device
+        self._task, self._device = task, world.device
         self._loader, self._images, self._trainer = loader, images, trainer
         self._log, self._watchdog, self._stop_request = log, watchdog, stop_request
-        self._normalize = Normalize(config.data, world.device)
-        self._autocast = autocast(config.deepspeed, world.device)
         self.newest: Evaluation | None = None
 
     def evaluate(self, done: int) -> Evaluation:
@@ -85,8 +82,9 @@ class Scorer:
         self.newest = Evaluation(done, raw, averaged)
         for line in raw.warnings:
             self._log.say(f"warning: {line}")
-        if averaged and averaged.not_finite:
-            self._log.say(f"warning: of the averaged weights, {averaged.warnings[-1]}")
+        for line in averaged.warnings if averaged else ():
+            if line not in raw.warnings:
+                self._log.say(f"warning: of the averaged weights, {line}")
         return self.newest
 
     def _score(self, weights: Weights) -> tuple[Scores, dict[str, float]]:
@@ -94,10 +92,10 @@ class Scorer:
 
         Also returns the statistics of the gates in this rank's first batch.
         """
-        model = ConvNeur(self._model_config).to(self._device)
+        model = self._task.build_model().to(self._device)
         model.load_state_dict(weights)
-        with watched_gates(model) as gates:
-            scores = evaluate(model, self._batches(), self._normalize, self._autocast, self._images)
+        with watched_gates(cast(ConvNeur, model)) as gates:
+            scores = self._task.evaluate(model, self._batches(), self._images)
         return scores, gates
 
     def _batches(self) -> Iterator[EvalBatch]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -13,10 +14,12 @@ from convneur.engine.ema import Ema
 from convneur.engine.engine import Engine
 from convneur.engine.optimizer import build_optimizer, build_schedule
 from convneur.engine.section import deepspeed_config, offloads_optimizer
+from convneur.models.backbone import Model
+from convneur.models.build import check_initial
 from convneur.models.convneur.model import ConvNeur
-from convneur.models.convneur.overflow import check_memories
 from convneur.records.checkpoint import load_checkpoint
 from convneur.system.world import World
+from convneur.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,25 @@ class Trainer:
         load_checkpoint(checkpoint, self.engine, self.ema)
 
 
-def initial_model(config: Config) -> ConvNeur:
+def initial_model(task: Task, seed: int) -> Model:
     """The model with its initial weights, the same ones on every rank."""
-    torch.manual_seed(config.run.seed)
-    return ConvNeur(config.model)
+    torch.manual_seed(seed)
+    return task.build_model()
 
 
-def build_trainer(config: Config, world: World, implementation: Implementation, steps_per_epoch: int) -> Trainer:
+def build_trainer(
+    task: Task, config: Config, world: World, implementation: Implementation, steps_per_epoch: int
+) -> Trainer:
     """The model with its initial weights, in an engine, with its schedule and average. Collective."""
-    model = initial_model(config).to(world.device)
+    model = initial_model(task, config.run.seed).to(world.device)
     model.set_grad_checkpointing(config.train.recompute)
     if config.train.norm_implementation == "apex":
         use_apex_norms(model)
-    check_memories(model, config.data.image_size)
+    check_initial(model, config.data.image_size)
     offload = offloads_optimizer(config.deepspeed)
-    optimizer = build_optimizer(model, config.optimizer, implementation, config.data.global_batch_size, offload)
+    optimizer = build_optimizer(
+        cast(ConvNeur, model), config.optimizer, implementation, config.data.global_batch_size, offload
+    )
     schedule = build_schedule(optimizer, config.schedule, steps_per_epoch)
     engine = build_engine(model, optimizer, deepspeed_config(config, world.size), compile=config.train.compile)
     return Trainer(engine, schedule, Ema(engine, config.train.ema_decay) if config.train.ema_decay else None)

@@ -21,7 +21,8 @@ import torch
 from convneur.config import Config
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.build import build_model
+from convneur.models.convneur.model import ModelConfig
 from convneur.models.describe import describe
 from convneur.records.strict_json import json_text
 from convneur.records.summary import read_summary
@@ -165,7 +166,7 @@ def tabulate(config: AblationConfig, device: torch.device) -> list[Result]:
     for (row, seed), run in run_configs(config).items():
         with suppress(DamagedError):  # it isn't among the seeds of the table, then
             if summary := read_summary(member_folder(run)):
-                top1[row][seed] = 100 * summary.final_top1
+                top1[row][seed] = 100 * summary.chosen
     results = []
     for row, model in models.items():
         cost = describe(model, config.data.image_size)
@@ -179,7 +180,7 @@ def tabulate(config: AblationConfig, device: torch.device) -> list[Result]:
 @torch.inference_mode()
 def measure_latencies(models: dict[str, ModelConfig], image_size: int, device: torch.device) -> dict[str, float]:
     """Median milliseconds of a forward pass of one image, float32; the models take turns, so drift hits all alike."""
-    built = {name: ConvNeur(config).to(device).eval() for name, config in models.items()}
+    built = {name: build_model(config).to(device).eval() for name, config in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(WARM_UP_ROUNDS + LATENCY_ROUNDS):
         for name, model in built.items():

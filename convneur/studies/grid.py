@@ -219,7 +219,7 @@ def _point(place: Place, run: Config, folder: Path) -> Point | None:
     if found is None:
         return None
     summary, last = found
-    averaged = summary.top1_ema is not None
+    averaged = summary.score_ema is not None
     model = cost(run.model, run.data.image_size)
     made_with = read_record(folder) if (folder / REPRODUCE_FILE).exists() else {"hardware": {}, "code": {}}
     hardware, code = made_with["hardware"], made_with["code"]

@@ -1,21 +1,75 @@
 """Classification: images of one class each. Exact top-1 and top-5 on any number of ranks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
 
+from convneur.config import Config
 from convneur.data.errors import InputError
-from convneur.data.stream.batch import EvalBatch
+from convneur.data.stream.batch import Batch, EvalBatch
 from convneur.data.stream.on_device import Normalize
+from convneur.engine.build import autocast
+from convneur.models.backbone import Backbone
+from convneur.models.build import build_model
+from convneur.tasks.mixing import DeviceTransform
+from convneur.tasks.task import Metric
+
+cross_entropy = SoftTargetCrossEntropy()
+
+
+class Classification:
+    """Which of K classes is an image of?
+
+    loss = -sum_k y_k log softmax(logits)_k, with y the smoothed and mixed labels (b, K), averaged over the micro-batch.
+
+    Args:
+        config: the run's.
+        device: where the model is.
+    """
+
+    metrics = (
+        Metric("top1", "top-1", "accuracy", "higher", ".2%"),
+        Metric("top5", "top-5", "accuracy", "higher", ".2%"),
+        Metric("loss", "loss", "cross-entropy", "lower", ".4f"),
+    )
+
+    def __init__(self, config: Config, device: torch.device):
+        self._model = config.model
+        self._transform = DeviceTransform(
+            config.data,
+            num_classes=config.model.num_classes,
+            label_smoothing=config.train.label_smoothing,
+            seed=config.run.seed,
+            device=device,
+        )
+        self._normalize = Normalize(config.data, device)
+        self._autocast = autocast(config.deepspeed, device)
+
+    def build_model(self) -> Backbone:
+        """The backbone with its classifier: images (B, 3, H, W) to logits (B, K)."""
+        return build_model(self._model)
+
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images (b, 3, H, W), erased and mixed, and distributions over the classes (b, K)."""
+        return self._transform(batch)
+
+    def losses(self, model: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The cross-entropy of logits (b, K) and targets (b, K), in float32."""
+        return {"loss": cross_entropy(model(images).float(), targets)}
+
+    def evaluate(self, model: nn.Module, batches: Iterable[EvalBatch], samples: int) -> "ClassificationScores":
+        """Counts the images whose label is the first, or among the first five, and means their loss; see `evaluate`."""
+        return evaluate(model, batches, self._normalize, self._autocast, samples)
 
 
 @dataclass(frozen=True)
-class Scores:
+class ClassificationScores:
     """Fractions of `images` whose label is the first, or among the first five, and their mean cross-entropy.
 
     An image whose logits aren't all finite counts as answered wrongly, and is left out of the loss.
@@ -42,6 +96,16 @@ class Scores:
     not_finite: int = 0
 
     @property
+    def values(self) -> dict[str, float]:
+        """What the names of the metrics stand for."""
+        return {"top1": self.top1, "top5": self.top5, "loss": self.loss}
+
+    @property
+    def samples(self) -> int:
+        """The same as `images`."""
+        return self.images
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """A line for everything that a reader of the scores should know."""
         lines = [*self.notes, *(f"left out of the evaluation: {line}" for line in self.bad)]
@@ -61,7 +125,7 @@ def evaluate(
     autocast: torch.autocast,
     images: int,
     among: torch.Tensor | None = None,
-) -> Scores:
+) -> ClassificationScores:
     """Scores a whole, unpartitioned model on this rank's share of `images` images and adds up the ranks' counts.
 
     Args:
@@ -70,7 +134,7 @@ def evaluate(
         normalize: what makes the model's input of a batch's images.
         autocast: the precision to compute in.
         images: on all ranks.
-        among: labels that there are images of, (P,) int64, for `Scores.top1_among`; None to leave that out.
+        among: labels that there are images of, (P,) int64, for `top1_among`; None to leave that out.
 
     Raises:
         InputError: not one image can be read.
@@ -109,7 +173,7 @@ def evaluate(
     if not seen:
         raise InputError(f"none of {images} images to evaluate on can be read; the first: {bad[0]}")
     mean = loss.item() / (seen - not_finite) if seen > not_finite else math.nan
-    scores = Scores(top1 / seen, top5 / seen, mean, seen, tuple(bad), not_finite=not_finite)
+    scores = ClassificationScores(top1 / seen, top5 / seen, mean, seen, tuple(bad), not_finite=not_finite)
     if among is None:
         return scores
     return replace(scores, among=len(among), top1_among=top1_among / seen, top5_among=top5_among / seen)

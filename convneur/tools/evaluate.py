@@ -21,7 +21,7 @@ from convneur.models.convneur.model import SMALLEST_IMAGE
 from convneur.monitoring.watchdog import Watchdog
 from convneur.records.checkpoint import read_classes
 from convneur.system.world import World
-from convneur.tasks.classification import Scores, evaluate
+from convneur.tasks.classification import ClassificationScores, evaluate
 from convneur.tools.trained import open_trained
 
 
@@ -35,7 +35,7 @@ def evaluate_checkpoint(
     image_size: int | None = None,
     crop: float | None = None,
     class_map: Path | None = None,
-) -> Scores:
+) -> ClassificationScores:
     """Scores a checkpoint, or the newest of a run, as the run itself would. Collective.
 
     Args:

@@ -7,7 +7,8 @@ import torch
 
 from convneur.config import Config, saved_config
 from convneur.data.errors import InputError
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.backbone import Backbone
+from convneur.models.build import build_model
 from convneur.records.checkpoint import load_weights, weights_files
 from convneur.records.folder import CLASSES_FILE, CONFIG_FILE
 from convneur.records.listing import find_checkpoint
@@ -30,7 +31,7 @@ class Trained:
     config: Config
     averaged: bool
 
-    def model(self, device: torch.device | str = "cpu", *, mapped: bool = False) -> ConvNeur:
+    def model(self, device: torch.device | str = "cpu", *, mapped: bool = False) -> Backbone:
         """The model with its weights, in evaluation mode.
 
         Args:
@@ -41,7 +42,7 @@ class Trained:
             InputError: the weights are of another version of the model.
         """
         with torch.device("meta" if mapped else device):
-            model = ConvNeur(self.config.model).eval()
+            model = build_model(self.config.model).eval()
         weights = load_weights(self.checkpoint, self.averaged)
         shapes = {name: value.shape for name, value in model.state_dict().items()}
         odd = [name for name in shapes.keys() | weights.keys() if weights.get(name, _NONE).shape != shapes.get(name)]

@@ -171,7 +171,7 @@ def _train_rank(config: "Config", args: argparse.Namespace) -> int:
             resume = agreed_start(folder, args.begin, world) if args.begin else args.resume
             summary = train(config, world, folder, resume, args.profile)
         if world.is_main and summary:
-            _conclude(summary, folder)
+            _conclude(summary, config, folder)
     return 0
 
 
@@ -204,7 +204,7 @@ def _conclude_finished(config: "Config") -> bool:
     if summary is None:
         return False
     print(f"{folder} is finished already; --run.name NAME, or leaving out --resume auto, starts another run")
-    _conclude(summary, folder)
+    _conclude(summary, config, folder)
     return True
 
 
@@ -217,8 +217,11 @@ def _finished(config: "Config") -> Summary | None:
     return summary if summary and saved_config(folder / CONFIG_FILE) == config else None
 
 
-def _conclude(summary: Summary, folder: Path) -> None:
-    averaged = f" ({summary.top1_ema:.2%} with averaged weights)" if summary.top1_ema is not None else ""
-    print(f"accuracy    {summary.top1:.2%} top-1 on the held-out images{averaged}")
+def _conclude(summary: Summary, config: Config, folder: Path) -> None:
+    from convneur.tasks.choose import primary_metric
+
+    metric = primary_metric(config)
+    averaged = f" ({summary.score_ema:{metric.form}} with averaged weights)" if summary.score_ema is not None else ""
+    print(f"{metric.kind:11} {summary.score:{metric.form}} {metric.title} on the held-out images{averaged}")
     print(f"checkpoint  {summary.checkpoint}")
     print(f"next        convneur eval {folder}")

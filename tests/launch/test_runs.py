@@ -144,7 +144,7 @@ def test_a_line_that_is_being_written_is_no_damage(tmp_path: Path) -> None:
     with (run / METRICS_FILE).open("a") as file:
         file.write('{"step": 16, "ep')
     (status,), _ = Runs(tmp_path).look()
-    assert (status.epoch, status.top1, status.state) == (3.0, 0.03, "unknown")
+    assert (status.epoch, status.score, status.state) == (3.0, 0.03, "unknown")
 
 
 def test_only_what_is_new_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_only_what_is_new_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [run.epoch for run in runs.look()[0]] == [3.0, 8.0]
     assert read == []
     add_epochs(grows, 4, 4)
-    assert [(run.epoch, run.top1) for run in runs.look()[0]] == [(4.0, 0.04), (8.0, 0.08)]
+    assert [(run.epoch, run.score) for run in runs.look()[0]] == [(4.0, 0.04), (8.0, 0.08)]
     assert read == [2]
     (grows / METRICS_FILE).unlink()  # resumed from an earlier step: another file takes its place
     add_epochs(grows, 1, 1)

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,14 @@ from convneur.records.retention import Best
 from convneur.run.keeper import LAST_TRIES
 from convneur.run.resume import best_so_far, choose_checkpoint
 from convneur.system.world import World
-from convneur.tasks.classification import Scores
+from convneur.tasks.classification import Classification, ClassificationScores
 from convneur.tools.evaluate import evaluate_checkpoint, trained_classes
 from convneur.tools.explain import explain
 from convneur.tools.export import export_checkpoint
 from convneur.tools.trained import open_trained
 from convneur.train import train
+
+TOP1 = Classification.metrics[0]
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +162,13 @@ def test_the_best_of_a_whole_history_is_kept(trained: Path, run: Path, world: Wo
     best = max(summary["top1"], summary["top1_ema"])
     state = read_state(find_checkpoint(run))
     assert state.best is not None
-    assert (state.best.step, state.best.top1) == (STEPS, best)
+    assert (state.best.step, state.best.score) == (STEPS, best)
     assert json.loads((run / CHECKPOINTS / BEST).read_text())["step"] == STEPS
 
     # Versions that saved the last step before they evaluated it didn't know; the metrics do.
     unknowing = replace(state, best=None)
     checkpoint = find_checkpoint(run)
-    assert best_so_far(run, checkpoint, unknowing, world) == (state.best, [])
+    assert best_so_far(run, checkpoint, unknowing, TOP1, world) == (state.best, [])
 
     # Weights that go nowhere: the learning rate is 0 from here on, so the second epoch can't be better than the first.
     worse = replace(config, schedule=replace(config.schedule, epochs=2), run=replace(config.run, keep_checkpoints=1))
@@ -179,7 +181,7 @@ def test_the_best_of_a_whole_history_is_kept(trained: Path, run: Path, world: Wo
     # A damaged one is no longer the best.
     flip_a_byte(run / CHECKPOINTS / f"step-{STEPS:08d}" / "ema.safetensors")
     newest = find_checkpoint(run)
-    again, faults = best_so_far(run, newest, read_state(newest), world)
+    again, faults = best_so_far(run, newest, read_state(newest), TOP1, world)
     assert again is not None
     assert again.step == 22
     assert faults == [f"{run / CHECKPOINTS / 'step-00000011'}: ema.safetensors is not as it was written"]
@@ -190,7 +192,9 @@ def test_a_best_evaluation_that_could_not_be_saved_is_not_the_best(
 ) -> None:
     """Its weights are gone, so BEST goes on naming those that are there."""
     accuracies = iter([0.5, 0.9, 0.7])  # after each of the three epochs
-    monkeypatch.setattr("convneur.run.scorer.evaluate", lambda *_: Scores(next(accuracies), 1.0, 0.0, 360))
+    monkeypatch.setattr(
+        "convneur.tasks.classification.evaluate", lambda *_: ClassificationScores(next(accuracies), 1.0, 0.0, 360)
+    )
     short = replace(
         config,
         run=replace(config.run, checkpoint_every_steps=100, eval_every_epochs=1),
@@ -209,7 +213,7 @@ def test_a_best_evaluation_that_could_not_be_saved_is_not_the_best(
     train(short, world, tmp_path)
     assert "ALARM: after 4 steps" in capfd.readouterr().out
     best = Best(6, 0.7, "raw")
-    assert json.loads((tmp_path / CHECKPOINTS / BEST).read_text()) == asdict(best)
+    assert json.loads((tmp_path / CHECKPOINTS / BEST).read_text()) == {"step": 6, "top1": 0.7, "weights": "raw"}
     assert read_state(find_checkpoint(tmp_path)).best == best
 
 
@@ -372,7 +376,7 @@ def test_storage_that_does_not_answer_is_no_damage(run: Path, world: World, monk
     unreadable, number = previous, errno.EIO
     assert choose_checkpoint(run, "auto", world) == (newest, [])
     with pytest.raises(InputError) as error:
-        best_so_far(run, newest, replace(read_state(newest), best=Best(8, 1.0, "raw")), world)
+        best_so_far(run, newest, replace(read_state(newest), best=Best(8, 1.0, "raw")), TOP1, world)
     assert is_outage(error.value)
     unreadable = newest
     with pytest.raises(InputError) as error:

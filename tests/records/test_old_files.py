@@ -63,7 +63,7 @@ def test_an_old_run_is_listed_and_goes_on(old: Path, capsys: pytest.CaptureFixtu
     summary = read_summary(old / "run")
     assert main(["runs", "old"]) == 0
     assert summary is not None
-    assert f"{100 * summary.top1:.2f}" in capsys.readouterr().out
+    assert f"{100 * summary.score:.2f}" in capsys.readouterr().out
 
     then = [line for line in read_metrics(old / "run") if line["step"] > 5]
     wanted = tensors(old / "run" / "checkpoints" / LAST)

@@ -16,7 +16,7 @@ from convneur.records.listing import find_checkpoint
 from convneur.records.manifest import digest
 from convneur.records.metrics import TrainingLog, read_metrics
 from convneur.system.world import World
-from convneur.tools.evaluate import Scores
+from convneur.tasks.classification import ClassificationScores
 from convneur.train import train
 
 
@@ -34,7 +34,7 @@ def test_metrics_that_are_not_finite(tmp_path: Path, world: World) -> None:
     )
     settings = {"start_step": 1, "total_steps": 2, "steps_per_epoch": 2, "images_per_step": 1, "every_steps": 1}
     log = TrainingLog(tmp_path, world, **settings)
-    log.scores(2, Scores(0.0, 0.0, math.nan, 360), None, {"gate/stage1_mean": math.inf})
+    log.scores(2, ClassificationScores(0.0, 0.0, math.nan, 360), None, {"gate/stage1_mean": math.inf})
     log.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert strict(lines[0]) == {"step": 1, "epoch": 0.5, "train/loss": None, "train/grad_norm": None}

@@ -31,7 +31,7 @@ from convneur.records.listing import checkpoint_step, list_checkpoints
 from convneur.records.manifest import newest_intact
 from convneur.records.metrics import TrainingLog, read_metrics
 from convneur.system.world import World
-from convneur.tasks.classification import Scores
+from convneur.tasks.classification import ClassificationScores
 
 KILLS = 200
 
@@ -222,7 +222,7 @@ def test_metrics_that_find_no_room(small_disk: Path, world: World, capsys: pytes
     log = TrainingLog(small_disk, world, **settings)
     fill(small_disk)
     for step in range(400):
-        log.scores(step + 1, Scores(0.5, 0.9, 1.0, 360), None, {})
+        log.scores(step + 1, ClassificationScores(0.5, 0.9, 1.0, 360), None, {})
     log.close()
     assert "ALARM: metrics can't be written ([Errno 28] No space left on device)" in capsys.readouterr().out
 

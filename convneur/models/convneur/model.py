@@ -22,6 +22,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from convneur.models.backbone import Backbone
 from convneur.models.convneur import inference, mup
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.mixers import MIXERS, MixerKind
@@ -306,7 +307,7 @@ class Stage(nn.Module):
         return self.blocks(x)
 
 
-class ConvNeur(nn.Module):
+class ConvNeur(Backbone):
     """Four stages of blocks between a patchifying stem and a linear head.
 
     Takes any input of at least 32 x 32 pixels; give it channels_last images, its blocks then move no data.
