@@ -217,7 +217,7 @@ def _finished(config: "Config") -> Summary | None:
     return summary if summary and saved_config(folder / CONFIG_FILE) == config else None
 
 
-def _conclude(summary: Summary, config: Config, folder: Path) -> None:
+def _conclude(summary: Summary, config: "Config", folder: Path) -> None:
     from convneur.tasks.choose import primary_metric
 
     metric = primary_metric(config)
