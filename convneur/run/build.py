@@ -3,17 +3,19 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
-from convneur.data.format.classes import check_same_classes
 from convneur.data.stores.choose import open_store
+from convneur.data.stores.store import Store
 from convneur.data.stream.choose import build_train_loader
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.shuffle import shuffle_warning
-from convneur.engine.config import choose_implementation
+from convneur.data.stream.train import TrainLoader
+from convneur.engine.config import Implementation, choose_implementation
 from convneur.engine.section import offloads_optimizer
 from convneur.monitoring.bad_samples import BadSampleCount
 from convneur.monitoring.gauges import Gauges, step_flops
@@ -21,16 +23,14 @@ from convneur.monitoring.guards import Guards
 from convneur.monitoring.monitors import Monitors
 from convneur.monitoring.profiler import Profiler
 from convneur.monitoring.watchdog import Watchdog
-from convneur.records.checkpoint import read_classes, read_state
 from convneur.records.folder import CHECKPOINTS, CONFIG_FILE, REPRODUCE_FILE, STACKS, SUMMARY_FILE, TRACE_FILE
 from convneur.records.metrics import TrainingLog
 from convneur.records.provenance import differences, read_record, record, write_record
-from convneur.records.saved import salvage_metrics
 from convneur.run.keeper import Keeper
-from convneur.run.resume import best_so_far, check_fit, check_length, choose_checkpoint
+from convneur.run.resume import Position, find_position
 from convneur.run.run import Run
 from convneur.run.scorer import Scorer
-from convneur.run.trainer import build_trainer
+from convneur.run.trainer import Trainer, build_trainer
 from convneur.system.agreement import led
 from convneur.system.determinism import set_determinism
 from convneur.system.stopping import StopRequest
@@ -65,6 +65,59 @@ def _start(
     """Builds everything a rank trains with, and loads the checkpoint to resume from; writes only when all fits."""
     started = time.monotonic()
     set_determinism(config.run.determinism)
+    data = _open_data(config, world)
+    task = build_task(config, world.device)
+    implementation = choose_implementation(config.optimizer, world.device.type, offloads_optimizer(config.deepspeed))
+    trainer = build_trainer(task, config, world, implementation, data.loader.steps_per_epoch)
+    position = find_position(config, world, folder, resume, data.loader, data.store.classes, task.metrics[0])
+    if position.checkpoint:
+        trainer.load(position.checkpoint)
+    log, changed = _open_records(config, world, folder, position, data.loader.steps_per_epoch)
+    flops = step_flops(config.model, config.data.image_size)
+    for line in _resumed(config, position, trainer, data, changed):
+        log.say(line)
+    for line in _trained(config, world, trainer, data, implementation, flops):
+        log.say(line)
+    keeper = Keeper(
+        folder=folder / CHECKPOINTS,
+        config=config,
+        world=world,
+        trainer=trainer,
+        loader=data.loader,
+        classes=data.store.classes,
+        metric=task.metrics[0],
+        log=log,
+        watchdog=watchdog,
+        position=position,
+        started=started,
+    )
+    return Run(
+        config=config,
+        world=world,
+        folder=folder,
+        task=task,
+        loader=data.loader,
+        trainer=trainer,
+        monitors=_build_monitors(config, world, folder, trainer, data, flops, log, watchdog, profile),
+        scorer=Scorer(task, world, data.eval_loader, data.eval_images, trainer, log, watchdog, stop_request),
+        keeper=keeper,
+        log=log,
+        stop_request=stop_request,
+        done=position.step,
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Training samples, and what this rank reads of them and of the held-out ones."""
+
+    store: Store
+    loader: TrainLoader
+    eval_loader: EvalLoader
+    eval_images: int
+
+
+def _open_data(config: Config, world: World) -> _Data:
     store = open_store(config.data, config.data.train_split)
     eval_store = open_store(config.data, config.data.val_split)
     loader = build_train_loader(
@@ -76,105 +129,85 @@ def _start(
         accumulation=config.train.accumulation,
     )
     eval_loader = EvalLoader(config.data, eval_store, rank=world.rank, world_size=world.size)
-    task = build_task(config, world.device)
-    implementation = choose_implementation(config.optimizer, world.device.type, offloads_optimizer(config.deepspeed))
-    trainer = build_trainer(task, config, world, implementation, loader.steps_per_epoch)
-    engine = trainer.engine
+    return _Data(store, loader, eval_loader, len(eval_store))
 
-    checkpoint, faults = choose_checkpoint(folder, resume, world)
-    state = None
-    if checkpoint:
-        state = read_state(checkpoint)
-        check_fit(checkpoint, config)
-        if trained := read_classes(checkpoint):
-            check_same_classes(trained, store.classes, checkpoint, config.data.root)
-        loader.check_state(state.data)
-        trainer.load(checkpoint)
-    made = [record["step"] for record in salvage_metrics(folder)[0]] if resume == "auto" and not state else []
-    lost = max(made, default=0)
-    start_step, total_steps = state.step if state else 0, config.schedule.epochs * loader.steps_per_epoch
-    if checkpoint:
-        check_length(checkpoint, start_step, config.schedule.epochs, loader.steps_per_epoch)
-    best = None
-    if config.run.keep_best and checkpoint and state:
-        best, missed = best_so_far(folder, checkpoint, state, task.metrics[0], world)
-        faults += missed
 
+def _open_records(
+    config: Config, world: World, folder: Path, position: Position, steps_per_epoch: int
+) -> tuple[TrainingLog, list[str]]:
+    """Writes what the run is made of, and opens its log; also says in what it has changed since it was started."""
+    total_steps = config.schedule.epochs * steps_per_epoch
     changed: list[str] = []
     with led(world):
-        if world.is_main and start_step < total_steps:
+        if world.is_main and position.step < total_steps:
             (folder / SUMMARY_FILE).unlink(missing_ok=True)  # of a shorter run, before its configuration goes
         if world.is_main:
-            changed += _write_records(config, world, folder, resumed=state is not None)
+            changed += _write_records(config, world, folder, resumed=position.state is not None)
         log = TrainingLog(
             folder,
             world,
-            start_step=start_step,
+            start_step=position.step,
             total_steps=total_steps,
-            steps_per_epoch=loader.steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
             images_per_step=config.data.global_batch_size,
             every_steps=config.run.log_every_steps,
             wandb_project=config.run.wandb_project,
         )
-    for fault in faults:
-        log.say(f"warning: damaged checkpoint left out: {fault}")
-    for line in changed:
-        log.say(f"warning: changed since the run was started: {line}")
-    if lost:
-        log.say(f"warning: no checkpoint yet: the {lost} steps that this run has made before are made anew")
-    if state:
-        log.say(f"resuming from {checkpoint}, {start_step} of {total_steps} steps made")
-        if state.engine != (settings := engine.settings):
-            log.say(
-                f"resuming {_in_words(state.engine)} as {_in_words(settings)}: weights, moments and averages are equal "
-                "to the bit, the steps to come are not: sums run in another order"
-            )
+    return log, changed
+
+
+def _resumed(config: Config, position: Position, trainer: Trainer, data: _Data, changed: list[str]) -> Iterator[str]:
+    """What is to be said of where the run goes on."""
+    yield from (f"warning: damaged checkpoint left out: {fault}" for fault in position.faults)
+    yield from (f"warning: changed since the run was started: {line}" for line in changed)
+    if position.lost:
+        yield f"warning: no checkpoint yet: the {position.lost} steps that this run has made before are made anew"
+    if position.state is None:
+        return
+    total_steps = config.schedule.epochs * data.loader.steps_per_epoch
+    yield f"resuming from {position.checkpoint}, {position.step} of {total_steps} steps made"
+    before, now = position.state.engine, trainer.engine.settings
+    if before != now:
+        yield (
+            f"resuming {_in_words(before)} as {_in_words(now)}: weights, moments and averages are equal "
+            "to the bit, the steps to come are not: sums run in another order"
+        )
+
+
+def _trained(
+    config: Config, world: World, trainer: Trainer, data: _Data, implementation: Implementation, flops: float
+) -> Iterator[str]:
+    """What is to be said of the model, the data and what computes it."""
     if warning := config.model.depth_warning:
-        log.say(f"warning: {config.model.variant} has {warning}")
-    if world.is_main and (warning := shuffle_warning(config.data, store, config.run.seed)):
-        log.say(f"warning: {warning}")
-    flops = step_flops(config.model, config.data.image_size)
-    log.say(
-        f"{config.model.variant}: {engine.parameters / 1e6:.2f} M parameters, "
-        f"{world.size} x {world.device.type}, ZeRO {engine.stage}, "
-        f"{config.optimizer.name} of {implementation}, {len(store):,} training images, "
-        f"{loader.steps_per_epoch} steps an epoch, {flops / 1e9:.3g} GFLOPs to train on an image"
+        yield f"warning: {config.model.variant} has {warning}"
+    if world.is_main and (warning := shuffle_warning(config.data, data.store, config.run.seed)):
+        yield f"warning: {warning}"
+    yield (
+        f"{config.model.variant}: {trainer.engine.parameters / 1e6:.2f} M parameters, "
+        f"{world.size} x {world.device.type}, ZeRO {trainer.engine.stage}, "
+        f"{config.optimizer.name} of {implementation}, {len(data.store):,} training images, "
+        f"{data.loader.steps_per_epoch} steps an epoch, {flops / 1e9:.3g} GFLOPs to train on an image"
     )
-    guards = Guards(config.guards, world, engine, trainer.ema, store.where, config.data.image_size, log.say)
-    return Run(
-        config=config,
-        world=world,
-        folder=folder,
-        task=task,
-        loader=loader,
-        trainer=trainer,
-        monitors=Monitors(
-            watchdog=watchdog,
-            guards=guards,
-            gauges=Gauges(world, flops, engine.gradient_norm, loader.bad_samples),
-            bad_samples=BadSampleCount(config.data, len(store), loader.bad_samples, world.device),
-            profiler=Profiler(folder / TRACE_FILE, world, log.say) if profile else None,
-        ),
-        scorer=Scorer(task, world, eval_loader, len(eval_store), trainer, log, watchdog, stop_request),
-        keeper=Keeper(
-            folder=folder / CHECKPOINTS,
-            config=config,
-            world=world,
-            trainer=trainer,
-            loader=loader,
-            classes=store.classes,
-            metric=task.metrics[0],
-            log=log,
-            watchdog=watchdog,
-            saved=start_step if checkpoint is None or checkpoint.parent == folder / CHECKPOINTS else -1,
-            best=best,
-            went_back=state.went_back if state else False,
-            seconds_before=state.seconds if state else 0.0,
-            started=started,
-        ),
-        log=log,
-        stop_request=stop_request,
-        done=start_step,
+
+
+def _build_monitors(
+    config: Config,
+    world: World,
+    folder: Path,
+    trainer: Trainer,
+    data: _Data,
+    flops: float,
+    log: TrainingLog,
+    watchdog: Watchdog,
+    profile: bool,
+) -> Monitors:
+    engine, bad_samples = trainer.engine, data.loader.bad_samples
+    return Monitors(
+        watchdog=watchdog,
+        guards=Guards(config.guards, world, engine, trainer.ema, data.store.where, config.data.image_size, log.say),
+        gauges=Gauges(world, flops, engine.gradient_norm, bad_samples),
+        bad_samples=BadSampleCount(config.data, len(data.store), bad_samples, world.device),
+        profiler=Profiler(folder / TRACE_FILE, world, log.say) if profile else None,
     )
 
 

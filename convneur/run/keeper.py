@@ -14,6 +14,7 @@ from convneur.records.manifest import newest_intact
 from convneur.records.metrics import TrainingLog
 from convneur.records.retention import Best, Retention
 from convneur.records.upkeep import remove_obsolete
+from convneur.run.resume import Position
 from convneur.run.trainer import Trainer
 from convneur.system.agreement import led
 from convneur.system.world import World
@@ -40,11 +41,11 @@ class Keeper:
         metric: decides which evaluation is the best.
         log: is told of what can't be saved.
         watchdog: gets the time that saving needs.
+        position: where this start of the run goes on.
+        started: when it began, by the monotonic clock.
         saved: steps made by the newest checkpoint; -1 where the run has none of its own.
         best: the best evaluation among those whose weights a checkpoint holds; None where it isn't to be kept.
         went_back: whether the run has gone back to a checkpoint once.
-        seconds_before: time spent in earlier starts of the run.
-        started: when this one began, by the monotonic clock.
     """
 
     folder: Path
@@ -56,18 +57,25 @@ class Keeper:
     metric: Metric
     log: TrainingLog
     watchdog: Watchdog
-    saved: int
-    best: Best | None
-    went_back: bool
-    seconds_before: float
+    position: Position
     started: float
+    saved: int = field(init=False)
+    best: Best | None = field(init=False)
+    went_back: bool = field(init=False)
     _evaluated: Best | None = field(default=None, init=False)
     _save_at_once: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        """Takes over what the checkpoint knows that the run goes on from."""
+        position, state = self.position, self.position.state
+        self.saved = position.step if position.own or not state else -1
+        self.best, self.went_back = position.best, bool(state and state.went_back)
 
     @property
     def seconds(self) -> float:
         """Time spent on this run, over all its starts."""
-        return self.seconds_before + time.monotonic() - self.started
+        before = self.position.state.seconds if self.position.state else 0.0
+        return before + time.monotonic() - self.started
 
     @property
     def retention(self) -> Retention:

@@ -5,7 +5,7 @@ another checkpoint or run to begin from, begins there, and from then on it is "a
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,7 +13,9 @@ import torch.distributed as dist
 from convneur.config import Config, load_config
 from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write
-from convneur.records.checkpoint import TrainState
+from convneur.data.format.classes import check_same_classes
+from convneur.data.stream.train import TrainLoader
+from convneur.records.checkpoint import TrainState, read_classes, read_state
 from convneur.records.folder import BEGINNING_FILE, CHECKPOINTS, CONFIG_FILE, LATEST
 from convneur.records.listing import checkpoint_name, checkpoint_step, find_checkpoint, list_checkpoints
 from convneur.records.manifest import newest_intact
@@ -24,7 +26,72 @@ from convneur.system.agreement import led
 from convneur.system.world import World
 from convneur.tasks.task import Metric
 
-NEVER = "never"
+NEVER, AUTO = "never", "auto"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a start of a run goes on.
+
+    Attributes:
+        checkpoint: the intact one that it goes on from; None for initial weights.
+        state: what that one knows.
+        own: whether it is one of the run's own.
+        best: the best evaluation so far whose weights are there; None where it isn't to be kept, or there is none.
+        faults: what is wrong with checkpoints that it would rather have gone on from, or kept as the best.
+        lost: steps that the run has made before without a checkpoint of them.
+    """
+
+    checkpoint: Path | None = None
+    state: TrainState | None = None
+    own: bool = False
+    best: Best | None = None
+    faults: tuple[str, ...] = ()
+    lost: int = 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made."""
+        return self.state.step if self.state else 0
+
+
+def find_position(
+    config: Config,
+    world: World,
+    folder: Path,
+    resume: str,
+    loader: TrainLoader,
+    classes: tuple[str, ...],
+    metric: Metric,
+) -> Position:
+    """Where this start goes on, with a checkpoint that fits. Collective; it changes nothing.
+
+    Args:
+        config: the run's.
+        world: this process among the ranks.
+        folder: the run's, which may not exist.
+        resume: "never", "auto", or a checkpoint or run to start from.
+        loader: must be able to go on with the checkpoint's samples.
+        classes: names of the data's classes; must be the checkpoint's.
+        metric: decides which evaluation is the best.
+
+    Raises:
+        StorageError: what holds a checkpoint that counts doesn't answer.
+        InputError: there is no such checkpoint, or it doesn't fit.
+    """
+    checkpoint, faults = choose_checkpoint(folder, resume, world)
+    if checkpoint is None:
+        made = [record["step"] for record in salvage_metrics(folder)[0]] if resume == AUTO else []
+        return Position(lost=max(made, default=0))
+    state = read_state(checkpoint)
+    check_fit(checkpoint, config)
+    if trained := read_classes(checkpoint):
+        check_same_classes(trained, classes, checkpoint, config.data.root)
+    loader.check_state(state.data)
+    check_length(checkpoint, state.step, config.schedule.epochs, loader.steps_per_epoch)
+    best, missed = best_so_far(folder, checkpoint, state, metric, world) if config.run.keep_best else (None, [])
+    own = checkpoint.parent == folder / CHECKPOINTS
+    return Position(checkpoint, state, own, best, (*faults, *missed))
 
 
 def check_beginning(folder: Path, begin: str) -> None:
@@ -57,7 +124,7 @@ def agreed_start(folder: Path, begin: str, world: World) -> str:
             if not own:
                 with atomic_write(folder / BEGINNING_FILE) as file:
                     file.write(_beginning(begin).encode(errors="surrogateescape"))
-            agreed = ["auto" if own else begin]
+            agreed = [AUTO if own else begin]
     dist.broadcast_object_list(agreed, group=world.control)
     return agreed[0]
 
@@ -72,7 +139,7 @@ def choose_checkpoint(folder: Path, resume: str, world: World) -> tuple[Path | N
     """
     if resume == NEVER:
         return None, []
-    if resume == "auto":
+    if resume == AUTO:
         with led(world):
             if world.is_main:
                 restore_replaced(folder / CHECKPOINTS)
