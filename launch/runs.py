@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from convneur.data.errors import DamagedError, InputError
 from convneur.launch.run_reader import RunReader
+from convneur.launch.slurm_queue import SUBMITTED, job_states, queued
 from convneur.launch.supervise.run_files import Record
 from convneur.launch.tables import show_table, table_of
 from convneur.records.folder import ATTEMPTS_FILE, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
@@ -22,7 +22,6 @@ from convneur.records.summary import ends_as_told
 from convneur.tasks.choose import primary_metric
 from convneur.tasks.task import Metric
 
-SUBMITTED = "submitted"
 HEADINGS = ("run", "state", "epoch", "score", "images/s", "left", "restarts", "ETTR")
 WORDS = ("run", "state")
 RUN_FILES = {CONFIG_FILE, SUMMARY_FILE, METRICS_FILE, ATTEMPTS_FILE, CHECKPOINTS}
@@ -94,13 +93,11 @@ class Runs:
         """The runs, by name, then those in Slurm's queue; and what else there is to say, a line each."""
         notes: list[str] = []
         seen = [self._see(path, notes) for path in sorted(self.folder.iterdir())]
-        states = _slurm_states([run.job for run in seen if isinstance(run, _Begun) and run.job])
+        states = job_states([run.job for run in seen if isinstance(run, _Begun) and run.job])
         begun = [run.status(states) if isinstance(run, _Begun) else run for run in seen if run]
         names = {run.name for run in begun}
         in_queue = {}
         if (self.folder / SUBMITTED).is_dir() and shutil.which("squeue"):
-            from convneur.launch.submit import queued  # submitit takes a second to load
-
             try:
                 in_queue = queued(self.folder)
             except InputError as error:
@@ -209,14 +206,3 @@ def _ettr(attempts: Sequence[Record], seconds: float, finished: bool) -> float:
     """Of the time since the first start, the part that went into the steps that the metrics have."""
     first, last = attempts[0]["seconds"], attempts[-1]["seconds"]
     return seconds / max((last if finished else time.time()) - first, 1.0)
-
-
-def _slurm_states(jobs: Sequence[str]) -> dict[str, str] | None:
-    """What Slurm says of jobs, those left out that it no longer knows; None where it doesn't answer."""
-    if not jobs or not shutil.which("squeue"):
-        return {}
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%A %T", f"--jobs={','.join(jobs)}"]
-    asked = subprocess.run(command, capture_output=True, text=True)
-    if asked.returncode:
-        return {} if "Invalid job id" in asked.stderr else None
-    return dict(line.split()[:2] for line in asked.stdout.splitlines())

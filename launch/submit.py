@@ -4,9 +4,6 @@ A submitted job is one Python process on its first node, started by submitit in 
 snapshot's `slurm/common.sh`, which starts and looks after the ranks as for the batch scripts. submitit calls
 `checkpoint` inside its handler of the signal that comes ahead of a time limit or a preemption, and then queues the job
 again: by then the ranks must have saved. They are other processes, so the handler can wait for that.
-
-Submissions below a folder of runs lie in its folder `submitted/`, each with its snapshot: `config-N.yaml` is the Nth
-task's, and Slurm tells of every job which of them it came from.
 """
 
 import os
@@ -20,24 +17,22 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import cache
 from io import StringIO
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import submitit
-import yaml
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
+from convneur.launch.slurm_queue import SUBMITTED
 from convneur.launch.supervise.job import Job
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CODE = ("convneur", "data", "launch", "slurm", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
-SUBMITTED = "submitted"
 NOTICE_SECONDS = 300
 TELL_SECONDS = 2.0
 EARLY_NOTICE = "CONVNEUR_EARLY_NOTICE"
@@ -191,43 +186,3 @@ def submit(
     except FailedJobError as error:
         shutil.rmtree(folder)
         raise InputError(str(error).strip().splitlines()[-1]) from error
-
-
-def queued(root: Path) -> dict[str, str]:
-    """The runs below a folder whose submitted jobs Slurm has, waiting or running: their names, and the jobs' states.
-
-    Raises InputError where Slurm can't be asked, though something has been submitted from here.
-    """
-    if not (root / SUBMITTED).is_dir():
-        return {}
-    found = {}
-    for line in _ask("squeue", "--noheader", "--array", "--format=%K %T %o").splitlines():
-        task, state, script = line.split(maxsplit=2)
-        submission = Path(script).parent.parent
-        if submission.parent.name == SUBMITTED and submission.parent.resolve() == (root / SUBMITTED).resolve():
-            config = submission / f"config-{task if task.isdecimal() else 0}.yaml"  # it is "N/A" of a job alone
-            found[_run_name(config) or str(config)] = state
-    return found
-
-
-@cache  # it is written once, and there may be hundreds
-def _run_name(config: Path) -> str | None:
-    """The run that a submitted configuration is of; None where it can't be read."""
-    try:
-        return str(yaml.load(config.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["run"]["name"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return None
-
-
-def _ask(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
-        raise InputError(f"Slurm doesn't answer {command[0]} ({reason}): try later, or on a login node") from error
-
-
-def array_limit() -> int:
-    """Most tasks that Slurm takes in an array."""
-    shown = _ask("scontrol", "show", "config")
-    return int(re.findall(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)[0])

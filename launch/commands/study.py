@@ -143,7 +143,8 @@ def _plan(args: argparse.Namespace, config: "StudyConfig", runs: "Mapping[Place,
 
 def _submit(args: argparse.Namespace, stand: "Standing[Place]", folder: Path) -> int:
     """Submits the runs that are neither finished nor in Slurm's hands already."""
-    from convneur.launch.submit import array_limit, queued, submission_folder, submit
+    from convneur.launch.slurm_queue import array_limit, queued
+    from convneur.launch.submit import submission_folder, submit
 
     in_queue = queued(folder)
     waiting = [one for one in stand.missing.values() if one.run.name not in in_queue]
@@ -183,7 +184,7 @@ def missing(args: argparse.Namespace, overrides: Overrides) -> int:
 def status(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur study status`: how far every part of the study is."""
     config = _load(args, overrides)
-    from convneur.launch.submit import queued
+    from convneur.launch.slurm_queue import queued
     from convneur.launch.tables import show_table
     from convneur.studies.grid import progress
     from convneur.studies.series import series_folder
