@@ -11,23 +11,19 @@ other hands and ends at once.
 
 import errno
 import hashlib
-import json
 import os
-import re
-import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from convneur.data.errors import InputError
 from convneur.data.files import fsync
-from convneur.launch.processes import is_alive, is_stopped, start_time
+from convneur.launch.holder import Holder
 
 LOCK_FILE = ".lock"
 BEAT_SECONDS = 5.0
@@ -35,24 +31,21 @@ DEAD_SECONDS = 30.0
 TRIES = 100
 """How often the lock may change hands while it is asked for."""
 
-Identity = dict[str, Any]
-
 
 class Lock:
     """A lock that is held.
 
     Attributes:
         path: its file.
-        token: tells it from all others.
+        holder: what the file says.
     """
 
-    def __init__(self, path: Path, identity: Identity) -> None:
-        self.path, self.token = path, str(identity["token"])
-        self._identity = identity
+    def __init__(self, path: Path, holder: Holder) -> None:
+        self.path, self.holder = path, holder
 
     def share(self, writers: Sequence[int]) -> None:
         """Has the lock say that these processes write the run, too: their life is the lock's."""
-        self._identity = self._identity | {"writers": [[pid, start_time(pid)] for pid in writers]}
+        self.holder = self.holder.with_writers(writers)
         with suppress(OSError):
             self._restore()
 
@@ -60,7 +53,7 @@ class Lock:
         """Touches the lock; ends this process, and those it is shared with, where it is in other hands."""
         try:
             found = _read(self.path)
-            if found and found.holder and found.holder["token"] != self.token:
+            if found and found.holder and found.holder.token != self.holder.token:
                 self._give_up(found.holder)
             if found is None or found.holder is None:  # somebody has removed or emptied it
                 self._restore()
@@ -72,24 +65,24 @@ class Lock:
         """Removes it."""
         with suppress(OSError, InputError):
             found = _read(self.path)
-            if found and found.holder and found.holder["token"] == self.token:
+            if found and found.holder and found.holder.token == self.holder.token:
                 self.path.unlink(missing_ok=True)
 
     def _restore(self) -> None:
-        temporary = self.path.with_name(f"{LOCK_FILE}.{self.token}.tmp")
+        temporary = self.path.with_name(f"{LOCK_FILE}.{self.holder.token}.tmp")
         try:
-            _write(temporary, self._identity)
+            _write(temporary, self.holder)
             temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _give_up(self, holder: Identity) -> None:
-        for pid, _ in self._identity.get("writers", []):
+    def _give_up(self, taker: Holder) -> None:
+        for pid, _ in self.holder.writers:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        taker = f"process {holder['pid']} on {holder['host']}"
+        by = f"process {taker.pid} on {taker.host}"
         with suppress(OSError):
-            print(f"convneur: error: {self.path.parent} was taken over by {taker}", file=sys.stderr, flush=True)
+            print(f"convneur: error: {self.path.parent} was taken over by {by}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
@@ -100,8 +93,8 @@ def locked(folder: Path) -> Iterator[Lock]:
     Raises:
         InputError: a living one holds it, or no lock can be read or made there.
     """
-    path, mine = folder / LOCK_FILE, _identity()
-    temporary = path.with_name(f"{LOCK_FILE}.{mine['token']}.tmp")
+    path, mine = folder / LOCK_FILE, Holder.this_process()
+    temporary = path.with_name(f"{LOCK_FILE}.{mine.token}.tmp")
     try:
         _write(temporary, mine)
         _take(path, temporary)
@@ -130,27 +123,14 @@ def locked(folder: Path) -> Iterator[Lock]:
 def held_lock(folder: Path) -> Lock | None:
     """The lock that this process's launcher holds on a folder, for the ranks to keep alive beside it."""
     found = _read(folder / LOCK_FILE)
-    if not found or not found.holder or found.holder["pid"] != os.getppid():
+    if not found or not found.holder or found.holder.pid != os.getppid():
         return None
     return Lock(folder / LOCK_FILE, found.holder)
 
 
-def _identity() -> Identity:
-    return {
-        "token": secrets.token_hex(8),
-        "host": socket.gethostname(),
-        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        "processes": str(Path("/proc/self/ns/pid").readlink()),  # process numbers mean something within it only
-        "pid": os.getpid(),
-        "start": start_time(os.getpid()),
-        "writers": [],
-        "job": os.environ.get("SLURM_JOB_ID"),
-    }
-
-
-def _write(path: Path, identity: Identity) -> None:
+def _write(path: Path, holder: Holder) -> None:
     with path.open("w") as file:
-        file.write(json.dumps(identity))
+        file.write(holder.as_json())
         file.flush()
         os.fsync(file.fileno())
 
@@ -159,7 +139,7 @@ class _Found(NamedTuple):
     """A lock: its bytes' hash, and who holds it, if it says so."""
 
     digest: str
-    holder: Identity | None
+    holder: Holder | None
 
 
 def _read(path: Path) -> _Found | None:
@@ -175,24 +155,7 @@ def _read(path: Path) -> _Found | None:
             f"{path} can't be read ({error.strerror}), so it can't be told whether {path.parent} is in use; remove it"
             " if nobody uses it, or name another run (--run.name)"
         ) from error
-    holder: Identity | None = None
-    with suppress(ValueError):
-        found = json.loads(content)
-        if isinstance(found, dict) and _is_identity(found):
-            holder = {"job": None} | found
-    return _Found(hashlib.sha256(content).hexdigest()[:16], holder)
-
-
-def _is_identity(found: Identity) -> bool:
-    token, writers = found.get("token"), found.get("writers", [])
-    return (
-        isinstance(token, str)
-        and bool(re.fullmatch(r"\w{1,64}", token))
-        and isinstance(found.get("host"), str)
-        and isinstance(found.get("pid"), int)
-        and isinstance(writers, list)
-        and all(isinstance(w, list) and len(w) == 2 and isinstance(w[0], int) for w in writers)
-    )
+    return _Found(hashlib.sha256(content).hexdigest()[:16], Holder.parse(content))
 
 
 def _take(path: Path, temporary: Path) -> None:
@@ -214,13 +177,13 @@ def _take_over(path: Path, temporary: Path) -> bool:
     found = _read(path)
     if found is None:
         return False
-    alive = _is_alive(found.holder) if found.holder else None
+    alive = found.holder.is_alive() if found.holder else None
     if found.holder and alive:
         raise InputError(_in_use(path, found.holder))
     if alive is None:
         _watch(path, found.holder)
     # Of all that come to this only one may replace this very holder's lock.
-    claim = path.with_name(f"{LOCK_FILE}.{found.holder['token'] if found.holder else found.digest}.claimed")
+    claim = path.with_name(f"{LOCK_FILE}.{found.holder.token if found.holder else found.digest}.claimed")
     try:
         claim.touch(exist_ok=False)
     except FileExistsError:
@@ -237,7 +200,7 @@ def _take_over(path: Path, temporary: Path) -> bool:
         claim.unlink(missing_ok=True)
 
 
-def _watch(path: Path, holder: Identity | None) -> None:
+def _watch(path: Path, holder: Holder | None) -> None:
     """Returns when a lock hasn't been touched for long enough; InputError as soon as it is."""
     print(f"convneur: {path.parent} is in use; waiting to see whether its user lives", file=sys.stderr, flush=True)
     first, deadline = _touched(path), time.monotonic() + DEAD_SECONDS
@@ -249,30 +212,9 @@ def _watch(path: Path, holder: Identity | None) -> None:
             raise InputError(_in_use(path, holder))
 
 
-def _in_use(path: Path, holder: Identity | None) -> str:
-    if holder is None:
-        user = "a process that its lock doesn't name"
-    else:
-        ranks = ", ".join(str(pid) for pid, _ in holder.get("writers", []))
-        job = f" of job {holder['job']}" if holder["job"] else ""
-        user = f"process {holder['pid']}{f' and its ranks {ranks}' if ranks else ''}{job} on {holder['host']}"
-        if _is_here(holder) and is_stopped(holder["pid"]):
-            user += f", which is stopped (kill -CONT {holder['pid']} lets it go on)"
+def _in_use(path: Path, holder: Holder | None) -> str:
+    user = holder or "a process that its lock doesn't name"
     return f"{path.parent} is in use by {user}: wait for its end, or name another run (--run.name)"
-
-
-def _is_here(holder: Identity) -> bool:
-    """Whether this process can see those that hold a lock."""
-    mine = _identity()
-    return (holder.get("boot"), holder.get("processes")) == (mine["boot"], mine["processes"])
-
-
-def _is_alive(holder: Identity) -> bool | None:
-    """Whether any process that holds a lock lives; None where that can't be seen from here."""
-    if not _is_here(holder):
-        return None
-    processes = [(holder["pid"], holder.get("start")), *holder.get("writers", [])]
-    return any(is_alive(pid, start) for pid, start in processes)
 
 
 def _touched(path: Path) -> int | None:
