@@ -43,7 +43,7 @@ from convneur.models.build import build_model
 from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.gauges import Gauges, step_flops
 from convneur.monitoring.guards import Guards
-from convneur.records.metrics import TrainingLog
+from convneur.records.log import TrainingLog
 from convneur.system.stopping import StopRequest
 from convneur.system.world import World
 from convneur.train import train_step

@@ -12,7 +12,8 @@ from convneur.config import Config, saved_config
 from convneur.data.errors import DamagedError
 from convneur.launch.supervise.run_files import TIME_FORMAT
 from convneur.records.folder import ATTEMPTS_FILE, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
-from convneur.records.saved import Metrics, contents, parse_metrics
+from convneur.records.json_files import contents
+from convneur.records.metrics import Metrics, parse_metrics
 from convneur.records.summary import Summary, read_summary
 
 Value = TypeVar("Value")

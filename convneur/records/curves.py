@@ -18,7 +18,7 @@ from matplotlib.ticker import PercentFormatter
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.records.folder import CURVE_FILE, METRICS_FILE
-from convneur.records.saved import Metrics, salvage_metrics
+from convneur.records.metrics import Metrics, salvage_metrics
 from convneur.tasks.choose import TASKS
 from convneur.tasks.task import Metric
 

@@ -1,227 +1,86 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard events and a display of its progress."""
+"""The records in a run's metrics.jsonl, read back: the one way to them, for all that list, fit, draw or resume runs."""
 
+import json
 import math
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from convneur.data.errors import DamagedError
+from convneur.records.folder import METRICS_FILE
+from convneur.records.json_files import contents
 
-from convneur.data.files import atomic_write
-from convneur.monitoring.gauges import Gauges
-from convneur.records.folder import DAMAGED_METRICS_FILE, EVENTS, METRICS_FILE
-from convneur.records.saved import read_metrics as read_metrics  # it reads what this module writes
-from convneur.records.saved import salvage_metrics
-from convneur.records.strict_json import json_text
-from convneur.system.world import World
-from convneur.tasks.task import Scores
+Metrics = dict[str, Any]
 
 
-class TrainingLog:
-    """Collects a run's metrics on all ranks; rank 0 writes and shows them.
+def read_metrics(folder: Path) -> list[Metrics]:
+    """The records of a run in order of step; none where it has no metrics.jsonl yet.
 
-    Losses stay on the device until a line is due, so logging doesn't stall the steps in between.
+    A last line without its end is what a run is just writing, or a kill has cut short, and is left out. Raises
+    DamagedError where anything else is no record.
+    """
+    records, faults = salvage_metrics(folder)
+    if faults:
+        raise DamagedError(faults[0] + (f", and {len(faults) - 1} more" if len(faults) > 1 else ""))
+    return records
+
+
+def salvage_metrics(folder: Path) -> tuple[list[Metrics], list[str]]:
+    """The records that are intact, and a line for each that is not. DamagedError where the file can't be read."""
+    path = folder / METRICS_FILE
+    parsed = parse_metrics(contents(path) or b"")
+    return parsed.records, [f"{path}: {fault}" for fault in parsed.faults]
+
+
+class Parsed(NamedTuple):
+    """What lines of a metrics.jsonl hold.
+
+    Attributes:
+        records: those that are intact.
+        lines: how many lines are whole.
+        size: bytes of those.
+        bad_lines: what is wrong with the others of them.
+        bad_end: what is wrong with what follows them, if it isn't the beginning of a record.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        world: World,
-        *,
-        start_step: int,
-        total_steps: int,
-        steps_per_epoch: int,
-        images_per_step: int,
-        every_steps: int,
-        wandb_project: str = "",
-    ) -> None:
-        self.total_steps = total_steps
-        self._steps_per_epoch = steps_per_epoch
-        self._images_per_step = images_per_step
-        self._every_steps = every_steps
-        self._loss_sum = torch.zeros(2, device=world.device)  # of the finite losses, and how many they are
-        self._mark_step, self._mark_time = start_step, time.monotonic()
-        self._records = Records(folder, start_step, wandb_project) if world.is_main else None
-        self._display = Display(total_steps, start_step) if world.is_main else None
-        for fault in self._records.faults if self._records else ():
-            self.say(f"warning: {fault}: left out; the file as it was is {DAMAGED_METRICS_FILE}")
+    records: list[Metrics]
+    lines: int
+    size: int
+    bad_lines: list[str]
+    bad_end: str | None
 
     @property
-    def lacks_scores_at_start(self) -> bool:
-        """Whether there are records of earlier starts, but none of an evaluation where this one goes on. Rank 0's."""
-        return bool(self._records and self._records.lacks_scores)
+    def faults(self) -> list[str]:
+        """All that is wrong."""
+        return [*self.bad_lines, *([self.bad_end] if self.bad_end else [])]
 
-    def step(self, done: int, loss: Tensor, learning_rate: float, gauges: Gauges) -> None:
-        """Takes in the loss of step number `done - 1`; writes a line where one is due. Collective then.
 
-        Losses that are not finite, which are the guards' business, are left out of the mean.
-        """
-        finite = loss.isfinite()
-        self._loss_sum += torch.stack([torch.where(finite, loss, 0.0), finite])
-        if self._display:
-            self._display.advance(done)
-        if done % self._every_steps and done < self.total_steps:
-            return
-        steps = done - self._mark_step
-        dist.all_reduce(self._loss_sum)
-        loss_sum, losses = self._loss_sum.tolist()
-        now = time.monotonic()
-        seconds = max(now - self._mark_time, 1e-9)
-        rate = steps * self._images_per_step / seconds
-        values = {
-            "train/loss": loss_sum / losses if losses else math.nan,
-            "train/lr": learning_rate,
-            "train/images_per_second": rate,
-            **gauges.read(seconds, rate),
-        }
-        self._loss_sum.zero_()
-        self._mark_step, self._mark_time = done, now
-        self._add(done, values)
+def or_nan(value: float | None) -> float:
+    """What was measured; NaN where it was no finite number, which is null in a record."""
+    return math.nan if value is None else value
 
-    def scores(self, done: int, raw: Scores, averaged: Scores | None, gates: dict[str, float]) -> None:
-        """Writes an evaluation after `done` steps, and the statistics of the gates in it."""
-        values = {f"eval/{name}": value for name, value in raw.values.items()}
-        if averaged:
-            values |= {f"eval/{name}_ema": value for name, value in averaged.values.items()}
-        self._add(done, values | gates)
 
-    def say(self, line: str) -> None:
-        """Shows a line on rank 0."""
-        if self._display:
-            self._display.say(line)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the time of a block out of images per second: it went into something else than training."""
-        start = time.monotonic()
-        yield
-        self._mark_time += time.monotonic() - start
-
-    def close(self) -> None:
-        """Flushes and closes files and display."""
-        if self._records and self._display:
-            with self._alarmed():
-                self._records.close()
-            self._display.close()
-
-    def _add(self, done: int, values: dict[str, float]) -> None:
-        epoch = done / self._steps_per_epoch
-        if self._records and self._display:
-            with self._alarmed():
-                self._records.add(done, epoch, values)
-            self._display.show(done, epoch, values)
-
-    @contextmanager
-    def _alarmed(self) -> Iterator[None]:
-        """A full disk is no reason to stop training."""
+def parse_metrics(data: bytes, before: int = 0) -> Parsed:
+    """Reads the lines that follow the first `before` ones of a metrics.jsonl."""
+    *lines, rest = data.split(b"\n")
+    records, faults, bad_end = [], [], None
+    for number, line in enumerate(lines, before + 1):
         try:
-            yield
-        except OSError as error:
-            self.say(f"ALARM: metrics can't be written ({error})")
+            records.append(_record(line))
+        except (ValueError, RecursionError) as error:
+            faults.append(f"line {number} is no record of metrics ({error})")
+    if rest and not (rest.startswith(b"{") and rest.isascii() and rest.decode().isprintable()):
+        bad_end = f"line {before + len(lines) + 1} is no record of metrics, nor the beginning of one"
+    return Parsed(records, len(lines), len(data) - len(rest), faults, bad_end)
 
 
-class Records:
-    """metrics.jsonl and TensorBoard events, and Weights & Biases where it is asked for.
-
-    Records of an earlier start are kept up to `step` and dropped after it: those steps are made anew. Where some of
-    them are damaged, `faults` says which, and the file as it was is kept beside the new one. `lacks_scores` says
-    whether some are kept, but none of an evaluation after `step` steps.
-    """
-
-    def __init__(self, folder: Path, step: int, wandb_project: str) -> None:
-        records, self.faults = salvage_metrics(folder)
-        if self.faults:
-            shutil.copyfile(folder / METRICS_FILE, folder / DAMAGED_METRICS_FILE)
-        kept = [record for record in records if record["step"] <= step]
-        scored = [record["step"] for record in kept if any(name.startswith("eval/") for name in record)]
-        self.lacks_scores = bool(kept) and step not in scored
-        with atomic_write(folder / METRICS_FILE) as file:
-            file.writelines(f"{json_text(record)}\n".encode() for record in kept)
-        self._file = (folder / METRICS_FILE).open("a")
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to load, and only one rank writes
-
-        self._events = SummaryWriter(str(folder / EVENTS), purge_step=step + 1)
-        self._wandb = None
-        if wandb_project:
-            import wandb  # optional
-
-            name = folder.resolve().name
-            self._wandb = wandb.init(project=wandb_project, name=name, id=name, dir=str(folder), resume="allow")
-
-    def add(self, done: int, epoch: float, values: dict[str, float]) -> None:
-        """Records values, named like "train/loss", as they are after `done` optimizer steps."""
-        self._file.write(json_text({"step": done, "epoch": epoch, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, done)
-        if self._wandb:
-            self._wandb.log({"epoch": epoch, **values}, step=done)
-
-    def close(self) -> None:
-        """Flushes and closes both."""
-        self._file.close()
-        self._events.close()
-        if self._wandb:
-            self._wandb.finish()
-
-
-class Display:
-    """Progress of a run: a live bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        self._console = Console(soft_wrap=True, highlight=False)
-        self._total_steps = total_steps
-        self._bar: Progress | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:  # which can't move its cursor
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, rate="")
-            self._bar.start()
-        self._start = (start_step, time.monotonic())
-
-    def advance(self, done: int) -> None:
-        """Moves the bar."""
-        if self._bar:
-            self._bar.update(self._task, completed=done)
-
-    def show(self, done: int, epoch: float, values: dict[str, float]) -> None:
-        """Prints a line of metrics."""
-        parts = [f"epoch {epoch:.2f}", f"step {done}/{self._total_steps}"]
-        if "train/loss" in values:
-            rate = f"{values['train/images_per_second']:,.0f} images/s"
-            if self._bar:
-                self._bar.update(self._task, rate=rate)
-                return
-            parts += [f"loss {values['train/loss']:.4f}", f"lr {values['train/lr']:.2e}", rate, self._time_left(done)]
-        else:
-            parts += [f"{name.removeprefix('eval/')} {v:.4f}" for name, v in values.items() if name.startswith("eval/")]
-        self.say("  ".join(parts))
-
-    def say(self, line: str) -> None:
-        """Prints a line, above the bar where there is one."""
-        self._console.print(line, markup=False)
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        if self._bar:
-            self._bar.stop()
-
-    def _time_left(self, done: int) -> str:
-        start_step, start_time = self._start
-        seconds = (time.monotonic() - start_time) / max(done - start_step, 1) * (self._total_steps - done)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d} left"
+def _record(line: bytes) -> Metrics:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object")
+    step, epoch = record.get("step"), record.get("epoch")
+    if type(step) is not int or step < 0 or not isinstance(epoch, int | float) or not 0 <= epoch < math.inf:
+        raise ValueError("no step and epoch")
+    for name, value in record.items():
+        if value is not None and type(value) not in (int, float):
+            raise ValueError(f"{name} is no number")
+    return record

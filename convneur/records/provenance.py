@@ -26,7 +26,7 @@ from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write
 from convneur.ops.native import compiler_version
 from convneur.records.folder import CONFIG_FILE, REPRODUCE_FILE
-from convneur.records.saved import read_object
+from convneur.records.json_files import read_object
 
 LONGEST_VALUE = 60  # characters of a value that a line of differences shows
 PACKAGE = Path(__file__).parents[1]

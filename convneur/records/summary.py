@@ -8,7 +8,8 @@ from typing import Any, get_type_hints
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
 from convneur.records.folder import METRICS_FILE, SUMMARY_FILE
-from convneur.records.saved import Metrics, read_metrics, read_object
+from convneur.records.json_files import read_object
+from convneur.records.metrics import Metrics, read_metrics
 
 REMEDY = "restore it, or delete it and train with --resume auto: the end of the run is made again"
 

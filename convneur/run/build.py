@@ -24,7 +24,7 @@ from convneur.monitoring.monitors import Monitors
 from convneur.monitoring.profiler import Profiler
 from convneur.monitoring.watchdog import Watchdog
 from convneur.records.folder import CHECKPOINTS, CONFIG_FILE, REPRODUCE_FILE, STACKS, SUMMARY_FILE, TRACE_FILE
-from convneur.records.metrics import TrainingLog
+from convneur.records.log import TrainingLog
 from convneur.records.provenance import differences, read_record, record, write_record
 from convneur.run.keeper import Keeper
 from convneur.run.resume import Position, find_position

@@ -10,8 +10,8 @@ from convneur.errors import NonFiniteError, SaveError
 from convneur.monitoring.watchdog import Watchdog
 from convneur.records.checkpoint import TrainState, save_checkpoint
 from convneur.records.listing import checkpoint_step, list_checkpoints
+from convneur.records.log import TrainingLog
 from convneur.records.manifest import newest_intact
-from convneur.records.metrics import TrainingLog
 from convneur.records.retention import Best, Retention
 from convneur.records.upkeep import remove_obsolete
 from convneur.run.resume import Position

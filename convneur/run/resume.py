@@ -19,8 +19,8 @@ from convneur.records.checkpoint import TrainState, read_classes, read_state
 from convneur.records.folder import BEGINNING_FILE, CHECKPOINTS, CONFIG_FILE, LATEST
 from convneur.records.listing import checkpoint_name, checkpoint_step, find_checkpoint, list_checkpoints
 from convneur.records.manifest import newest_intact
+from convneur.records.metrics import salvage_metrics
 from convneur.records.retention import Best
-from convneur.records.saved import salvage_metrics
 from convneur.records.upkeep import restore_replaced
 from convneur.system.agreement import led
 from convneur.system.world import World

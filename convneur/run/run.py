@@ -16,7 +16,7 @@ from convneur.errors import NonFiniteError
 from convneur.monitoring.monitors import Monitors
 from convneur.records.folder import CHECKPOINTS
 from convneur.records.listing import checkpoint_name
-from convneur.records.metrics import TrainingLog
+from convneur.records.log import TrainingLog
 from convneur.records.summary import Summary, write_summary
 from convneur.run.keeper import Keeper
 from convneur.run.scorer import Scorer

@@ -11,7 +11,7 @@ from convneur.engine.state import gather_model
 from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.gauges import watched_gates
 from convneur.monitoring.watchdog import Watchdog
-from convneur.records.metrics import TrainingLog
+from convneur.records.log import TrainingLog
 from convneur.records.retention import Best
 from convneur.run.trainer import Trainer
 from convneur.system.stopping import StopRequest

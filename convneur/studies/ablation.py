@@ -24,7 +24,7 @@ from convneur.data.files import atomic_write
 from convneur.models.build import build_model
 from convneur.models.convneur.model import ModelConfig
 from convneur.models.describe import describe
-from convneur.records.strict_json import json_text
+from convneur.records.json_files import json_text
 from convneur.records.summary import read_summary
 from convneur.studies.series import member, member_folder, standing
 from convneur.system.world import World

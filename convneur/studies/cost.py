@@ -10,7 +10,7 @@ from convneur.config import Config
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
 from convneur.planning.forecast import Cluster, Plan, Range, make_plan
-from convneur.records.saved import read_object
+from convneur.records.json_files import read_object
 from convneur.studies.grid import Place
 
 STUDY_PLAN_FILE = "plan.json"

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from convneur.records.saved import or_nan, read_metrics
+from convneur.records.metrics import or_nan, read_metrics
 from convneur.studies import words
 from convneur.studies.fit import METRICS, Findings, StudyFit
 from convneur.studies.grid import StudyConfig

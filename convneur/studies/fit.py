@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from convneur.data.files import atomic_write
-from convneur.records.strict_json import json_text
+from convneur.records.json_files import json_text
 from convneur.studies.equal_compute import Difference, IsoFlop, differences, isoflops
 from convneur.studies.grid import LOCAL_ONLY, Point, StudyConfig, best_rates
 from convneur.studies.scaling_law import (

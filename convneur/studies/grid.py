@@ -17,8 +17,8 @@ from convneur.data.stores.choose import open_store
 from convneur.models.convneur.model import ModelConfig, Placement
 from convneur.models.describe import ModelInfo, describe
 from convneur.records.folder import METRICS_FILE, REPRODUCE_FILE
+from convneur.records.metrics import or_nan, read_metrics
 from convneur.records.provenance import read_record
-from convneur.records.saved import or_nan, read_metrics
 from convneur.records.summary import read_result, read_summary
 from convneur.studies.series import member, member_folder
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, _: Overrides) -> int:
         return run_ranks(words_of_rank(args), rank_count(args.nproc))
 
     with joined_world() as world:
-        from convneur.records.strict_json import json_text
+        from convneur.records.json_files import json_text
         from convneur.tools.evaluate import evaluate_checkpoint
 
         scores = evaluate_checkpoint(

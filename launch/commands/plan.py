@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.config import load_config
     from convneur.limits import check_values
     from convneur.planning.forecast import make_plan
-    from convneur.records.strict_json import json_text
+    from convneur.records.json_files import json_text
 
     config = load_config(args.config, overrides)
     check_values(config)

@@ -13,7 +13,7 @@ from convneur.config import Config, ScheduleConfig, config_text, save_config
 from convneur.launch.cli import main
 from convneur.launch.runs import Runs
 from convneur.records.folder import METRICS_FILE
-from convneur.records.saved import Parsed, parse_metrics
+from convneur.records.metrics import Parsed, parse_metrics
 from convneur.records.summary import Summary, write_summary
 
 CONFIG = Config(schedule=ScheduleConfig(epochs=8, warmup_epochs=1))

@@ -21,7 +21,8 @@ from convneur.limits import check_config
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.monitoring.gauges import step_flops
 from convneur.records.listing import list_checkpoints
-from convneur.records.metrics import Records, read_metrics
+from convneur.records.log import Records
+from convneur.records.metrics import read_metrics
 from convneur.system.world import World
 from convneur.train import train
 
@@ -32,7 +33,7 @@ def run(digits: Path, world: World, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("runs") / "small"
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
-        patch.setattr("convneur.records.metrics.Display.say", lambda _, line: lines.append(line))
+        patch.setattr("convneur.records.display.Display.say", lambda _, line: lines.append(line))
         train(small_config(digits, 0, autocast=False), world, folder, profile=True)
     (folder / "log.txt").write_text("\n".join(lines))
     return folder

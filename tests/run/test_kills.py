@@ -28,8 +28,9 @@ from small_run import STEPS, small_config
 
 from convneur.config import Config
 from convneur.records.listing import checkpoint_step, list_checkpoints
+from convneur.records.log import TrainingLog
 from convneur.records.manifest import newest_intact
-from convneur.records.metrics import TrainingLog, read_metrics
+from convneur.records.metrics import read_metrics
 from convneur.system.world import World
 from convneur.tasks.classification import ClassificationScores
 

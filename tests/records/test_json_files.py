@@ -13,8 +13,9 @@ from small_run import small_config
 from convneur.launch.cli import main
 from convneur.records.folder import MANIFEST, MODEL_FILE
 from convneur.records.listing import find_checkpoint
+from convneur.records.log import TrainingLog
 from convneur.records.manifest import digest
-from convneur.records.metrics import TrainingLog, read_metrics
+from convneur.records.metrics import read_metrics
 from convneur.system.world import World
 from convneur.tasks.classification import ClassificationScores
 from convneur.train import train
