@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from convneur.config import load_config
+from convneur.config import deepspeed_config, load_config
 from convneur.engine.build import build_engine
 from convneur.engine.ema import Ema
 from convneur.engine.optimizer import build_optimizer
-from convneur.engine.section import deepspeed_config
 from convneur.models.build import build_model
 from convneur.records.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from convneur.records.manifest import newest_intact

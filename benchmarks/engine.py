@@ -33,12 +33,11 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from convneur.config import Config, load_config
+from convneur.config import Config, deepspeed_config, load_config
 from convneur.data.stream.batch import Batch
 from convneur.engine.build import build_engine
 from convneur.engine.ema import Ema
 from convneur.engine.optimizer import build_optimizer
-from convneur.engine.section import deepspeed_config
 from convneur.models.build import build_model
 from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.gauges import Gauges, step_flops

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from matplotlib import pyplot as plt
 
-from convneur.config import Config, load_config
+from convneur.config import Config, deepspeed_config, load_config
 from convneur.engine.build import build_engine
 from convneur.engine.config import choose_implementation
 from convneur.engine.ema import Ema
 from convneur.engine.optimizer import build_optimizer
-from convneur.engine.section import deepspeed_config
 from convneur.models.build import build_model
 from convneur.planning.footprint import layout, peak
 from convneur.planning.step_trace import LiveStorages, Precision, trace_step

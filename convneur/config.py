@@ -14,6 +14,7 @@ from convneur.data.config import DataConfig
 from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write, check_kind
 from convneur.engine.config import OptimizerConfig, ScheduleConfig
+from convneur.engine.section import Settled, complete
 from convneur.models.convneur.model import ModelConfig
 from convneur.monitoring.config import GuardConfig, WatchdogConfig
 from convneur.settings import load_as, read_file, resolve, yaml_text
@@ -129,6 +130,15 @@ def load_config(config_files: Iterable[str | Path] = (), overrides: Iterable[str
     Raises InputError where a file can't be read, a key is unknown or a value doesn't fit its type.
     """
     return load_as(Config, config_files, overrides)
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given on `world_size` ranks: the section, with what the others settle.
+
+    Raises InputError where the section contradicts the others, or can't work (`convneur.engine.section`).
+    """
+    batch, accumulation, clip = config.data.global_batch_size, config.train.accumulation, config.optimizer.clip_grad
+    return complete(config.deepspeed, Settled(batch, accumulation, clip, world_size))
 
 
 def saved_config(path: Path) -> Config:

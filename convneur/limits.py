@@ -12,11 +12,12 @@ from operator import attrgetter
 
 import torch
 
-from convneur.config import Config
+from convneur.config import Config, deepspeed_config
 from convneur.data.check import check_values as check_data_values
 from convneur.data.errors import InputError
 from convneur.engine.config import check_no_lock, choose_implementation, peak_lr
-from convneur.engine.section import deepspeed_config, offloads_optimizer
+from convneur.engine.methods import METHODS
+from convneur.engine.section import offloads_optimizer
 from convneur.models.convneur.model import SMALLEST_IMAGE
 from convneur.system.apex import examine_apex
 from convneur.tasks.choose import check_task
@@ -111,15 +112,17 @@ def _check_implementations(config: Config) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     offload = offloads_optimizer(config.deepspeed)
     stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    if config.optimizer.name == "lamb" and stage:
+    name, method = config.optimizer.name, METHODS[config.optimizer.name]
+    if method.whole_tensors and stage:
         raise InputError(
-            f"optimizer.name is 'lamb' at ZeRO stage {stage}, which cuts parameters into pieces, while LAMB needs the"
-            " norms of whole ones: use deepspeed.zero_optimization.stage 0, or optimizer.name adamw"
+            f"optimizer.name is {name!r} at ZeRO stage {stage}, which cuts parameters into pieces, while {method.title}"
+            " needs the norms of whole ones: use deepspeed.zero_optimization.stage 0, or optimizer.name adamw"
         )
-    if config.optimizer.name == "lamb" and config.model.mup_base:
+    if method.whole_tensors and config.model.mup_base:
         raise InputError(
-            f"optimizer.name is 'lamb' with model.mup_base {config.model.mup_base!r}, but muP is derived for AdamW, and"
-            " LAMB scales every step by the norm of its weights: use optimizer.name adamw, or leave model.mup_base out"
+            f"optimizer.name is {name!r} with model.mup_base {config.model.mup_base!r}, but muP is derived for AdamW,"
+            f" and {method.title} scales every step by the norm of its weights: use optimizer.name adamw, or leave"
+            " model.mup_base out"
         )
     if choose_implementation(config.optimizer, device, offload) == "deepspeed":
         check_no_lock(config.optimizer, device, offload)

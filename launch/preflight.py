@@ -25,9 +25,10 @@ def check_start(config: "Config", world_size: int) -> None:
 
 def check(config: "Config", world_size: int) -> None:
     """Holds a configuration against the data, the ranks and DeepSpeed; InputError where they don't go together."""
+    from convneur.config import deepspeed_config
     from convneur.data.check import check_data
     from convneur.engine.config import checked_steps
-    from convneur.engine.section import deepspeed_config, parse_with_deepspeed
+    from convneur.engine.section import parse_with_deepspeed
     from convneur.limits import check_config
     from convneur.system.world import name_accelerator
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import CONFIGS
 
-from convneur.config import Config, load_config, save_config
+from convneur.config import Config, deepspeed_config, load_config, save_config
 from convneur.data.errors import InputError
-from convneur.engine.section import deepspeed_config, parse_with_deepspeed
+from convneur.engine.section import parse_with_deepspeed
 from convneur.limits import check_config
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.model import VARIANTS, ModelConfig

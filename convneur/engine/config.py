@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from convneur.data.errors import InputError
+from convneur.engine.methods import METHODS, Implementation, Method
 from convneur.system.apex import examine_apex
-
-Implementation = Literal["torch", "deepspeed", "apex"]
 
 
 @dataclass(frozen=True)
@@ -75,20 +74,16 @@ def choose_implementation(config: OptimizerConfig, device: str, offload: bool) -
 
     Raises InputError where the one asked for is missing or doesn't fit; says how to install it.
     """
-    state_device = "cpu" if offload else device
+    method, state_device = METHODS[config.name], "cpu" if offload else device
     if config.implementation != "auto":
-        if reason := _lacks(config.implementation, config.name, state_device):
+        if reason := _lacks(config.implementation, method, state_device):
             raise InputError(f"optimizer.implementation is {config.implementation!r}, but {reason}")
         return config.implementation
-    # PyTorch's fused AdamW needs no compiler and is as fast as the others claim to be; timm's LAMB launches many small
-    # kernels. DeepSpeed asks for its own CPUAdam where it offloads.
-    wanted: tuple[Implementation, ...] = ("deepspeed",) if offload else ()
-    if config.name == "lamb":
-        wanted = ("apex", "deepspeed")
-    return next((one for one in wanted if not _lacks(one, config.name, state_device)), "torch")
+    wanted = method.offloaded if offload else method.faster
+    return next((one for one in wanted if not _lacks(one, method, state_device)), "torch")
 
 
-def _lacks(implementation: Implementation, name: str, device: str) -> str:
+def _lacks(implementation: Implementation, method: Method, device: str) -> str:
     """Why an implementation can't run a method on a device, and what to do; empty if it can."""
     if implementation == "apex":
         if device != "cuda":
@@ -96,8 +91,8 @@ def _lacks(implementation: Implementation, name: str, device: str) -> str:
         apex = examine_apex()
         return "" if apex.status == "ok" else f"apex is {apex.status}: {apex.note}"
     if implementation == "deepspeed":
-        if name == "lamb" and device != "cuda":
-            return "DeepSpeed's LAMB runs on CUDA devices only: use auto"
+        if device not in method.extensions:
+            return f"DeepSpeed's {method.title} runs on CUDA devices only: use auto"
         compiler, package = ("nvcc", "the CUDA toolkit") if device == "cuda" else ("g++", "g++ (apt-get install g++)")
         if not shutil.which(compiler):
             return f"DeepSpeed compiles it with {compiler}, which isn't there: install {package}, or use auto"
@@ -111,7 +106,7 @@ def check_no_lock(config: OptimizerConfig, device: str, offload: bool) -> None:
     """
     from torch.utils.cpp_extension import _get_build_directory
 
-    extension = "fused_lamb" if config.name == "lamb" else "cpu_adam" if offload or device == "cpu" else "fused_adam"
+    extension = METHODS[config.name].extensions["cpu" if offload else device]
     lock = Path(_get_build_directory(extension, verbose=False)) / "lock"
     if lock.exists():
         raise InputError(

@@ -1,52 +1,86 @@
 """The optimizer, its parameter groups and the learning rate as a function of the step alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.optim import Lamb, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
+from torch import nn
 
-from convneur.engine.config import Implementation, OptimizerConfig, ScheduleConfig, checked_steps, peak_lr
-from convneur.models.convneur import mup
-from convneur.models.convneur.model import ConvNeur
+from convneur.engine.config import OptimizerConfig, ScheduleConfig, checked_steps, peak_lr
+from convneur.engine.methods import Implementation
+
+Groups = list[dict[str, Any]]
+Settings = dict[str, Any]
 
 
 def build_optimizer(
-    model: ConvNeur, config: OptimizerConfig, implementation: Implementation, global_batch_size: int, offload: bool
+    model: nn.Module, config: OptimizerConfig, implementation: Implementation, global_batch_size: int, offload: bool
 ) -> torch.optim.Optimizer:
     """The optimizer over two groups: matrices and filters decay; vectors, and what the model names, do not.
 
-    With model.mup_base there are more (mup.py); their learning rates hold once `build_schedule` has set them.
-    None of them clips gradients, which is DeepSpeed's task. DeepSpeed's own are compiled when first used, for a minute.
+    A model that has a method `mup_groups` may name other groups, as ConvNeur does under muP; their learning rates hold
+    once `build_schedule` has set them. None of the optimizers clips gradients, which is DeepSpeed's task. DeepSpeed's
+    own are compiled when first used, for a minute.
     """
-    if model.config.mup_base:
-        groups = mup.parameter_groups(model, model.config.width_factor, config.weight_decay, config.eps)
-    else:
-        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=model.no_weight_decay())
-    settings: dict[str, Any] = {
-        "lr": peak_lr(config, global_batch_size),
-        "betas": config.betas,
-        "eps": config.eps,
-    }
-    if implementation == "torch":
-        if config.name == "lamb":
-            return Lamb(groups, max_grad_norm=None, **settings)
-        return torch.optim.AdamW(groups, fused=True, **settings)
-    if implementation == "apex":
-        from apex.optimizers import FusedAdam, FusedLAMB
+    groups = _call(model, "mup_groups", config.weight_decay, config.eps)
+    if groups is None:
+        exempt = _call(model, "no_weight_decay") or set()
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
+    state_device = "cpu" if offload else next(model.parameters()).device.type
+    settings = {"lr": peak_lr(config, global_batch_size), "betas": config.betas, "eps": config.eps}
+    return CONSTRUCTORS[config.name, implementation](groups, settings, state_device)
 
-        if config.name == "lamb":
-            return FusedLAMB(groups, max_grad_norm=float("inf"), **settings)
-        return FusedAdam(groups, adam_w_mode=True, **settings)
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-    from deepspeed.ops.adam import FusedAdam as DeepSpeedFusedAdam
+
+def _call(model: nn.Module, method: str, *words: Any) -> Any:
+    """What a method returns that not every model has; None without it."""
+    return getattr(model, method)(*words) if hasattr(model, method) else None
+
+
+def _torch_adamw(groups: Groups, settings: Settings, device: str) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _timm_lamb(groups: Groups, settings: Settings, device: str) -> torch.optim.Optimizer:
+    return Lamb(groups, max_grad_norm=None, **settings)
+
+
+def _apex_adamw(groups: Groups, settings: Settings, device: str) -> torch.optim.Optimizer:
+    from apex.optimizers import FusedAdam
+
+    return FusedAdam(groups, adam_w_mode=True, **settings)
+
+
+def _apex_lamb(groups: Groups, settings: Settings, device: str) -> torch.optim.Optimizer:
+    from apex.optimizers import FusedLAMB
+
+    return FusedLAMB(groups, max_grad_norm=float("inf"), **settings)
+
+
+def _deepspeed_adamw(groups: Groups, settings: Settings, device: str) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    if device == "cpu":
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return FusedAdam(groups, adam_w_mode=True, **settings)
+
+
+def _deepspeed_lamb(groups: Groups, settings: Settings, device: str) -> torch.optim.Optimizer:
     from deepspeed.ops.lamb import FusedLamb
 
-    if config.name == "lamb":
-        return FusedLamb(groups, **settings)
-    if offload or next(model.parameters()).device.type == "cpu":
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    return DeepSpeedFusedAdam(groups, adam_w_mode=True, **settings)
+    return FusedLamb(groups, **settings)
+
+
+CONSTRUCTORS: dict[tuple[str, Implementation], Callable[[Groups, Settings, str], torch.optim.Optimizer]] = {
+    ("adamw", "torch"): _torch_adamw,
+    ("adamw", "deepspeed"): _deepspeed_adamw,
+    ("adamw", "apex"): _apex_adamw,
+    ("lamb", "torch"): _timm_lamb,
+    ("lamb", "deepspeed"): _deepspeed_lamb,
+    ("lamb", "apex"): _apex_lamb,
+}
+"""Of each method in each implementation; they take parameter groups, settings, and the type of the state's device."""
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps_per_epoch: int) -> CosineLRScheduler:

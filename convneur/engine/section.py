@@ -1,15 +1,14 @@
 """DeepSpeed's configuration: the `deepspeed` section as it is, completed with what the other sections settle.
 
 DeepSpeed 0.19.8 takes unknown top-level keys in silence, so they are checked here. Inside its sections it refuses them,
-but only once the model exists: `parse_with_deepspeed` asks it beforehand. Importing this module doesn't load DeepSpeed.
+but only once the model exists: `parse_with_deepspeed` asks it beforehand. Importing this module loads neither DeepSpeed
+nor PyTorch.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from convneur.config import Config
 from convneur.data.errors import InputError
 from convneur.settings import nearest_key
 
@@ -54,16 +53,38 @@ LOWER_PRECISION_MODULES = [
 ]
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given on `world_size` ranks.
+@dataclass(frozen=True)
+class Settled:
+    """What other sections of the configuration settle for DeepSpeed.
 
-    Raises InputError where the section contradicts the rest of the configuration, holds a key that DeepSpeed doesn't
-    know, or asks for a mode that doesn't work.
+    Attributes:
+        global_batch_size: images of an optimizer step.
+        accumulation: micro-batches of a step.
+        clip_grad: largest global gradient norm; 0 for no clipping.
+        world_size: ranks.
     """
-    section = copy.deepcopy(config.deepspeed)
+
+    global_batch_size: int
+    accumulation: int
+    clip_grad: float
+    world_size: int
+
+
+def complete(free: dict[str, Any], settled: Settled) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given.
+
+    Args:
+        free: the deepspeed section as the configuration has it; it stays as it is.
+        settled: what the other sections say.
+
+    Raises:
+        InputError: the section contradicts the rest of the configuration, holds a key that DeepSpeed doesn't know, or
+            asks for a mode that doesn't work.
+    """
+    section = copy.deepcopy(free)
     _check_keys(section)
     _check_precision(section)
-    for key, (value, source) in _settled(config, world_size).items():
+    for key, (value, source) in _values(settled).items():
         if section.setdefault(key, value) != value:
             raise InputError(f"deepspeed.{key} is {section[key]!r}, but {source} makes it {value}: leave it out")
     section.setdefault("zero_optimization", {}).setdefault("reduce_bucket_size", BUCKET)
@@ -116,20 +137,20 @@ def _refusal(section: dict[str, Any], error: "ValidationError") -> str:
     return message
 
 
-def _settled(config: Config, world_size: int) -> dict[str, tuple[float, str]]:
+def _values(settled: Settled) -> dict[str, tuple[float, str]]:
     """Keys that other sections settle: value, and where it comes from."""
-    accumulation = config.train.accumulation
-    micro_batch, rest = divmod(config.data.global_batch_size, world_size * accumulation)
+    accumulation, world_size = settled.accumulation, settled.world_size
+    micro_batch, rest = divmod(settled.global_batch_size, world_size * accumulation)
     if rest or not micro_batch:
         raise InputError(
-            f"data.global_batch_size is {config.data.global_batch_size}, expected a multiple of"
+            f"data.global_batch_size is {settled.global_batch_size}, expected a multiple of"
             f" {world_size * accumulation} ({world_size} ranks x train.accumulation {accumulation})"
         )
     return {
-        "train_batch_size": (config.data.global_batch_size, "data.global_batch_size"),
+        "train_batch_size": (settled.global_batch_size, "data.global_batch_size"),
         "train_micro_batch_size_per_gpu": (micro_batch, f"data.global_batch_size on {world_size} ranks"),
         "gradient_accumulation_steps": (accumulation, "train.accumulation"),
-        "gradient_clipping": (config.optimizer.clip_grad, "optimizer.clip_grad"),
+        "gradient_clipping": (settled.clip_grad, "optimizer.clip_grad"),
     }
 
 
@@ -169,7 +190,13 @@ def _check_precision(section: dict[str, Any]) -> None:
                 f"deepspeed.{key} is enabled at ZeRO stage 0, where DeepSpeed is broken:"
                 " use deepspeed.torch_autocast, or deepspeed.zero_optimization.stage 1 or more"
             )
-        if key == "fp16" and not torch.cuda.is_available():
+        if key == "fp16" and not _has_cuda():
             raise InputError(
                 "deepspeed.fp16 is enabled without a CUDA device: use deepspeed.torch_autocast with dtype bfloat16"
             )
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from convneur.engine.methods import METHODS
 from convneur.engine.section import offloads_optimizer
 from convneur.planning.step_trace import Moment, Precision, Trace
 
@@ -64,6 +65,7 @@ class Layout:
         bucket: elements of a bucket, DeepSpeed's reduce_bucket_size.
         offload: whether the optimizer's state is in the host's memory.
         accumulates: whether a step has several micro-batches, whose gradients are added up.
+        moments: float32 numbers that the optimizer keeps for every parameter.
     """
 
     stage: int
@@ -73,14 +75,18 @@ class Layout:
     bucket: int
     offload: bool
     accumulates: bool = False
+    moments: int = METHODS["adamw"].moments
 
 
-def layout(section: dict[str, Any], stage: int, ranks: int, precision: Precision, averages: bool) -> Layout:
+def layout(
+    section: dict[str, Any], stage: int, ranks: int, precision: Precision, averages: bool, method: str = "adamw"
+) -> Layout:
     """The layout that a complete deepspeed section asks for, under a ZeRO stage that may be another one."""
     zero = section.get("zero_optimization", {})
     offload = offloads_optimizer(section) and stage > 0
     accumulates = section["gradient_accumulation_steps"] > 1
-    return Layout(stage, ranks, precision, averages, int(zero["reduce_bucket_size"]), offload, accumulates)
+    bucket, moments = int(zero["reduce_bucket_size"]), METHODS[method].moments
+    return Layout(stage, ranks, precision, averages, bucket, offload, accumulates, moments)
 
 
 def peak(trace: Trace, how: Layout) -> Footprint:
@@ -90,7 +96,7 @@ def peak(trace: Trace, how: Layout) -> Footprint:
 
 def host_bytes(params: int, how: Layout) -> int:
     """What an offloaded optimizer takes of the host's memory for a rank: master, moments and gradient, and its sum."""
-    return (4 + how.accumulates) * FLOAT * params // how.ranks if how.offload else 0
+    return (2 + how.moments + how.accumulates) * FLOAT * params // how.ranks if how.offload else 0
 
 
 def largest_micro_batch(small: tuple[int, Trace], large: tuple[int, Trace], how: Layout, capacity: int) -> int:
@@ -141,9 +147,9 @@ def _held(shapes: dict[str, Any], how: Layout, size: int) -> _Held:
     params = sum(shape.numel() for shape in shapes.values())
     full, share = FLOAT * params, FLOAT * params // how.ranks  # a float32 number for every parameter, and this rank's
     weights = size * params
-    optimizer = 0 if how.offload else 2 * share
+    optimizer = 0 if how.offload else how.moments * share
     if how.stage == 0:
-        optimizer = 2 * full
+        optimizer = how.moments * full
     elif not how.offload:
         optimizer += share
     averages = full if how.averages else 0

@@ -14,12 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from convneur.config import Config
+from convneur.config import Config, deepspeed_config
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.data.format.manifest import MANIFEST
 from convneur.data.stores.choose import open_store
-from convneur.engine.section import deepspeed_config
 from convneur.models.convneur.model import ModelConfig
 from convneur.planning.footprint import FLOAT, HALF, Footprint, Layout, host_bytes, largest_micro_batch, layout, peak
 from convneur.planning.step_trace import Group, Kernel, Precision, Trace, trace_step
@@ -36,7 +35,6 @@ SLOW_BANDWIDTH = 0.6
 SLOW_LINKS = 0.5
 LAUNCH_SECONDS = 5e-6  # the least between two kernels of an eager step, at the slow end: a guess
 
-OPTIMIZER_BYTES = 7 * FLOAT  # AdamW reads gradient, master and two moments and writes the last three, for a parameter
 AVERAGE_BYTES = 3 * FLOAT
 NORM_BYTES = FLOAT
 
@@ -185,7 +183,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     params = sum(shape.numel() for shape in trace.shapes.values())
     averages = bool(config.train.ema_decay)
     stages = [s for s in STAGES if s or precision in ("fp32", "autocast")]
-    layouts = {s: layout(section, s, ranks, precision, averages) for s in stages}
+    layouts = {s: layout(section, s, ranks, precision, averages, config.optimizer.name) for s in stages}
     capacity = round(gpu.memory_gb * 1e9) - RESERVE_BYTES
     sizes = (micro_batch, trace), (2 * micro_batch, _traced(config, 2 * micro_batch, precision))
 
@@ -223,7 +221,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         cores_per_gpu=rate.times(1 / ranks / _images_per_core(config.data)),
         steps=steps,
         hours=step.times(steps / 3600) + per_image.times(evaluations * eval_images / ranks / 3600),
-        checkpoint_bytes=(3 + averages) * FLOAT * params,
+        checkpoint_bytes=(1 + layouts[stage].moments + averages) * FLOAT * params,
         kept_checkpoints=run.keep_checkpoints + run.keep_best,
         warnings=(),
         assumed=(*assumed, "the fractions of the data sheet's rates at the slow end are guesses"),
@@ -240,7 +238,9 @@ def _seconds(trace: Trace, accumulation: int, sent: int, how: Layout, cluster: C
     params = sum(shape.numel() for shape in trace.shapes.values())
     state_share = params / (how.ranks if how.stage else 1)
     average_share = params / (how.ranks if how.stage == 3 else 1) * how.averages
-    moved = OPTIMIZER_BYTES * state_share + AVERAGE_BYTES * average_share + NORM_BYTES * state_share
+    # For a parameter the optimizer reads gradient, master and moments, and writes all but the gradient.
+    optimizer_bytes = (3 + 2 * how.moments) * FLOAT
+    moved = optimizer_bytes * state_share + AVERAGE_BYTES * average_share + NORM_BYTES * state_share
     moving = moved / (cluster.gpu.bandwidth_gbs * 1e9)
     seconds["optimizer"] = Range(moving, moving / SLOW_BANDWIDTH)
     seconds["communication"] = _communication(sent, cluster, overlaps=how.stage == 3)

@@ -15,7 +15,8 @@ from convneur.data.stream.choose import build_train_loader
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.shuffle import shuffle_warning
 from convneur.data.stream.train import TrainLoader
-from convneur.engine.config import Implementation, choose_implementation
+from convneur.engine.config import choose_implementation
+from convneur.engine.methods import Implementation
 from convneur.engine.section import offloads_optimizer
 from convneur.monitoring.bad_samples import BadSampleCount
 from convneur.monitoring.gauges import Gauges, step_flops

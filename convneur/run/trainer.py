@@ -2,21 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 
-from convneur.config import Config
+from convneur.config import Config, deepspeed_config
 from convneur.engine.build import build_engine, use_apex_norms
-from convneur.engine.config import Implementation
 from convneur.engine.ema import Ema
 from convneur.engine.engine import Engine
+from convneur.engine.methods import Implementation
 from convneur.engine.optimizer import build_optimizer, build_schedule
-from convneur.engine.section import deepspeed_config, offloads_optimizer
+from convneur.engine.section import offloads_optimizer
 from convneur.models.backbone import Model
 from convneur.models.build import check_initial
-from convneur.models.convneur.model import ConvNeur
 from convneur.records.checkpoint import load_checkpoint
 from convneur.system.world import World
 from convneur.tasks.task import Task
@@ -62,9 +60,7 @@ def build_trainer(
         use_apex_norms(model)
     check_initial(model, config.data.image_size)
     offload = offloads_optimizer(config.deepspeed)
-    optimizer = build_optimizer(
-        cast(ConvNeur, model), config.optimizer, implementation, config.data.global_batch_size, offload
-    )
+    optimizer = build_optimizer(model, config.optimizer, implementation, config.data.global_batch_size, offload)
     schedule = build_schedule(optimizer, config.schedule, steps_per_epoch)
     engine = build_engine(model, optimizer, deepspeed_config(config, world.size), compile=config.train.compile)
     return Trainer(engine, schedule, Ema(engine, config.train.ema_decay) if config.train.ema_decay else None)

@@ -10,16 +10,9 @@ from deepspeed.runtime import config as deepspeed_source
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
-from convneur.config import load_config
+from convneur.config import deepspeed_config, load_config
 from convneur.data.errors import InputError
-from convneur.engine.section import (
-    BUCKET,
-    KNOWN_KEYS,
-    LOWER_PRECISION_MODULES,
-    REFUSED_KEYS,
-    deepspeed_config,
-    parse_with_deepspeed,
-)
+from convneur.engine.section import BUCKET, KNOWN_KEYS, LOWER_PRECISION_MODULES, REFUSED_KEYS, parse_with_deepspeed
 from convneur.models.convneur.mixers import MIXERS, MixerKind, UpdateGenerator
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from small_run import small_config
 
-from convneur.config import Config
+from convneur.config import Config, deepspeed_config
 from convneur.engine.build import build_engine
 from convneur.engine.ema import Ema
 from convneur.engine.optimizer import build_optimizer
-from convneur.engine.section import deepspeed_config
 from convneur.models.convneur.model import ConvNeur
 from convneur.records.checkpoint import load_checkpoint, read_state, save_checkpoint
 from convneur.records.retention import Retention

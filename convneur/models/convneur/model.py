@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from operator import attrgetter
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, trunc_normal_
@@ -410,6 +410,12 @@ class ConvNeur(Backbone):
         """Patterns that sort parameters into layers, for layer-wise learning rates: a layer is a block, or a stage."""
         blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    def mup_groups(self, weight_decay: float, eps: float) -> list[dict[str, Any]] | None:
+        """Groups of parameters for AdamW under muP (mup.py); None where model.mup_base isn't set."""
+        if not self.config.mup_base:
+            return None
+        return mup.parameter_groups(self, self.config.width_factor, weight_decay, eps)
 
     def no_weight_decay(self) -> set[str]:
         """Matrices that are no weights: tokens that a mixer learns. Vectors are exempt from decay anyway."""

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convneur.config import load_config
+from convneur.config import deepspeed_config, load_config
 from convneur.data.keys import seed_libraries
 from convneur.engine.build import build_engine
 from convneur.engine.config import choose_implementation
 from convneur.engine.optimizer import build_optimizer
-from convneur.engine.section import deepspeed_config, offloads_optimizer
+from convneur.engine.section import offloads_optimizer
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.model import ConvNeur, ModelConfig
 from convneur.ops.memory import cpp, eager

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from deepspeed.runtime import torch_autocast
 
-from convneur.config import load_config
+from convneur.config import deepspeed_config, load_config
 from convneur.engine.build import build_engine
 from convneur.engine.config import choose_implementation
 from convneur.engine.engine import Engine
 from convneur.engine.optimizer import build_optimizer
-from convneur.engine.section import deepspeed_config, offloads_optimizer
+from convneur.engine.section import offloads_optimizer
 from convneur.engine.state import gather, gather_scalars, restore
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.model import ConvNeur, ModelConfig
