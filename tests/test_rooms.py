@@ -84,7 +84,6 @@ KNOWN_LONG = {
     "convneur/records/checkpoint.py",
     "convneur/records/checkpoint.py::save_checkpoint",
     "convneur/run/build.py::_start",
-    "data/prepare/imagenet.py::prepare_imagenet",
 }
 """What is to be mended."""
 

@@ -3,9 +3,7 @@
 import io
 import multiprocessing
 import os
-import signal
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +16,6 @@ from convneur.data.errors import InputError
 from convneur.data.format.manifest import Manifest
 from convneur.data.format.selection import Tally
 from convneur.data.inspect.verify import verify_dataset
-from convneur.data.prepare import claim
-from convneur.data.prepare.claim import LOCK, claimed, folder_locked
 from convneur.data.prepare.foreign import prepare_index
 from convneur.data.prepare.imagenet import prepare_imagenet
 from convneur.data.stores.tar import TarStore
@@ -279,34 +275,6 @@ def test_two_indices_at_once_add_both_splits(tmp_path: Path) -> None:
     index(shards["test"], out, "test")
     assert len(Manifest.read(out).splits["val"].denied) == 1
     assert len(Manifest.read(out).splits) == 3
-
-
-def _hold(folder: Path, ready: object) -> None:
-    with claimed(folder, "digits"):
-        ready.set()  # type: ignore[attr-defined]
-        time.sleep(60)
-
-
-def test_a_folder_that_is_being_prepared_is_refused_until_its_holder_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(claim, "PATIENCE_SECONDS", 0.1)
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, ready))
-    process.start()
-    ready.wait()
-    assert f"another process is preparing {tmp_path}" in refused(lambda: claimed(tmp_path, "digits").__enter__())
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert (tmp_path / LOCK).exists()
-    with claimed(tmp_path, "digits") as fresh:
-        assert fresh
-    assert not (tmp_path / LOCK).exists()
-    with folder_locked(tmp_path, shared=True), folder_locked(tmp_path, shared=True):
-        refused(lambda: claimed(tmp_path, "digits").__enter__())
-    assert not (tmp_path / LOCK).exists()
 
 
 def test_tallies_add_up() -> None:

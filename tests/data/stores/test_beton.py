@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from convneur.data.check import check_data
@@ -26,7 +24,7 @@ from convneur.data.format.beton import JPG, RAW
 from convneur.data.format.manifest import Manifest
 from convneur.data.format.shards import Sample, write_split
 from convneur.data.inspect.verify import verify_dataset
-from convneur.data.prepare.betons import Pixels, _lay_out, add_betons
+from convneur.data.prepare.betons import Pixels, add_betons
 from convneur.data.prepare.digits import prepare_digits
 from convneur.data.prepare.synthetic import SyntheticImages
 from convneur.data.stores.beton import BetonStore
@@ -388,14 +386,3 @@ def test_the_ffcv_engine_refuses_what_it_cannot_do(jpg: Path, settings: dict[str
     message = input_error(check_data, replace(able, **settings), num_classes=LABELS, world_size=2, accumulation=1)
     assert message.startswith(f"{key}: it must be ")
     assert "data.engine ffcv" in message
-
-
-@given(st.lists(st.integers(1, 100), min_size=1), st.integers(0, 5))
-def test_images_lie_apart_and_within_pages(sizes: list[int], first: int) -> None:
-    places, end = _lay_out(np.array(sizes), first * 128, 128)
-    ends = places.astype(int) + sizes
-    assert places[0] == first * 128
-    assert (places[1:] >= ends[:-1]).all()
-    assert (places // 128 == (ends - 1) // 128).all()
-    assert ends[-1] <= end < ends[-1] + 128
-    assert end % 128 == 0

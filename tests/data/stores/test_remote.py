@@ -1,181 +1,43 @@
-"""Shards on HTTP and S3 servers, good ones and bad ones, through the node's cache."""
+"""Shards on HTTP servers, good ones and bad ones, through the node's cache."""
 
 import fcntl
 import itertools
 import shutil
 import signal
-import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shard_server import (
+    FAULTS,
+    SHARDS,
+    Fault,
+    Server,
+    assert_same,
+    config_for,
+    garbled,
+    half_that_claims_to_be_whole,
+    index,
+    nothing,
+    serve,
+    stream,
+)
 
-from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
 from convneur.data.format.manifest import Manifest
 from convneur.data.inspect.verify import verify_dataset
 from convneur.data.prepare.foreign import prepare_index
-from convneur.data.prepare.synthetic import prepare_synthetic
 from convneur.data.stores.cache import ShardCache
 from convneur.data.stores.choose import open_store
 from convneur.data.stores.tar import TarStore
 from convneur.data.stream.eval import EvalLoader
-from convneur.data.stream.train import TrainLoader
-
-Fault = Callable[["Handler", bytes], None]
-SHARDS = 8
-
-
-class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder; counts what it is asked for, and does what a test wants done instead."""
-
-    asked: Counter[str]
-    faults: dict[str, Iterator[Fault | None]]
-
-    def do_GET(self) -> None:
-        name = self.path.rpartition("/")[2]
-        self.asked[name] += 1
-        fault = next(self.faults.get(name, iter(())), None)
-        path = Path(self.directory) / name
-        if fault is None or not path.exists():
-            super().do_GET()
-        else:
-            fault(self, path.read_bytes())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def start(self, length: int) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(length))
-        self.end_headers()
-
-
-def answer_503(handler: Handler, content: bytes) -> None:
-    handler.send_error(503)
-
-
-def drop(handler: Handler, content: bytes) -> None:
-    handler.connection.shutdown(socket.SHUT_RDWR)
-
-
-def half(handler: Handler, content: bytes) -> None:
-    handler.start(len(content))
-    handler.wfile.write(content[: len(content) // 2])
-
-
-def half_that_claims_to_be_whole(handler: Handler, content: bytes) -> None:
-    handler.start(len(content) // 2)
-    handler.wfile.write(content[: len(content) // 2])
-
-
-def nothing(handler: Handler, content: bytes) -> None:
-    handler.start(0)
-
-
-def garbled(handler: Handler, content: bytes) -> None:
-    handler.start(len(content))
-    handler.wfile.write(content[:5000] + b"!" + content[5001:])
-
-
-def silence(handler: Handler, content: bytes) -> None:
-    handler.start(len(content))
-    time.sleep(0.6)
-
-
-FAULTS = [answer_503, drop, half, half_that_claims_to_be_whole, nothing, garbled, silence]
-
-
-class Server:
-    def __init__(self, folder: Path):
-        self.asked: Counter[str] = Counter()
-        self.faults: dict[str, Iterator[Fault | None]] = {}
-        kind = type("_Handler", (Handler,), {"asked": self.asked, "faults": self.faults})
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: kind(*args, directory=str(folder)))
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
-
-
-@contextmanager
-def serve(folder: Path) -> Iterator[Server]:
-    server = Server(folder)
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight shards of eight small JPEGs to train on, one of six to evaluate on."""
-    folder = tmp_path_factory.mktemp("origin") / "data"
-    prepare_synthetic(folder, classes=4, images=64, height=40, width=50, processes=1, shard_samples=8)
-    return folder
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convneur.data.stores.retry.DELAYS", (0.01, 0.01, 0.01))
-    monkeypatch.setattr("convneur.data.stores.remote.STALL_SECONDS", 10)  # a busy machine's server isn't silent
-
-
-@pytest.fixture(autouse=True)
-def noticing_silence(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "fault" in request.fixturenames and request.getfixturevalue("fault") is silence:
-        request.getfixturevalue("impatient")
-        monkeypatch.setattr("convneur.data.stores.remote.STALL_SECONDS", 0.3)
-
-
-@pytest.fixture
-def server(origin: Path, impatient: None) -> Iterator[Server]:
-    with serve(origin) as server:
-        yield server
-
-
-def config_for(folder: Path, cache: Path, **changes: object) -> DataConfig:
-    base = DataConfig(
-        root=str(folder),
-        image_size=16,
-        interpolation="bilinear",
-        global_batch_size=16,
-        lanes=4,
-        window=1,
-        workers=0,
-        eval_batch_size=3,
-        cache_dir=str(cache),
-        augment=AugmentConfig(randaugment="", mixup=0, cutmix=0),
-    )
-    return replace(base, **changes)
-
-
-def index(server: Server, out: Path, *splits: str) -> None:
-    for split in splits or ("train",):
-        last = SHARDS - 1 if split == "train" else 0
-        prepare_index(f"{server.url}/{split}-{{000000..{last:06d}}}.tar", out, split=split, processes=2)
-    server.asked.clear()
-
-
-def stream(config: DataConfig, stop: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    store = open_store(config, "train")
-    loader = TrainLoader(config, store, seed=0, rank=0, world_size=1, accumulation=1)
-    return [(batch.indices, batch.images) for (batch,) in loader.iterate(0, stop)]
-
-
-def assert_same(
-    ours: list[tuple[torch.Tensor, torch.Tensor]], expected: list[tuple[torch.Tensor, torch.Tensor]]
-) -> None:
-    for one, other in zip(ours, expected, strict=True):
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -355,73 +217,6 @@ def test_without_a_cache_remote_shards_are_refused(server: Server, tmp_path: Pat
     index(server, tmp_path / "index")
     with pytest.raises(InputError, match="shards on servers"):
         TarStore(tmp_path / "index", "train")
-
-
-@pytest.fixture(scope="module")
-def bucket(origin: Path) -> Iterator[str]:
-    """A bucket with the shards on moto's S3 server."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        }.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="shards")
-        for path in origin.glob("*.tar"):
-            client.upload_file(str(path), "shards", f"small/{path.name}")
-        yield "s3://shards/small"
-        server.stop()
-
-
-@pytest.mark.parametrize("pattern", ["train-*.tar", "train-{000000..000007}.tar"])
-def test_s3_gives_the_stream_of_local_shards(origin: Path, bucket: str, tmp_path: Path, pattern: str) -> None:
-    assert prepare_index(f"{bucket}/{pattern}", tmp_path / "index", split="train", processes=2) == 64
-    ours = stream(config_for(tmp_path / "index", tmp_path / "cache", workers=2))
-    assert_same(ours, stream(config_for(origin, tmp_path / "unused")))
-
-
-def test_keys_in_a_bucket_may_have_any_characters(origin: Path, bucket: str, tmp_path: Path) -> None:
-    import boto3
-
-    odd = "run #1/q[1] a+b%20c?ä/"
-    for number in (0, 1):
-        shard = f"train-00000{number}.tar"
-        boto3.client("s3").upload_file(str(origin / shard), "shards", odd + shard)
-    local = TarStore(origin, "train")
-    for number, pattern in enumerate(("train-*.tar", "train-00000?.tar", "train-{000000..000001}.tar")):
-        out = tmp_path / str(number)
-        assert prepare_index(f"s3://shards/{odd}{pattern}", out, split="train", processes=1) == 16
-        remote = open_store(config_for(out, tmp_path / "cache"), "train")
-        assert [remote.read(sample) for sample in (0, 15)] == [local.read(sample) for sample in (0, 15)]
-
-
-def test_s3_failures_are_one_line(
-    bucket: str, tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare_index(f"{bucket}/train-*.tar", tmp_path / "index", split="train", processes=1)
-    for pattern, expected in (
-        (f"{bucket}/absent-*.tar", "there is no such shard"),
-        (f"{bucket}/absent.tar", r"status 404 NoSuchKey"),
-        ("s3://absent/x.tar", r"status 404 NoSuchBucket"),
-        ("ftp://host/x.tar", r"expected http://, https:// or s3://"),
-        ("http://host/*.tar", r"write numbers as"),
-        (str(tmp_path / "absent*.tar"), "there is no such shard"),
-    ):
-        with pytest.raises(InputError, match=expected) as caught:
-            prepare_index(pattern, tmp_path / "other", split="train", processes=1)
-        assert "\n" not in str(caught.value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(InputError, match=r"^s3://.* can't be read \(Could not connect.*and 4 attempts.*$"):
-        stream(config_for(tmp_path / "index", tmp_path / "cache"))
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -31,7 +31,7 @@ from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
 from convneur.data.stream.reading import REPLACEMENTS
 from convneur.data.stream.train import TrainLoader
-from convneur.data.views.transforms import RESIZES, TrainTransform, eval_transform
+from convneur.data.views.transforms import TrainTransform
 from convneur.monitoring.bad_samples import BadSampleCount
 from convneur.tasks.classification import evaluate
 
@@ -151,31 +151,6 @@ def test_damage_on_disk_is_a_bad_sample(tmp_path: Path) -> None:
     met = {index: reason for step in batches(config) for batch in step for index, reason in batch.bad}
     assert list(met) == [9]
     assert "train-000001.tar, split train, key s9: checksum mismatch" in met[9]
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 5000), (5000, 1)])
-@pytest.mark.parametrize("interpolation", RESIZES)
-def test_an_image_of_any_size_is_shown(size: tuple[int, int], interpolation: str) -> None:
-    """A crop has at least a pixel and lies within the image: a grey image stays grey, of the size asked for."""
-    config = DataConfig(image_size=16, interpolation=interpolation, augment=AugmentConfig(randaugment=""))
-    pixels = np.full((*size, 3), 77, np.uint8)
-    for ratio in ((3 / 4, 4 / 3), (1 / 9, 1 / 7), (7.0, 9.0)):
-        transform = TrainTransform(replace(config, augment=replace(config.augment, ratio=ratio)))
-        for _ in range(20):
-            top, left, height, width, _ = transform.draw(*size)
-            assert 0 <= top < top + height <= size[0]
-            assert 0 <= left < left + width <= size[1]
-        assert transform(pixels).unique().tolist() == [77]
-    shown = eval_transform(config)(pixels)
-    assert (shown.shape, shown.unique().tolist()) == ((3, 16, 16), [77])
-
-
-def test_evaluation_shows_the_middle_of_a_very_long_image() -> None:
-    """As of one that is not as long."""
-    middle = np.random.default_rng(0).integers(0, 256, (10, 300, 3), dtype=np.uint8)
-    transform = eval_transform(DataConfig(image_size=16))
-    longer = np.concatenate([np.zeros((10, 600, 3), np.uint8), middle, np.zeros((10, 600, 3), np.uint8)], axis=1)
-    assert (transform(longer).int() - transform(middle).int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("float"), RuntimeError("a\nb"), OSError(5, "x")])

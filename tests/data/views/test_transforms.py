@@ -184,3 +184,28 @@ def test_processors_without_avx_give_the_same_bits(photo: np.ndarray, tmp_path: 
     ]
     assert results[0] == results[1]
     assert results[0].count("\n") == 2 * len(RESIZES)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 5000), (5000, 1)])
+@pytest.mark.parametrize("interpolation", RESIZES)
+def test_an_image_of_any_size_is_shown(size: tuple[int, int], interpolation: str) -> None:
+    """A crop has at least a pixel and lies within the image: a grey image stays grey, of the size asked for."""
+    config = DataConfig(image_size=16, interpolation=interpolation, augment=AugmentConfig(randaugment=""))
+    pixels = np.full((*size, 3), 77, np.uint8)
+    for ratio in ((3 / 4, 4 / 3), (1 / 9, 1 / 7), (7.0, 9.0)):
+        transform = TrainTransform(replace(config, augment=replace(config.augment, ratio=ratio)))
+        for _ in range(20):
+            top, left, height, width, _ = transform.draw(*size)
+            assert 0 <= top < top + height <= size[0]
+            assert 0 <= left < left + width <= size[1]
+        assert transform(pixels).unique().tolist() == [77]
+    shown = eval_transform(config)(pixels)
+    assert (shown.shape, shown.unique().tolist()) == ((3, 16, 16), [77])
+
+
+def test_evaluation_shows_the_middle_of_a_very_long_image() -> None:
+    """As of one that is not as long."""
+    middle = np.random.default_rng(0).integers(0, 256, (10, 300, 3), dtype=np.uint8)
+    transform = eval_transform(DataConfig(image_size=16))
+    longer = np.concatenate([np.zeros((10, 600, 3), np.uint8), middle, np.zeros((10, 600, 3), np.uint8)], axis=1)
+    assert (transform(longer).int() - transform(middle).int()).abs().max() <= 1
