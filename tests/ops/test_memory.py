@@ -7,8 +7,9 @@ import torch
 from memory_oracle import reference_memory
 from torch.utils.flop_counter import FlopCounterMode
 
-from convneur.models.convneur.memory import MemoryConfig, NeuralMemory, gelu_and_derivative
+from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
 from convneur.ops.memory import eager
+from convneur.ops.memory.equations import gelu_and_derivative
 from convneur.ops.memory.reading import ReadOrder
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

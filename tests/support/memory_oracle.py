@@ -1,7 +1,7 @@
 """A slow, obvious neural memory to test the fast one against: a literal reading of the paper.
 
 One image at a time, one token at a time, float64, and the inner gradient by torch.func.grad instead of a closed
-form. It shares no code with `convneur.models.convneur.memory` and takes the same parameters by name.
+form. It shares no code with `convneur.ops.memory.equations` and takes the same parameters by name.
 """
 
 import torch

@@ -16,15 +16,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from convneur.models.convneur.memory import (
-    HIDDEN_RATIO,
-    MemoryConfig,
-    MemoryState,
-    NeuralMemory,
-    UpdateGenerator,
-    retrieve,
-    update,
-)
+from convneur.models.convneur.memory import HIDDEN_RATIO, MemoryConfig, NeuralMemory, UpdateGenerator
+from convneur.ops.memory.equations import MemoryState, retrieve, update
 from convneur.ops.precision import own_precision
 
 MixerKind = Literal["neural_memory", "cbam", "non_local", "self_attention", "ir_rwkv", "titans"]
@@ -32,7 +25,7 @@ MixerKind = Literal["neural_memory", "cbam", "non_local", "self_attention", "ir_
 
 @register_notrace_module
 class MemoryMixer(nn.Module):
-    """Chunked neural memory, the paper's own; `convneur.models.convneur.memory` explains it."""
+    """Chunked neural memory, the paper's own; `convneur.ops.memory.equations` explains it."""
 
     def __init__(self, dim: int, config: MemoryConfig) -> None:
         super().__init__()

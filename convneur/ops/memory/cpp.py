@@ -76,7 +76,7 @@ def forward(
     read: ReadOrder,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `memory_fused.forward` returns; all but the context are empty where they aren't kept. The scales of keys
+    """What `eager.forward` returns; all but the context are empty where they aren't kept. The scales of keys
     that are never written are zero.
     """
     (images, tokens, _), (_, d, h) = qkv.shape, start.shape

@@ -1,6 +1,6 @@
 """The neural memory's recurrence with its backward pass written by hand, in PyTorch: for any device and precision.
 
-`convneur.models.convneur.memory` has the equations; this is the same function, faster, for three reasons:
+equations.py has the equations; this is the same function, faster, for three reasons:
 - Only the states and the recall errors are kept for the backward pass. It recomputes everything of size (B, L, h),
   which costs 12 of 96 d^2 multiply-accumulates a token and less time than writing and reading it would.
 - Images are taken in groups small enough for the cache, and every step works in the same few buffers.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from convneur.ops.memory import cpp, eager
+from convneur.ops.memory import cpp, eager, equations
+from convneur.ops.memory.equations import MemoryState, update_factors
 from convneur.ops.memory.reading import ReadOrder, updates, written_tokens
 from convneur.ops.precision import own_precision
 
@@ -218,14 +219,12 @@ def _save_for_second_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 def _second_backward(ctx: Any, *adjoints: Tensor) -> tuple[Tensor | None, ...]:
     """Second derivatives, which are asked for rarely: of the equations, by PyTorch's operations."""
-    from convneur.models.convneur.memory import MemoryState, recurrence, update_factors  # which builds on this module
-
     chunk_length, inner_lr, read = ctx.settings
     with torch.enable_grad(), own_precision(ctx.saved_tensors[0]):
         inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in ctx.saved_tensors]
         dy, qkv, w1, w2, weight, bias = inputs
         generator = partial(update_factors, weight=weight, bias=bias, inner_lr=inner_lr)
-        context = recurrence(qkv, MemoryState(w1, w2), generator, chunk_length, read)
+        context = equations.recurrence(qkv, MemoryState(w1, w2), generator, chunk_length, read)
         gradients = torch.autograd.grad(context, inputs[1:], dy, create_graph=True, materialize_grads=True)
     second = torch.autograd.grad(
         gradients, inputs, adjoints, create_graph=torch.is_grad_enabled(), materialize_grads=True

@@ -1,6 +1,6 @@
 """The neural memory's recurrence as one scan: the version for exported graphs that take images of any size.
 
-memory.py has the equations, and unrolls them into as many steps as an image has chunks. A graph whose image
+equations.py has the equations, and unrolls them into as many steps as an image has chunks. A graph whose image
 size is open needs the loop itself: torch.export and ONNX have a scan for that, over chunks of equal length. So the
 last chunk is filled up with rows of zeros, which neither recall nor write anything; only means must leave them out.
 PyTorch can't differentiate a scan of open size, so export under torch.no_grad().
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
-from convneur.models.convneur.memory import Generator, MemoryState, retrieve, update
+from convneur.ops.memory.equations import Generator, MemoryState, retrieve, update
 from convneur.ops.memory.reading import ReadOrder
 from convneur.ops.precision import own_precision
 

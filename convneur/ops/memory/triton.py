@@ -1,6 +1,6 @@
 """The neural memory's recurrence as one CUDA kernel in each direction, written in Triton. Never timed: see below.
 
-memory.py has the equations and operator.py the operator that calls this file. One program takes
+equations.py has the equations and operator.py the operator that calls this file. One program takes
 one image through all its chunks. Tiles of (rows, hidden units) exist in registers only; the state, at most a few
 hundred kilobytes an image, goes from chunk to chunk through the L2 cache, where the backward pass wants it anyway.
 Every pass over a chunk is one of two loops:
@@ -363,7 +363,7 @@ def forward(
     read: ReadOrder,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Context, states, surprises, factors, errors and scales as `memory_fused.forward` returns them, on CUDA.
+    """Context, states, surprises, factors, errors and scales as `eager.forward` returns them, on CUDA.
 
     Args:
         qkv: queries, keys and values (B, N, 3d), contiguous.

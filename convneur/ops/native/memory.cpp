@@ -1,6 +1,6 @@
 // The neural memory's recurrence for CPUs, forward and backward, with everything that a few tokens need kept in cache.
 //
-// `convneur.memory` has the equations, `convneur.memory_fused` the same loop with one PyTorch call an operation; both
+// `../memory/equations.py` has the equations, `../memory/eager.py` the same loop with one PyTorch call an operation; they
 // share this file's names. Every tile of TILE tokens passes through all products and through GELU before the next one
 // starts, so that nothing of size (tokens, hidden width) goes to memory. An image is computed by one thread, in one
 // order, whatever the number of threads: results are the same to the bit for any.

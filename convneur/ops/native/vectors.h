@@ -24,7 +24,7 @@ constexpr int BYTES = 32, ROWS = 4, COLUMNS = 3;
 constexpr int BYTES = 16, ROWS = 8, COLUMNS = 3;
 #endif
 
-constexpr double NORM_EPS = 1e-12;  // of the memory's queries and keys, as in convneur.memory_fused
+constexpr double NORM_EPS = 1e-12;  // of the memory's queries and keys, as in eager.py
 
 template <typename T> struct Simd;
 template <> struct Simd<float> {
