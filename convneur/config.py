@@ -15,7 +15,7 @@ from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write, check_kind
 from convneur.engine.config import OptimizerConfig, ScheduleConfig
 from convneur.engine.section import Settled, complete
-from convneur.models.convneur.model import ModelConfig
+from convneur.models.convneur.config import ModelConfig
 from convneur.monitoring.config import GuardConfig, WatchdogConfig
 from convneur.settings import load_as, read_file, resolve, yaml_text
 from convneur.system.determinism import Determinism

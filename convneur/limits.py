@@ -18,7 +18,7 @@ from convneur.data.errors import InputError
 from convneur.engine.config import check_no_lock, choose_implementation, peak_lr
 from convneur.engine.methods import METHODS
 from convneur.engine.section import offloads_optimizer
-from convneur.models.convneur.model import SMALLEST_IMAGE
+from convneur.models.convneur.config import SMALLEST_IMAGE
 from convneur.system.apex import examine_apex
 from convneur.tasks.choose import check_task
 

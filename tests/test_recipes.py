@@ -19,7 +19,8 @@ from convneur.data.keys import libraries_restored, seed_libraries
 from convneur.data.views.transforms import TrainTransform, eval_transform
 from convneur.engine.config import OptimizerConfig, peak_lr
 from convneur.engine.optimizer import build_optimizer, build_schedule
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.tasks.mixing import DeviceTransform
 
 STEPS = 10  # an epoch

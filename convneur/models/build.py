@@ -1,7 +1,8 @@
 """The one place where a backbone is constructed, and where what is special about a family of them is known."""
 
 from convneur.models.backbone import Backbone, Model
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.models.convneur.overflow import check_memories
 
 

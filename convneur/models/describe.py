@@ -9,7 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur.data.errors import InputError
-from convneur.models.convneur.model import SMALLEST_IMAGE, ConvNeur, ModelConfig, Stage, variant_named
+from convneur.models.convneur.block import Stage
+from convneur.models.convneur.config import SMALLEST_IMAGE, ModelConfig, variant_named
+from convneur.models.convneur.model import ConvNeur
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from convneur.models.convneur.model import Block, ConvNeur, ModelConfig, Stage
+from convneur.models.convneur.block import Block, Stage
+from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.models.describe import describe
 from convneur.system.gpu import gpu_called
 from convneur.system.world import World

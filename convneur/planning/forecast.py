@@ -19,7 +19,7 @@ from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.data.format.manifest import MANIFEST
 from convneur.data.stores.choose import open_store
-from convneur.models.convneur.model import ModelConfig
+from convneur.models.convneur.config import ModelConfig
 from convneur.planning.footprint import FLOAT, HALF, Footprint, Layout, host_bytes, largest_micro_batch, layout, peak
 from convneur.planning.step_trace import Group, Kernel, Precision, Trace, trace_step
 from convneur.system.gpu import Gpu

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from convneur.models.backbone import Backbone
 from convneur.models.build import build_model
-from convneur.models.convneur.model import ModelConfig
+from convneur.models.convneur.config import ModelConfig
 
 Precision = Literal["fp32", "autocast", "bf16", "fp16"]
 Group = Literal["matrix", "depthwise", "memory", "pointwise"]

@@ -22,7 +22,7 @@ from convneur.config import Config
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
 from convneur.models.build import build_model
-from convneur.models.convneur.model import ModelConfig
+from convneur.models.convneur.config import ModelConfig
 from convneur.models.describe import describe
 from convneur.records.json_files import json_text
 from convneur.records.summary import read_summary

@@ -14,7 +14,7 @@ from pathlib import Path
 from convneur.config import Config
 from convneur.data.errors import DamagedError
 from convneur.data.stores.choose import open_store
-from convneur.models.convneur.model import ModelConfig, Placement
+from convneur.models.convneur.config import ModelConfig, Placement
 from convneur.models.describe import ModelInfo, describe
 from convneur.records.folder import METRICS_FILE, REPRODUCE_FILE
 from convneur.records.metrics import or_nan, read_metrics

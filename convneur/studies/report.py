@@ -10,7 +10,7 @@ from pathlib import Path
 from convneur.config import config_text
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
-from convneur.models.convneur.model import variant_named
+from convneur.models.convneur.config import variant_named
 from convneur.planning.forecast import total
 from convneur.studies import words
 from convneur.studies.cost import read_study_plan

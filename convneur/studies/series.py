@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from convneur.config import Config, saved_config
 from convneur.data.errors import DamagedError, InputError
-from convneur.models.convneur.model import ModelConfig
+from convneur.models.convneur.config import ModelConfig
 from convneur.records.folder import CONFIG_FILE
 from convneur.records.summary import Summary, read_summary
 

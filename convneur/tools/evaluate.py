@@ -17,7 +17,7 @@ from convneur.data.stream.batch import EvalBatch
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
 from convneur.engine.build import autocast
-from convneur.models.convneur.model import SMALLEST_IMAGE
+from convneur.models.convneur.config import SMALLEST_IMAGE
 from convneur.monitoring.watchdog import Watchdog
 from convneur.records.checkpoint import read_classes
 from convneur.system.world import World

@@ -22,9 +22,10 @@ from convneur.data.files import atomic_write
 from convneur.data.stream.on_device import Normalize
 from convneur.data.views.decode import decode, in_one_line
 from convneur.data.views.transforms import eval_transform
+from convneur.models.convneur.branches import GlobalBranch
 from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.mixers import MemoryMixer
-from convneur.models.convneur.model import ConvNeur, GlobalBranch
+from convneur.models.convneur.model import ConvNeur
 from convneur.ops.memory.equations import MemoryState, recurrence, update_factors
 from convneur.records.checkpoint import read_classes
 from convneur.tools.trained import open_trained

@@ -14,7 +14,8 @@ from torch import nn
 
 from convneur.data.errors import InputError
 from convneur.engine.buffers import Buffers
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.system.world import World
 
 FILES = {"buffers.safetensors", "ema-buffers.safetensors"}

@@ -18,7 +18,8 @@ from convneur.data.errors import InputError
 from convneur.engine.config import OptimizerConfig, choose_implementation
 from convneur.engine.optimizer import build_optimizer
 from convneur.limits import check_config
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ConvNeur
 
 FP32 = [f"fp32-{stage}" for stage in range(4)]
 AUTOCAST = [f"autocast-{stage}" for stage in range(4)]

@@ -5,7 +5,8 @@ import torch
 
 from convneur.engine.build import build_engine
 from convneur.engine.finite import stop_by
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.system.world import World
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur.models.convneur import counters
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ConvNeur
 
 
 def counted_by_modules(model: ConvNeur, images: torch.Tensor, rules: dict[Any, Any], total: str) -> tuple[int, int]:

@@ -8,7 +8,8 @@ import torch
 
 from convneur.data.errors import InputError
 from convneur.launch.cli import main
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.models.describe import describe
 
 # M parameters and GMACs at 224: built, as derived from the paper's totals; and what the paper reports (rounded).

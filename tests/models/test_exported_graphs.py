@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from convneur.models.convneur.config import VARIANTS, ModelConfig, Variant
 from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
 from convneur.models.convneur.mixers import MIXERS, MixerKind
-from convneur.models.convneur.model import VARIANTS, ConvNeur, ModelConfig, Variant
+from convneur.models.convneur.model import ConvNeur
 from convneur.ops.memory.reading import ReadOrder
 
 READS = get_args(ReadOrder)

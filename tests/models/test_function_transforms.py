@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
+from convneur.models.convneur.block import Block
+from convneur.models.convneur.branches import GlobalBranch
 from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
 from convneur.models.convneur.mixers import MIXERS, MixerKind
-from convneur.models.convneur.model import Block, GlobalBranch
 from convneur.ops.depthwise import weight_gradient
 from convneur.ops.memory.reading import ReadOrder
 

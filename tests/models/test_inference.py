@@ -15,9 +15,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from convneur.models.convneur.block import Block
+from convneur.models.convneur.branches import GlobalBranch, LocalBranch
+from convneur.models.convneur.config import Fusion
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.mixers import MIXERS, MixerKind
-from convneur.models.convneur.model import Block, Fusion, GlobalBranch, LocalBranch
 from convneur.ops import native
 from convneur.ops.depthwise import DepthwiseConv2d
 from convneur.ops.linear import ChannelLinear

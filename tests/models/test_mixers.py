@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from convneur.models.convneur.config import ModelConfig
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.mixers import (
     CBAM,
@@ -20,7 +21,7 @@ from convneur.models.convneur.mixers import (
     bidirectional_wkv,
     quad_shift,
 )
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.models.describe import describe
 
 KINDS = get_args(MixerKind)

@@ -8,9 +8,12 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from convneur.models.convneur.block import Block
+from convneur.models.convneur.branches import GlobalBranch
+from convneur.models.convneur.config import VARIANTS, ModelConfig
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.mixers import MemoryMixer
-from convneur.models.convneur.model import VARIANTS, Block, ConvNeur, GlobalBranch, ModelConfig
+from convneur.models.convneur.model import ConvNeur
 
 # Parameters in M and GMACs at 224 x 224: what the paper prints (two digits), and what the derivation gives.
 PAPER = {"m1": (4.3, 0.71), "m2": (6.1, 1.0), "m3": (10.6, 1.8), "m4": (18.1, 3.06)}

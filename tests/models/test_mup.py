@@ -13,8 +13,9 @@ from convneur.data.errors import InputError
 from convneur.engine.config import OptimizerConfig, ScheduleConfig
 from convneur.engine.optimizer import build_optimizer, build_schedule
 from convneur.limits import check_config
+from convneur.models.convneur.config import ModelConfig
 from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.models.convneur.mup import INNER_LR, MATRIX, RULES
 
 SCRIPT = ROOT / "benchmarks" / "coordinate_check.py"

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import convneur
-from convneur.models.convneur.model import VARIANTS, ConvNeur, ModelConfig
+from convneur.models.convneur.config import VARIANTS, ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.models.convneur.timm_names import VARIANT_NAMES
 
 NAMES = [f"convneur_{variant}" for variant in VARIANTS]

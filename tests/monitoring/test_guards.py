@@ -15,7 +15,8 @@ from small_run import STEPS
 
 from convneur.data.stream.batch import Batch
 from convneur.engine.build import build_engine
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.checksums import checksum, odd_ranks
 from convneur.monitoring.config import GuardConfig
 from convneur.monitoring.guards import Guards, spike_limit

@@ -18,7 +18,8 @@ from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
 from convneur.launch.cli import main
 from convneur.limits import check_config
-from convneur.models.convneur.model import ConvNeur, ModelConfig
+from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.gauges import step_flops
 from convneur.records.listing import list_checkpoints
 from convneur.records.log import Records

@@ -11,7 +11,7 @@ from places import ROOT
 from convneur.config import Config, load_config
 from convneur.data.errors import InputError
 from convneur.launch.cli import main
-from convneur.models.convneur.model import ModelConfig
+from convneur.models.convneur.config import ModelConfig
 from convneur.models.describe import describe
 from convneur.planning.footprint import FLOAT, Layout, largest_micro_batch, peak
 from convneur.planning.forecast import Cluster, Plan, Range, make_plan

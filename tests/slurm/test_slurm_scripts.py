@@ -20,7 +20,7 @@ from convneur.launch.cli import main
 from convneur.launch.submit import Resources, executor
 from convneur.launch.supervise.supervisor import free_port
 from convneur.limits import check_config
-from convneur.models.convneur.model import VARIANTS
+from convneur.models.convneur.config import VARIANTS
 from convneur.settings import load_as
 from convneur.studies.grid import StudyConfig
 

@@ -16,7 +16,7 @@ from small_run import small_config
 from convneur.config import Config, load_config, save_config
 from convneur.data.errors import InputError
 from convneur.launch.cli import main
-from convneur.models.convneur.model import ModelConfig
+from convneur.models.convneur.config import ModelConfig
 from convneur.models.describe import describe
 from convneur.records.summary import Summary, write_summary
 from convneur.settings import load_as

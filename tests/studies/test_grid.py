@@ -25,7 +25,7 @@ from convneur.data.errors import InputError
 from convneur.data.stores.choose import open_store
 from convneur.launch.cli import main
 from convneur.launch.side_by_side import device_shares
-from convneur.models.convneur.model import ModelConfig, variant_named
+from convneur.models.convneur.config import ModelConfig, variant_named
 from convneur.records.folder import METRICS_FILE
 from convneur.records.listing import list_checkpoints
 from convneur.records.summary import Summary, write_summary

@@ -1,14 +1,14 @@
 """A block without gradients on CPUs, in two C++ kernels: what goes into its memory, and what comes after it.
 
 `native/block.cpp` keeps the channels of a few tokens in cache from the depthwise convolution to the sum with the
-residual. `convneur.models.convneur.model` has the same block in PyTorch.
+residual. `convneur.models.convneur.block` has the same block in PyTorch.
 
 Shape legend: B images of H x W positions, N = H W tokens, C channels, h hidden width, d bottleneck width.
 """
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from timm.layers import DropPath
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.flop_counter import register_flop_formula
 
+from convneur.models.convneur.branches import GlobalBranch, LocalBranch
+from convneur.models.convneur.config import Fusion
 from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.mixers import MemoryMixer
 from convneur.ops import native
@@ -23,13 +25,22 @@ from convneur.ops.depthwise import DepthwiseConv2d
 from convneur.ops.linear import ChannelLinear
 from convneur.ops.transformed import is_transformed
 
-if TYPE_CHECKING:
-    from convneur.models.convneur.model import Block, GlobalBranch, LocalBranch
+
+class Block(Protocol):
+    """What is looked at of a block; `convneur.models.convneur.block` has it."""
+
+    local_branch: LocalBranch
+    global_branch: GlobalBranch | None
+    project: nn.Module
+    fusion: Fusion
+    gamma: nn.Parameter
+    drop_path: nn.Module
+
 
 TAPS = 7  # of the depthwise convolution a side, as the source has it
 
 
-def takes(block: "Block", x: Tensor) -> bool:
+def takes(block: Block, x: Tensor) -> bool:
     """Whether `forward` computes this block.
 
     It leaves to PyTorch what it would pass over: modules with hooks, such as those of ZeRO stage 3, or all of them
@@ -58,9 +69,7 @@ def _drops_nothing(drop_path: nn.Module) -> bool:
     return _is_plain(DropPath, drop_path) and not drop_path.training
 
 
-def _local_is_plain(local: "LocalBranch", channels: int) -> bool:
-    from convneur.models.convneur.model import LocalBranch  # which builds on this module
-
+def _local_is_plain(local: LocalBranch, channels: int) -> bool:
     return (
         _is_plain(LocalBranch, local)
         and _is_plain(DepthwiseConv2d, local.dwconv, channels, 1, TAPS, TAPS)
@@ -72,9 +81,7 @@ def _local_is_plain(local: "LocalBranch", channels: int) -> bool:
     )
 
 
-def _fusion_is_plain(block: "Block", channels: int) -> bool:
-    from convneur.models.convneur.model import GlobalBranch
-
+def _fusion_is_plain(block: Block, channels: int) -> bool:
     branch = block.global_branch
     if branch is None:
         return True
@@ -106,7 +113,7 @@ def _has_library() -> bool:
     return native.library() is not None
 
 
-def forward(block: "Block", x: Tensor) -> Tensor:
+def forward(block: Block, x: Tensor) -> Tensor:
     """What the block makes of x, (B, C, H, W) -> (B, C, H, W)."""
     local, branch, (images, channels, height, width) = block.local_branch, block.global_branch, x.shape
     # Tokens in a row: torch.compile takes any map, (B, H, W, C) too, for one with the channels first, and copies it.
@@ -132,7 +139,7 @@ def _weights(module: Any) -> list[Tensor]:
     return [module.weight, module.bias]
 
 
-def _context(branch: "GlobalBranch", tokens: Tensor, height: int, width: int) -> Tensor:
+def _context(branch: GlobalBranch, tokens: Tensor, height: int, width: int) -> Tensor:
     """The global branch before its last layer, (B, N, C) -> (B, N, d)."""
     reduce, norm, mixer = branch.reduce, branch.norm, branch.mixer
     d, channels = branch.expand.in_features, tokens.shape[-1]

@@ -3,7 +3,7 @@
 Shape legend: B images, N tokens (H*W in raster order), d memory width.
 
 `convneur.ops.memory.equations` is the method. Widths and depths are not in the paper:
-`convneur.models.convneur.model` says how they were derived.
+`convneur.models.convneur.config` says how they were derived.
 """
 
 import math

@@ -1,6 +1,6 @@
 """What a global branch does with positions: the neural memory, and the alternatives the paper compares it with.
 
-A mixer maps (B, H, W, d) to (B, H, W, d) for any H x W. `GlobalBranch` in model.py puts each of them into the same
+A mixer maps (B, H, W, d) to (B, H, W, d) for any H x W. `GlobalBranch` in branches.py puts each of them into the same
 frame: projection C -> d, LayerNorm, mixer, projection d -> C. The paper names the alternatives and their cost and no
 more; widths are chosen to come near that cost, and MIXERS holds both.
 

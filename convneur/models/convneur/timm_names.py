@@ -14,7 +14,7 @@ from torch import nn
 
 __all__: list[str] = []  # register_model adds the names
 
-# Spelled out, since model.py can't be imported here: its own import of timm is what runs this module.
+# Spelled out, since config.py can't be imported here: its own import of timm is what runs this module.
 VARIANT_NAMES = ("n1", "n2", "n3", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "m9")
 
 default_cfgs = generate_default_cfgs(
@@ -41,7 +41,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(variant: str, drop_path_rate: float = 0.0, **fields: Any) -> nn.Module:
-    from convneur.models.convneur.model import ConvNeur, ModelConfig
+    from convneur.models.convneur.config import ModelConfig
+    from convneur.models.convneur.model import ConvNeur
 
     return ConvNeur(ModelConfig(variant, drop_path=drop_path_rate, **fields))
 
