@@ -48,8 +48,8 @@ BUCKET = 2**24
 LOWER_PRECISION_MODULES = [
     "torch.nn.Linear",
     "torch.nn.Conv2d",
-    "convneur.ops.linear.ChannelLinear",
-    "convneur.ops.depthwise.DepthwiseConv2d",
+    "convneur.models.layers.ChannelLinear",
+    "convneur.models.layers.DepthwiseConv2d",
 ]
 
 

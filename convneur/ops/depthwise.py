@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor
 
 from convneur.ops.transformed import is_transformed
 
@@ -69,32 +68,24 @@ class _Convolution(torch.autograd.Function):
         return dx, weight_gradient(x, dy, taps), dy.sum((0, 2, 3))
 
 
-@register_notrace_module
-class DepthwiseConv2d(nn.Conv2d):
-    """A K x K depthwise convolution that keeps H x W; nn.Conv2d, but for the time its backward pass takes on a CPU."""
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A depthwise convolution that keeps H x W, (B, C, H, W) -> the same, with weights (C, 1, K, K)."""
+    if bias is not None and _takes_long(x, weight):
+        y: Tensor = _Convolution.apply(x, weight, bias)
+        return y
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
-    def __init__(self, dim: int, taps: int) -> None:
-        super().__init__(dim, dim, kernel_size=taps, padding=taps // 2, groups=dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        if torch.jit.is_scripting():
-            return self._conv_forward(x, self.weight, self.bias)
-        elif self._takes_long(x):
-            return _Convolution.apply(x, self.weight, self.bias)
-        else:
-            return super().forward(x)
-
-    def _takes_long(self, x: Tensor) -> bool:
-        """Whether oneDNN will be asked for the gradient of the weights in float32."""
-        return (
-            ONEDNN_IS_FAST
-            and x.is_cpu
-            and x.dtype == torch.float32
-            and self.weight.requires_grad
-            and torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_exporting()
-            and not torch.jit.is_tracing()  # which can't save a function in Python
-            and not is_transformed()
-        )
+def _takes_long(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN will be asked for the gradient of the weights in float32."""
+    return (
+        ONEDNN_IS_FAST
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+        and not torch.jit.is_tracing()  # which can't save a function in Python
+        and not is_transformed()
+    )

@@ -1,9 +1,8 @@
-"""Linear layers over channels that come last, with oneDNN's products on CPUs."""
+"""A linear map of channels that come last, with oneDNN's products on CPUs."""
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def channel_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -18,15 +17,3 @@ def channel_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     if x.dim() == 3:
         return channel_linear(x.unsqueeze(1), weight, bias).squeeze(1)
     return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
-
-
-@register_notrace_module
-class ChannelLinear(nn.Linear):
-    """nn.Linear by way of `channel_linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, in) or (B, N, in) -> the same with `out` channels."""
-        if torch.jit.is_scripting():
-            return F.linear(x, self.weight, self.bias)
-        else:
-            return channel_linear(x, self.weight, self.bias)

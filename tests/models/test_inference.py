@@ -20,9 +20,8 @@ from convneur.models.convneur.branches import GlobalBranch, LocalBranch
 from convneur.models.convneur.config import Fusion
 from convneur.models.convneur.memory import MemoryConfig
 from convneur.models.convneur.mixers import MIXERS, MixerKind
+from convneur.models.layers import ChannelLinear, DepthwiseConv2d
 from convneur.ops import native
-from convneur.ops.depthwise import DepthwiseConv2d
-from convneur.ops.linear import ChannelLinear
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from convneur.ops.depthwise import DepthwiseConv2d, weight_gradient
+from convneur.models.layers import DepthwiseConv2d
+from convneur.ops.depthwise import weight_gradient
 
 SIZES = [(1, 1), (2, 9), (7, 7), (33, 17)]
 

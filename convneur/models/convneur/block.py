@@ -14,7 +14,7 @@ from convneur.models.convneur import inference
 from convneur.models.convneur.branches import GlobalBranch, LocalBranch
 from convneur.models.convneur.config import Fusion, ModelConfig, variant_named
 from convneur.models.convneur.mixers import MIXERS
-from convneur.ops.linear import ChannelLinear
+from convneur.models.layers import ChannelLinear
 
 
 class Block(nn.Module):
@@ -31,15 +31,15 @@ class Block(nn.Module):
         self.global_branch = global_branch
         self.fusion = fusion
         concatenates = global_branch is not None and fusion == "concat"
-        self.project = ChannelLinear(2 * dim, dim) if concatenates else nn.Identity()
+        self.project: nn.Module = ChannelLinear(2 * dim, dim) if concatenates else nn.Identity()
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript reads what follows an `and`)
             if inference.takes(self, x):
-                return inference.forward(self, x)
+                return inference.run_block(self, x)
         features = self.local_branch(x)
         if self.global_branch is not None:
             context = self.global_branch(x.permute(0, 2, 3, 1))

@@ -6,8 +6,7 @@ neural memory).
 
 from torch import Tensor, nn
 
-from convneur.ops.depthwise import DepthwiseConv2d
-from convneur.ops.linear import ChannelLinear
+from convneur.models.layers import ChannelLinear, DepthwiseConv2d
 
 
 class LocalBranch(nn.Module):

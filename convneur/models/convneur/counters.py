@@ -17,8 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convneur.models.convneur.memory import NeuralMemory
-from convneur.ops.depthwise import DepthwiseConv2d
-from convneur.ops.linear import ChannelLinear
+from convneur.models.layers import ChannelLinear, DepthwiseConv2d
 from convneur.ops.memory.operator import macs
 
 
