@@ -1,15 +1,12 @@
-"""What a run measures of itself beside losses: gradients, arithmetic, memory, waiting for data, and gates."""
+"""What a run measures of itself beside losses: gradients, arithmetic, memory, and waiting for data."""
 
 import resource
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from convneur.models.convneur.block import Block, Stage
 from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.model import ConvNeur
 from convneur.models.describe import describe
 from convneur.system.gpu import gpu_called
 from convneur.system.world import World
@@ -81,45 +78,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def watched_gates(model: ConvNeur) -> Iterator[dict[str, float]]:
-    """Statistics of the gates A = sigmoid(G) in the first batch that a model sees within the block.
-
-    Yields:
-        A mapping that is filled then: mean, standard deviation, and fractions below 1/4 and above 3/4, averaged over
-        the gated blocks of each stage. It stays empty where no block is gated.
-    """
-    values: dict[str, float] = {}
-    hooks = []
-
-    def watch(stage: int, blocks: list[Block]) -> None:
-        def note(_: object, __: object, context: Tensor) -> None:
-            gate = context.detach().float().sigmoid()
-            statistics = {
-                "mean": gate.mean(),
-                "std": gate.std(),
-                "below_quarter": (gate < 0.25).float().mean(),
-                "above_three_quarters": (gate > 0.75).float().mean(),
-            }
-            for name, value in statistics.items():
-                key = f"gate/stage{stage}_{name}"
-                values[key] = values.get(key, 0.0) + value.item() / len(blocks)
-
-        for block in blocks:
-            hooks.append(block.get_submodule("global_branch").register_forward_hook(note))
-
-    for number, stage in enumerate((s for s in model.stages if isinstance(s, Stage)), 1):
-        gated = [block for block in stage.blocks if isinstance(block, Block) and block.global_branch is not None]
-        watch(number, [block for block in gated if block.fusion == "gate"])
-
-    def stop(*_: object) -> None:
-        for hook in hooks:
-            hook.remove()
-
-    hooks.append(model.register_forward_hook(stop))
-    try:
-        yield values
-    finally:
-        stop()
