@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from convneur.ops import native
-from convneur.ops.memory.reading import ReadOrder, steps, updates, written_tokens
+from convneur.ops.memory.passes import Given, Gradients, Kept, Settings, kept_shapes
+from convneur.ops.memory.reading import steps, updates, written_tokens
 
 # A wider memory's state leaves the cache. On an AMD EPYC MKL's products catch up between 384 and 512.
 LARGEST_DIM = 256
@@ -20,12 +21,13 @@ def fits(qkv: Tensor, d: int) -> bool:
     return qkv.is_cpu and d <= LARGEST_DIM and native.library() is not None
 
 
-def _run(direction: str, like: Tensor, chunk_length: int, read: ReadOrder, inner_lr: float, **tensors: Tensor) -> None:
+def _run(direction: str, settings: Settings, **tensors: Tensor) -> None:
     """Calls the kernel for the tensors by their names in the source; those left out are null."""
-    (images, tokens, _), (_, d, h) = tensors["qkv"].shape, tensors["start"].shape
+    chunk_length, inner_lr, read = settings
+    (images, tokens, _), (_, d, h), dtype = tensors["qkv"].shape, tensors["start"].shape, tensors["start"].dtype
     keys, queries = zip(*(step.sizes for step in steps(read, tokens, chunk_length)), strict=True)
     counts = ctypes.c_int64 * len(keys)
-    problem = _problem(like.dtype)(
+    problem = _problem(dtype)(
         images=images,
         tokens=tokens,
         written=written_tokens(read, tokens, chunk_length),
@@ -38,9 +40,9 @@ def _run(direction: str, like: Tensor, chunk_length: int, read: ReadOrder, inner
         inner_lr=inner_lr,
     )
     for name, tensor in tensors.items():
-        assert (tensor.is_contiguous(), tensor.dtype) == (True, like.dtype), name
+        assert (tensor.is_contiguous(), tensor.dtype) == (True, dtype), name
         setattr(problem, name, tensor.data_ptr())
-    function = getattr(native.library(), f"{direction}_{_NAMES[like.dtype]}")
+    function = getattr(native.library(), f"{direction}_{_NAMES[dtype]}")
     if function(ctypes.byref(problem), torch.get_num_threads()):
         raise MemoryError(f"no memory left for the neural memory of {images} images")
 
@@ -66,80 +68,47 @@ def _problem(dtype: torch.dtype) -> type[ctypes.Structure]:
     return Problem
 
 
-def forward(
-    qkv: Tensor,
-    start: Tensor,
-    generator_weight: Tensor,
-    generator_bias: Tensor,
-    chunk_length: int,
-    inner_lr: float,
-    read: ReadOrder,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `eager.forward` returns; all but the context are empty where they aren't kept. The scales of keys
-    that are never written are zero.
+def forward(given: Given, settings: Settings, keep: bool) -> tuple[Tensor, Kept]:
+    """The context, and what is kept; all of that is empty without `keep`. The scales of keys that are never written are
+    zero.
     """
-    (images, tokens, _), (_, d, h) = qkv.shape, start.shape
-    count = updates(read, tokens, chunk_length)
+    start = given.start
+    (images, tokens, _), (_, d, h) = given.qkv.shape, start.shape
     context = start.new_empty(images, tokens, d)
-    shapes = {
-        "states": (count, 2, 2, images, d, h),
-        "surprises": (count, images, d),
-        "factors": (count, images, 3 * d),
-        "errors": (images, written_tokens(read, tokens, chunk_length), d),
-        "scales": (images, tokens, 2, 1),
-    }
-    kept = {name: start.new_empty(shape if keep else 0) for name, shape in shapes.items()}
+    shapes = kept_shapes(images, tokens, d, h, settings)
+    kept = Kept(*(start.new_empty(shape if keep else 0) for shape in shapes))
     _run(
         "forward",
-        start,
-        chunk_length,
-        read,
-        inner_lr,
-        qkv=qkv.to(start.dtype).contiguous(),
+        settings,
+        qkv=given.qkv.to(start.dtype).contiguous(),
         start=start,
-        generator_weight=generator_weight.contiguous(),
-        generator_bias=generator_bias,
+        generator_weight=given.generator_weight.contiguous(),
+        generator_bias=given.generator_bias,
         context=context,
-        **(kept if keep else {}),
+        **(kept._asdict() if keep else {}),
     )
-    states, surprises, factors, errors, scales = kept.values()
-    return context.to(qkv.dtype), states, surprises, factors, errors, scales
+    return context.to(given.qkv.dtype), kept
 
 
-def backward(
-    dy: Tensor,
-    qkv: Tensor,
-    scales: Tensor,
-    start: Tensor,
-    generator_weight: Tensor,
-    states: Tensor,
-    factors: Tensor,
-    errors: Tensor,
-    chunk_length: int,
-    inner_lr: float,
-    read: ReadOrder,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, of M_0 as (2, d, h) and of the update generator's logits, (U, B, 3d)."""
-    d_qkv = torch.empty_like(qkv, dtype=scales.dtype, memory_format=torch.contiguous_format)
-    d_starts = scales.new_empty(2, len(qkv), *start.shape[1:])
-    d_logits = torch.empty_like(factors)
+def backward(dy: Tensor, given: Given, kept: Kept, settings: Settings) -> Gradients:
+    """Gradients of what was given."""
+    start = given.start
+    d_qkv = torch.empty_like(given.qkv, dtype=start.dtype, memory_format=torch.contiguous_format)
+    d_starts = start.new_empty(2, len(given.qkv), *start.shape[1:])
+    d_logits = torch.empty_like(kept.factors)
     _run(
         "backward",
-        scales,
-        chunk_length,
-        read,
-        inner_lr,
-        qkv=qkv.to(scales.dtype).contiguous(),
-        scales=scales,
+        settings,
+        qkv=given.qkv.to(start.dtype).contiguous(),
+        scales=kept.scales,
         start=start,
-        generator_weight=generator_weight.contiguous(),
-        states=states,
-        factors=factors,
-        errors=errors,
-        d_context=dy.to(scales.dtype).contiguous(),
+        generator_weight=given.generator_weight.contiguous(),
+        states=kept.states,
+        factors=kept.factors,
+        errors=kept.errors,
+        d_context=dy.to(start.dtype).contiguous(),
         d_qkv=d_qkv,
         d_starts=d_starts,
         d_logits=d_logits,
     )
-    return d_qkv.to(qkv.dtype), d_starts.sum(1), d_logits
+    return Gradients(d_qkv.to(given.qkv.dtype), d_starts.sum(1), d_logits)

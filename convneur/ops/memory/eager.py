@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convneur.ops.memory.reading import ReadOrder, steps, updates, written_tokens
+from convneur.ops.memory.passes import Given, Gradients, Kept, Settings, kept_shapes
+from convneur.ops.memory.reading import steps
 
 CACHE_BYTES_PER_THREAD = 2**20  # one (b, n, h) buffer gets half, the backward pass works in eight of them
 LINE = 16  # numbers in a cache line
@@ -35,6 +36,17 @@ def _groups(scales: Tensor, hidden: int, chunk_length: int) -> list[slice]:
         bytes_per_image = 2 * min(chunk_length, tokens) * hidden * scales.itemsize
         size = threads * max(1, CACHE_BYTES_PER_THREAD // bytes_per_image)
     return [slice(start, min(start + size, images)) for start in range(0, images, size)]
+
+
+class _Plan:
+    """What all groups of images share: the sizes of the steps, and what the update factors stand for."""
+
+    def __init__(self, given: Given, settings: Settings) -> None:
+        tokens, d = given.qkv.shape[1], given.start.shape[1]
+        sizes = (step.sizes for step in steps(settings.read, tokens, settings.chunk_length))
+        self.keys, self.queries = zip(*sizes, strict=True)  # numbers of them in each step
+        self.lengths = {*self.keys, *self.queries} - {0}
+        self.decode = _Factors(given.start, d, settings.inner_lr)
 
 
 class _Scratch:
@@ -94,198 +106,215 @@ def reciprocal_norms(qkv: Tensor, d: int, dtype: torch.dtype) -> Tensor:
     return norms.clamp_min_(NORM_EPS).reciprocal_()
 
 
-def forward(
-    qkv: Tensor,
-    start: Tensor,
-    generator_weight: Tensor,
-    generator_bias: Tensor,
-    chunk_length: int,
-    inner_lr: float,
-    read: ReadOrder,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Context, states, surprises, factors, errors and scales, as operator.py's `neural_memory` returns them.
-
-    Args:
-        qkv: queries, keys and values (B, N, 3d).
-        start: W1 and W2^T of M_0, (2, d, h).
-        generator_weight: of the update generator, (3d, d).
-        generator_bias: (3d,).
-        chunk_length: L.
-        inner_lr: scale of the inner step size.
-        read: reading order.
-        keep: whether to keep all states; otherwise there is room for two.
-    """
+def forward(given: Given, settings: Settings, keep: bool) -> tuple[Tensor, Kept]:
+    """The context, and what is kept; without `keep` there is room for two states, and all of it is scratch."""
+    qkv, start = given.qkv, given.start
     (images, tokens, _), (_, d, h) = qkv.shape, start.shape
-    n_keys, n_queries = zip(*(step.sizes for step in steps(read, tokens, chunk_length)), strict=True)
-    lengths = {*n_keys, *n_queries} - {0}
-    count = updates(read, tokens, chunk_length)
-    parts = qkv.unflatten(-1, (3, d))
+    of_states, *others, _ = kept_shapes(images, tokens, d, h, settings)
+    room = of_states if keep else (min(of_states[0], 2), *of_states[1:])
     scales = reciprocal_norms(qkv, d, start.dtype)
-    decode = _Factors(scales, d, inner_lr)
-
-    y = scales.new_empty(images, tokens, d)
-    states = scales.new_empty(count if keep else min(count, 2), 2, 2, images, d, h)
-    surprises = scales.new_empty(count, images, d)
-    factors = scales.new_empty(count, images, 3 * d)
-    errors = scales.new_empty(images, written_tokens(read, tokens, chunk_length), d)
-
-    for group in _groups(scales, h, max(lengths)):
-        b = group.stop - group.start
-        scratch = _Scratch(scales, b, lengths, [d, d, h, h, h])
-        (queries, keys, values), (of_queries, of_keys) = parts[group].unbind(2), scales[group].unbind(2)
-        raw_q, scale_q, context = _by_step(n_queries, queries, of_queries, y[group])
-        raw_k, scale_k, v, error = _by_step(n_keys, keys, of_keys, values, errors[group])
-        state, surprise, sigmoids = states[:, :, :, group].unbind(), surprises[:, group].unbind(), factors[:, group]
-        gradient = scales.new_empty(2, b, d, h)
-        gradient1, gradient2 = gradient
-        w, z = start.unsqueeze(1).expand(2, b, d, h), None
-        for t, (n_k, n_q) in enumerate(zip(n_keys, n_queries, strict=True)):
-            w1, w2 = w
-            w2_transposed = w2.mT
-            if n_q:
-                q, out, a, u, _ = scratch.views[n_q]
-                torch.mul(raw_q[t], scale_q[t], out=q)
-                _gelu(torch.bmm(q, w1, out=a), out=u)
-                context[t].copy_(torch.bmm(u, w2_transposed, out=out))
-            if not n_k:
-                continue
-
-            k, e, a, u, back = scratch.views[n_k]
-            torch.mul(raw_k[t], scale_k[t], out=k)
-            _gelu(torch.bmm(k, w1, out=a), out=u)
-            torch.bmm(u, w2_transposed, out=e).sub_(v[t])
-            if keep:
-                error[t].copy_(e)
-            torch.sum(torch.mul(e, e, out=back[..., :d]), 1, out=surprise[t]).mul_(1.0 / n_k)
-            torch.addmm(generator_bias, surprise[t], generator_weight.T, out=sigmoids[t]).sigmoid_()
-            rate, eta, retention = decode.values(sigmoids[t])
-            _gelu_backward(torch.bmm(e, w2, out=back), a, grad_input=back)
-            torch.bmm(k.mT, back, out=gradient1)
-            torch.bmm(e.mT, u, out=gradient2)
-
-            new_w, new_z = state[t if keep else t % 2]
-            if z is None:
-                torch.mul(gradient, rate, out=new_z).mul_(2.0 / n_k)
-            else:
-                torch.mul(z, eta, out=new_z).addcmul_(gradient, rate, value=2.0 / n_k)
-            torch.addcmul(new_z, w, retention, out=new_w)
-            w, z = new_w, new_z
-
-    return y.to(qkv.dtype), states, surprises, factors, errors, scales
+    kept = Kept(*(start.new_empty(shape) for shape in (room, *others)), scales)
+    y = start.new_empty(images, tokens, d)
+    plan = _Plan(given, settings)
+    for group in _groups(scales, h, max(plan.lengths)):
+        _ForwardPass(_given_of(given, group), plan, _kept_of(kept, group), keep, y[group]).run()
+    return y.to(qkv.dtype), kept
 
 
-def backward(
-    dy: Tensor,
-    qkv: Tensor,
-    scales: Tensor,
-    start: Tensor,
-    generator_weight: Tensor,
-    states: Tensor,
-    factors: Tensor,
-    errors: Tensor,
-    chunk_length: int,
-    inner_lr: float,
-    read: ReadOrder,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, of M_0 as (2, d, h) and of the update generator's logits, (U, B, 3d).
+def backward(dy: Tensor, given: Given, kept: Kept, settings: Settings) -> Gradients:
+    """Gradients of what was given."""
+    (images, _, _), (_, d, h) = given.qkv.shape, given.start.shape
+    d_qkv = torch.empty_like(given.qkv)
+    written = kept.errors.shape[1]
+    d_qkv[:, written:, d:].copy_(given.start.new_zeros(()))  # keys and values that are never written
+    d_starts = given.start.new_empty(2, images, d, h)
+    d_logits = torch.empty_like(kept.factors)
+    plan = _Plan(given, settings)
+    for group in _groups(kept.scales, h, max(plan.lengths)):
+        of_group = _given_of(given, group), plan, _kept_of(kept, group)
+        backward_pass = _BackwardPass(dy[group], *of_group, d_qkv[group], d_logits[:, group])
+        d_starts[:, group] = backward_pass.run()
+    return Gradients(d_qkv, d_starts.sum(1), d_logits)
 
-    The gradient of theta is read off the states: what it scales is Z_t - eta Z_{t-1}.
+
+def _given_of(given: Given, group: slice) -> Given:
+    """The same for a group of the images."""
+    return given._replace(qkv=given.qkv[group])
+
+
+def _kept_of(kept: Kept, group: slice) -> Kept:
+    """The same for a group of the images."""
+    of_updates = kept.states[:, :, :, group], kept.surprises[:, group], kept.factors[:, group]
+    return Kept(*of_updates, kept.errors[group], kept.scales[group])
+
+
+class _ForwardPass:
+    """The loop over the chunks of a group of images, which fills in what is kept, and the context y (b, N, d)."""
+
+    def __init__(self, given: Given, plan: _Plan, kept: Kept, keep: bool, y: Tensor) -> None:
+        (b, _, _), (_, d, h) = given.qkv.shape, given.start.shape
+        self.given, self.plan, self.keep, self.d = given, plan, keep, d
+        self.states, self.surprises, self.sigmoids = kept.states.unbind(), kept.surprises.unbind(), kept.factors
+        self.scratch = _Scratch(given.start, b, plan.lengths, [d, d, h, h, h])
+        queries, keys, values = given.qkv.unflatten(-1, (3, d)).unbind(2)
+        of_queries, of_keys = kept.scales.unbind(2)
+        self.raw_q, self.scale_q, self.context = _by_step(plan.queries, queries, of_queries, y)
+        self.raw_k, self.scale_k, self.v, self.errors = _by_step(plan.keys, keys, of_keys, values, kept.errors)
+        self.gradient = given.start.new_empty(2, b, d, h)
+        self.w: Tensor = given.start.unsqueeze(1).expand(2, b, d, h)
+        self.z: Tensor | None = None
+
+    def run(self) -> None:
+        for t, (keys, queries) in enumerate(zip(self.plan.keys, self.plan.queries, strict=True)):
+            if queries:
+                self._retrieve(t)
+            if keys:
+                self._update(t)
+
+    def _retrieve(self, t: int) -> None:
+        q, out, a, u, _ = self.scratch.views[self.plan.queries[t]]
+        w1, w2 = self.w
+        torch.mul(self.raw_q[t], self.scale_q[t], out=q)
+        _gelu(torch.bmm(q, w1, out=a), out=u)
+        self.context[t].copy_(torch.bmm(u, w2.mT, out=out))
+
+    def _update(self, t: int) -> None:
+        n = self.plan.keys[t]
+        k, e, a, u, back = self.scratch.views[n]
+        w1, w2 = self.w
+        torch.mul(self.raw_k[t], self.scale_k[t], out=k)
+        _gelu(torch.bmm(k, w1, out=a), out=u)
+        torch.bmm(u, w2.mT, out=e).sub_(self.v[t])
+        if self.keep:
+            self.errors[t].copy_(e)
+        surprise, sigmoids = self.surprises[t], self.sigmoids[t]
+        torch.sum(torch.mul(e, e, out=back[..., : self.d]), 1, out=surprise).mul_(1.0 / n)
+        torch.addmm(self.given.generator_bias, surprise, self.given.generator_weight.T, out=sigmoids).sigmoid_()
+        gradient1, gradient2 = self.gradient
+        _gelu_backward(torch.bmm(e, w2, out=back), a, grad_input=back)
+        torch.bmm(k.mT, back, out=gradient1)
+        torch.bmm(e.mT, u, out=gradient2)
+        self._step(t, sigmoids, 2.0 / n)
+
+    def _step(self, t: int, sigmoids: Tensor, scale: float) -> None:
+        """Z_t and M_t, of a gradient that lacks a scale."""
+        rate, eta, retention = self.plan.decode.values(sigmoids)
+        w, z = self.states[t if self.keep else t % 2]
+        if self.z is None:
+            torch.mul(self.gradient, rate, out=z).mul_(scale)
+        else:
+            torch.mul(self.z, eta, out=z).addcmul_(self.gradient, rate, value=scale)
+        torch.addcmul(z, self.w, retention, out=w)
+        self.w, self.z = w, z
+
+
+class _BackwardPass:
+    """The loop over the chunks of a group of images, last to first, which fills in d_qkv and d_logits (U, b, 3d).
+
+    Attributes:
+        dw: adjoint of the weights that a step leaves, (2, b, d, h).
+        dz: adjoint of its velocities, by way of the weights and of the next velocities, (2, b, d, h).
     """
-    (images, tokens, _), (_, d, h) = qkv.shape, start.shape
-    n_keys, n_queries = zip(*(step.sizes for step in steps(read, tokens, chunk_length)), strict=True)
-    lengths = {*n_keys, *n_queries} - {0}
-    count = len(states)
-    parts = qkv.unflatten(-1, (3, d))
-    decode = _Factors(scales, d, inner_lr)
 
-    d_qkv = torch.empty_like(qkv)
-    d_parts = d_qkv.unflatten(-1, (3, d))
-    nothing = scales.new_zeros(())
-    d_parts[:, errors.shape[1] :, 1:].copy_(nothing)  # keys and values that are never written
-    d_starts = scales.new_empty(2, images, d, h)
-    d_logits = torch.empty_like(factors)
+    def __init__(self, dy: Tensor, given: Given, plan: _Plan, kept: Kept, d_qkv: Tensor, d_logits: Tensor) -> None:
+        (b, _, _), (_, d, h) = given.qkv.shape, given.start.shape
+        self.given, self.plan, self.d_logits = given, plan, d_logits
+        self.states, sigmoids = kept.states.unbind(), kept.factors
+        self.first = given.start.unsqueeze(1).expand(2, b, d, h)
+        queries, keys, _ = given.qkv.unflatten(-1, (3, d)).unbind(2)
+        d_queries, d_keys, d_values = d_qkv.unflatten(-1, (3, d)).unbind(2)
+        of_queries, of_keys = kept.scales.unbind(2)
+        self.raw_q, self.scale_q, self.d_raw_q, self.d_context = _by_step(
+            plan.queries, queries, of_queries, d_queries, dy
+        )
+        self.raw_k, self.scale_k, self.d_raw_k, self.dv, self.errors = _by_step(
+            plan.keys, keys, of_keys, d_keys, d_values, kept.errors
+        )
+        self.rates, self.etas, self.retentions = (x.unbind() for x in plan.decode.values(sigmoids))
+        self.slopes, self.alphas = plan.decode.slopes(sigmoids).unbind(), sigmoids[..., 2 * d :].unbind()
+        self.scratch = _Scratch(given.start, b, plan.lengths, [d] * 4 + [h] * 7)
+        self.ones, self.nothing = given.start.new_ones(b, max(plan.lengths), h), given.start.new_zeros(())
+        self.adjoint = given.start.new_zeros(2, 2, b, d, h)
+        self.dw, self.dz = self.adjoint
+        self.product, self.dz_step = torch.empty_like(self.adjoint), torch.empty_like(self.dz)
 
-    for group in _groups(scales, h, max(lengths)):
-        b = group.stop - group.start
-        scratch = _Scratch(scales, b, lengths, [d] * 4 + [h] * 7)
-        (queries, keys, _), (of_queries, of_keys) = parts[group].unbind(2), scales[group].unbind(2)
-        d_queries, d_keys, d_values = d_parts[group].unbind(2)
-        raw_q, scale_q, d_raw_q, d_context = _by_step(n_queries, queries, of_queries, d_queries, dy[group])
-        raw_k, scale_k, d_raw_k, dv, error = _by_step(n_keys, keys, of_keys, d_keys, d_values, errors[group])
-        first = start.unsqueeze(1).expand(2, b, d, h)
-        state, sigmoids = states[:, :, :, group].unbind(), factors[:, group]
-        rates, etas, retentions = (x.unbind() for x in decode.values(sigmoids))
-        slopes, alphas = decode.slopes(sigmoids).unbind(), sigmoids[..., 2 * d :].unbind()
-        ones = scales.new_ones(b, max(lengths), h)
-        # Adjoint of the weights that a step leaves, and of its velocities by way of them and of the next.
-        adjoint = scales.new_zeros(2, 2, b, d, h)
-        dw, dz = adjoint
-        dw1, dw2 = dw
-        product, dz_step = torch.empty_like(adjoint), torch.empty_like(dz)
-
-        for t in reversed(range(len(n_keys))):
-            n_k, n_q = n_keys[t], n_queries[t]
-            w1, w2 = state[min(t, count) - 1][0] if min(t, count) else first
-
+    def run(self) -> Tensor:
+        """Gradient of M_0 by way of each image, (2, b, d, h)."""
+        for t in reversed(range(len(self.plan.keys))):
+            n_k, n_q = self.plan.keys[t], self.plan.queries[t]
+            newest = min(t, len(self.states))
+            w1, w2 = self.states[newest - 1][0] if newest else self.first
             if n_k:
-                eta = etas[t]
-                if t:
-                    torch.mul(adjoint, state[t - 1], out=product)
-                else:
-                    torch.mul(dw, first, out=product[0])
-                    product[1].zero_()
-                along_w, along_old = product.sum((1, 4))
-                d_logit = d_logits[t, group]
-                d_theta, d_eta, d_alpha = d_logit.view(b, 3, d).unbind(1)
-                torch.mul(eta.squeeze(-1), along_old, out=d_eta)
-                torch.sum(torch.mul(dz, state[t][1], out=product[1]), (0, 3), out=d_theta).sub_(d_eta)
-                torch.mul(alphas[t], along_w, out=d_alpha)
-                d_logit.mul_(slopes[t])
-                d_surprise = (d_logit @ generator_weight).mul_(2.0 / n_k).unsqueeze(1)
-                dz1, dz2 = torch.mul(dz, rates[t], out=dz_step)
-                dw.mul_(retentions[t])
-
-                k, e, de, dk, a, u, slope, exponent, curvature, back, dback = scratch.views[n_k]
-                torch.mul(raw_k[t], scale_k[t], out=k)
-                e.copy_(error[t])
-                _gelu(torch.bmm(k, w1, out=a), out=u)
-                _gelu_backward(ones[:, :n_k], a, grad_input=slope)
-                # GELU''(a) is 2 / sqrt(2 pi) times (1 - a^2 / 2) exp(-a^2 / 2); 2^x costs a third of e^x
-                torch.addcmul(nothing, a, a, value=-0.5 / math.log(2.0), out=exponent)
-                torch.exp2(exponent, out=curvature)
-                torch.addcmul(curvature, curvature, exponent, value=math.log(2.0), out=curvature)
-                du = _product(e, w2, out=exponent, scale=2.0 / n_k)
-                torch.mul(du, slope, out=back)
-                torch.bmm(k, dz1, out=dback)
-                curvature.mul_(du).mul_(dback)
-                dback.mul_(slope)
-                torch.mul(e, d_surprise, out=de)
-                de.baddbmm_(u, dz2.mT, alpha=2.0 / n_k)
-                de.baddbmm_(dback, w2.mT, alpha=2.0 / n_k)
-                torch.mul(de, -1.0, out=dv[t])
-                da = torch.bmm(de, w2, out=a)
-                da.baddbmm_(e, dz2, alpha=2.0 / n_k).mul_(slope)
-                da.add_(curvature, alpha=math.sqrt(2.0 / math.pi))
-                torch.bmm(da, w1.mT, out=dk).baddbmm_(back, dz1.mT)
-                dw1.baddbmm_(k.mT, da)
-                dw2.baddbmm_(de.mT, u)
-                dw2.baddbmm_(e.mT, dback, alpha=2.0 / n_k)
-                _through_norm(k, scale_k[t], dk, d_raw_k[t], de)
+                self._through_keys(t, w1, w2, self._through_factors(t))
             if n_q:
-                q, d_out, dq, buffer, a, u, da, *_ = scratch.views[n_q]
-                torch.mul(raw_q[t], scale_q[t], out=q)
-                d_out.copy_(d_context[t])
-                _gelu(torch.bmm(q, w1, out=a), out=u)
-                _gelu_backward(torch.bmm(d_out, w2, out=da), a, grad_input=da)
-                torch.bmm(da, w1.mT, out=dq)
-                dw1.baddbmm_(q.mT, da)
-                dw2.baddbmm_(d_out.mT, u)
-                _through_norm(q, scale_q[t], dq, d_raw_q[t], buffer)
+                self._through_queries(t, w1, w2)
             if n_k:
-                torch.addcmul(dw, dz, eta, out=dz)
+                torch.addcmul(self.dw, self.dz, self.etas[t], out=self.dz)
             else:
-                dz.copy_(dw)
-        d_starts[:, group] = dw
+                self.dz.copy_(self.dw)
+        return self.dw
 
-    return d_qkv, d_starts.sum(1), d_logits
+    def _through_factors(self, t: int) -> Tensor:
+        """Writes the logits' gradient, and lets dw pass the decay and dz, as dz_step, the step size.
+
+        That of theta is read off the states: what it scales is Z_t - eta Z_{t-1}. Returns what the errors' adjoint gets
+        by way of the surprise, over the errors, (b, 1, d).
+        """
+        dz, product, eta = self.dz, self.product, self.etas[t]
+        if t:
+            torch.mul(self.adjoint, self.states[t - 1], out=product)
+        else:
+            torch.mul(self.dw, self.first, out=product[0])
+            product[1].zero_()
+        along_w, along_old = product.sum((1, 4))
+        d_logit = self.d_logits[t]
+        d_theta, d_eta, d_alpha = d_logit.unflatten(1, (3, -1)).unbind(1)
+        torch.mul(eta.squeeze(-1), along_old, out=d_eta)
+        torch.sum(torch.mul(dz, self.states[t][1], out=product[1]), (0, 3), out=d_theta).sub_(d_eta)
+        torch.mul(self.alphas[t], along_w, out=d_alpha)
+        d_logit.mul_(self.slopes[t])
+        torch.mul(dz, self.rates[t], out=self.dz_step)
+        self.dw.mul_(self.retentions[t])
+        return (d_logit @ self.given.generator_weight).mul_(2.0 / self.plan.keys[t]).unsqueeze(1)
+
+    def _through_keys(self, t: int, w1: Tensor, w2: Tensor, d_surprise: Tensor) -> None:
+        n = self.plan.keys[t]
+        (dw1, dw2), (dz1, dz2) = self.dw, self.dz_step
+        k, e, de, dk, a, u, slope, exponent, curvature, back, dback = self.scratch.views[n]
+        torch.mul(self.raw_k[t], self.scale_k[t], out=k)
+        e.copy_(self.errors[t])
+        _gelu(torch.bmm(k, w1, out=a), out=u)
+        _gelu_backward(self.ones[:, :n], a, grad_input=slope)
+        # GELU''(a) is 2 / sqrt(2 pi) times (1 - a^2 / 2) exp(-a^2 / 2); 2^x costs a third of e^x
+        torch.addcmul(self.nothing, a, a, value=-0.5 / math.log(2.0), out=exponent)
+        torch.exp2(exponent, out=curvature)
+        torch.addcmul(curvature, curvature, exponent, value=math.log(2.0), out=curvature)
+        du = _product(e, w2, out=exponent, scale=2.0 / n)
+        torch.mul(du, slope, out=back)
+        torch.bmm(k, dz1, out=dback)
+        curvature.mul_(du).mul_(dback)
+        dback.mul_(slope)
+        torch.mul(e, d_surprise, out=de)
+        de.baddbmm_(u, dz2.mT, alpha=2.0 / n)
+        de.baddbmm_(dback, w2.mT, alpha=2.0 / n)
+        torch.mul(de, -1.0, out=self.dv[t])
+        da = torch.bmm(de, w2, out=a)
+        da.baddbmm_(e, dz2, alpha=2.0 / n).mul_(slope)
+        da.add_(curvature, alpha=math.sqrt(2.0 / math.pi))
+        torch.bmm(da, w1.mT, out=dk).baddbmm_(back, dz1.mT)
+        dw1.baddbmm_(k.mT, da)
+        dw2.baddbmm_(de.mT, u)
+        dw2.baddbmm_(e.mT, dback, alpha=2.0 / n)
+        _through_norm(k, self.scale_k[t], dk, self.d_raw_k[t], de)
+
+    def _through_queries(self, t: int, w1: Tensor, w2: Tensor) -> None:
+        q, d_out, dq, buffer, a, u, da, *_ = self.scratch.views[self.plan.queries[t]]
+        dw1, dw2 = self.dw
+        torch.mul(self.raw_q[t], self.scale_q[t], out=q)
+        d_out.copy_(self.d_context[t])
+        _gelu(torch.bmm(q, w1, out=a), out=u)
+        _gelu_backward(torch.bmm(d_out, w2, out=da), a, grad_input=da)
+        torch.bmm(da, w1.mT, out=dq)
+        dw1.baddbmm_(q.mT, da)
+        dw2.baddbmm_(d_out.mT, u)
+        _through_norm(q, self.scale_q[t], dq, self.d_raw_q[t], buffer)

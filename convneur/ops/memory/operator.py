@@ -4,13 +4,12 @@ Compilers and exporters take an operator as it is: no graph breaks, no loop unro
 What computes it is `convneur.ops.memory.triton` on CUDA and `convneur.ops.memory.cpp` on CPUs, where they fit, and
 `convneur.ops.memory.eager` elsewhere.
 
-Shape legend: B images, N tokens, M written tokens, U updates, L tokens a chunk, d memory width, h hidden width.
+Shape legend: B images, N tokens, L tokens a chunk, d memory width, h hidden width.
 """
 
 import os
 from collections.abc import Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from convneur.ops.memory import cpp, eager, equations
 from convneur.ops.memory.equations import MemoryState, update_factors
+from convneur.ops.memory.passes import Given, Implementation, Kept, Settings, kept_shapes
 from convneur.ops.memory.reading import ReadOrder, updates, written_tokens
 from convneur.ops.precision import own_precision
 
@@ -48,8 +48,8 @@ def _state_dtype(qkv: Tensor) -> torch.dtype:
     return torch.promote_types(qkv.dtype, torch.float32)
 
 
-def _implementation(qkv: Tensor, d: int, count: int, kernels: bool) -> ModuleType:
-    """The module whose `forward` and `backward` are to be called."""
+def _implementation(qkv: Tensor, d: int, count: int, kernels: bool) -> Implementation:
+    """What is to compute it."""
     if kernels and count and len(qkv):
         if qkv.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
             from convneur.ops.memory import triton  # takes seconds to import
@@ -59,6 +59,13 @@ def _implementation(qkv: Tensor, d: int, count: int, kernels: bool) -> ModuleTyp
         elif cpp.fits(qkv, d):
             return cpp
     return eager
+
+
+def _given(qkv: Tensor, w1: Tensor, w2: Tensor, generator_weight: Tensor, generator_bias: Tensor) -> Given:
+    """The operator's tensors in the precision of the state."""
+    dtype = _state_dtype(qkv)
+    start = torch.stack((w1, w2.T)).to(dtype)
+    return Given(qkv, start, generator_weight.to(dtype), generator_bias.to(dtype))
 
 
 @torch.library.custom_op("convneur::neural_memory", mutates_args=())
@@ -89,26 +96,13 @@ def neural_memory(
         kernels: whether kernels of our own, in Triton or C++, may be used.
 
     Returns:
-        The context (B, N, d), in the precision of qkv; then, in the precision of the state, and empty if not kept,
-        states (U, 2, 2, B, d, h), weights and velocities after each update, W1 and W2^T of both;
-        surprises (U, B, d);
-        factors (U, B, 3d), what the update generator makes of the surprises;
-        errors e (B, M, d) of the tokens that are written;
-        scales (B, N, 2, 1), reciprocal norms of queries and of the keys that are written.
+        The context (B, N, d), in the precision of qkv; then the fields of `Kept`, all empty if not kept.
     """
-    d, count = w1.shape[0], updates(cast(ReadOrder, read), qkv.shape[1], chunk_length)
-    dtype = _state_dtype(qkv)
-    y, *kept = _implementation(qkv, d, count, kernels).forward(
-        qkv,
-        torch.stack((w1, w2.T)).to(dtype),
-        generator_weight.to(dtype),
-        generator_bias.to(dtype),
-        chunk_length,
-        inner_lr,
-        read,
-        keep,
-    )
-    states, surprises, factors, errors, scales = kept if keep else (w1.new_empty(0, dtype=dtype) for _ in range(5))
+    settings = Settings(chunk_length, inner_lr, cast(ReadOrder, read))
+    given = _given(qkv, w1, w2, generator_weight, generator_bias)
+    count = updates(settings.read, qkv.shape[1], chunk_length)
+    y, kept = _implementation(qkv, w1.shape[0], count, kernels).forward(given, settings, keep)
+    states, surprises, factors, errors, scales = kept if keep else (given.start.new_empty(0) for _ in kept)
     return y, states, surprises, factors, errors, scales
 
 
@@ -134,19 +128,11 @@ def neural_memory_backward(
 
     The bias is not read, but the gradients depend on it, and so do theirs.
     """
-    d_qkv, d_start, d_logits = _implementation(qkv, w1.shape[0], len(states), kernels).backward(
-        dy.contiguous(),
-        qkv,
-        scales,
-        torch.stack((w1, w2.T)).to(scales.dtype),
-        generator_weight.to(scales.dtype),
-        states,
-        factors,
-        errors,
-        chunk_length,
-        inner_lr,
-        read,
-    )
+    given = _given(qkv, w1, w2, generator_weight, generator_bias)
+    kept = Kept(states, surprises, factors, errors, scales)
+    settings = Settings(chunk_length, inner_lr, cast(ReadOrder, read))
+    implementation = _implementation(qkv, w1.shape[0], len(states), kernels)
+    d_qkv, d_start, d_logits = implementation.backward(dy.contiguous(), given, kept, settings)
     d_logits, surprises = d_logits.flatten(0, 1), surprises.flatten(0, 1)
     d_w2 = d_start[1].T.clone(memory_format=torch.contiguous_format)  # a memory of width 1 is contiguous as it is
     return d_qkv, d_start[0], d_w2, d_logits.T @ surprises, d_logits.sum(0)
@@ -166,14 +152,7 @@ def _(
     kernels: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (images, tokens, _), (d, h) = qkv.shape, w1.shape
-    count = updates(cast(ReadOrder, read), tokens, chunk_length)
-    shapes = (
-        (count, 2, 2, images, d, h),
-        (count, images, d),
-        (count, images, 3 * d),
-        (images, written_tokens(cast(ReadOrder, read), tokens, chunk_length), d),
-        (images, tokens, 2, 1),
-    )
+    shapes = kept_shapes(images, tokens, d, h, Settings(chunk_length, inner_lr, cast(ReadOrder, read)))
     states, surprises, factors, errors, scales = (
         qkv.new_empty(shape if keep else (0,), dtype=_state_dtype(qkv)) for shape in shapes
     )

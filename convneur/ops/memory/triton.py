@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from convneur.ops.memory.eager import reciprocal_norms
-from convneur.ops.memory.reading import ReadOrder, steps, updates, written_tokens
+from convneur.ops.memory.passes import Given, Gradients, Kept, Settings, kept_shapes
+from convneur.ops.memory.reading import ReadOrder, steps
 
 LARGEST_DIM = 128  # beyond it a tile of the state fills the registers
 
@@ -353,69 +354,43 @@ def fits(qkv: Tensor, d: int) -> bool:
     return d <= LARGEST_DIM and qkv.is_contiguous() and qkv.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def forward(
-    qkv: Tensor,
-    start: Tensor,
-    generator_weight: Tensor,
-    generator_bias: Tensor,
-    chunk_length: int,
-    inner_lr: float,
-    read: ReadOrder,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Context, states, surprises, factors, errors and scales as `eager.forward` returns them, on CUDA.
+def forward(given: Given, settings: Settings, keep: bool) -> tuple[Tensor, Kept]:
+    """The context, and what is kept, for contiguous qkv and a reading order that updates at least once.
 
-    Args:
-        qkv: queries, keys and values (B, N, 3d), contiguous.
-        start: W1 and W2^T of M_0, (2, d, h).
-        generator_weight: (3d, d).
-        generator_bias: (3d,).
-        chunk_length: L.
-        inner_lr: scale of the inner step size.
-        read: reading order; one that updates at least once.
-        keep: whether all states are returned or only the space of the last two.
+    Without `keep` there is room for two states, and all that is kept is scratch.
     """
+    qkv, start, generator_weight, generator_bias = given
     (images, tokens, _), (_, d, h) = qkv.shape, start.shape
-    count, written = updates(read, tokens, chunk_length), written_tokens(read, tokens, chunk_length)
-    plan = _plan(read, tokens, chunk_length, qkv.device)
-    scales = reciprocal_norms(qkv, d, start.dtype)
+    plan = _plan(settings.read, tokens, settings.chunk_length, qkv.device)
     y = qkv.new_empty(images, tokens, d)
-    states = scales.new_empty(count if keep else min(count, 2), 2, 2, images, d, h)
-    surprises = scales.new_empty(count, images, d)
-    factors = scales.new_empty(count, images, 3 * d)
-    errors = scales.new_empty(images, written, d)
+    of_states, *others, _ = kept_shapes(images, tokens, d, h, settings)
+    room = of_states if keep else (min(of_states[0], 2), *of_states[1:])
+    states, surprises, factors, errors = (start.new_empty(shape) for shape in (room, *others))
+    scales = reciprocal_norms(qkv, d, start.dtype)
     _forward_kernel[(images,)](
         qkv, scales, start, generator_weight, generator_bias, plan, y, states, surprises, factors, errors,
-        images, tokens, written, len(plan), inner_lr, d=d, h=h, keep_states=keep, **_tiles(d, backward=False),
+        images, tokens, errors.shape[1], len(plan), settings.inner_lr,
+        d=d, h=h, keep_states=keep, **_tiles(d, backward=False),
     )  # fmt: skip
-    return y, states, surprises, factors, errors, scales
+    return y, Kept(states, surprises, factors, errors, scales)
 
 
-def backward(
-    dy: Tensor,
-    qkv: Tensor,
-    scales: Tensor,
-    start: Tensor,
-    generator_weight: Tensor,
-    states: Tensor,
-    factors: Tensor,
-    errors: Tensor,
-    chunk_length: int,
-    inner_lr: float,
-    read: ReadOrder,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, of M_0 as (2, d, h) and of the update generator's logits, (U, B, 3d)."""
+def backward(dy: Tensor, given: Given, kept: Kept, settings: Settings) -> Gradients:
+    """Gradients of what was given, for contiguous dy and qkv."""
+    qkv, start, generator_weight, _ = given
     (images, tokens, _), (_, d, h) = qkv.shape, start.shape
+    states, _, factors, errors, scales = kept
     count, written = len(states), errors.shape[1]
-    longest = min(chunk_length, tokens)
-    plan = _plan(read, tokens, chunk_length, qkv.device)
+    longest = min(settings.chunk_length, tokens)
+    plan = _plan(settings.read, tokens, settings.chunk_length, qkv.device)
     d_qkv = torch.empty_like(qkv)
     d_qkv[:, written:, d:] = 0.0
     d_logits = torch.empty_like(factors)
-    dw, dz = scales.new_zeros(2, images, d, h), scales.new_zeros(2, images, d, h)
-    de, dx = scales.new_empty(images, longest, d), scales.new_empty(images, 2, longest, d)
+    dw, dz = start.new_zeros(2, images, d, h), start.new_zeros(2, images, d, h)
+    de, dx = start.new_empty(images, longest, d), start.new_empty(images, 2, longest, d)
     _backward_kernel[(images,)](
         dy, qkv, scales, start, generator_weight, plan, states, factors, errors, d_qkv, d_logits, dw, dz, de, dx,
-        images, tokens, written, longest, len(plan), count, inner_lr, d=d, h=h, **_tiles(d, backward=True),
+        images, tokens, written, longest, len(plan), count, settings.inner_lr,
+        d=d, h=h, **_tiles(d, backward=True),
     )  # fmt: skip
-    return d_qkv, dw.sum(1), d_logits
+    return Gradients(d_qkv, dw.sum(1), d_logits)
