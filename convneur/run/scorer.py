@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 from convneur.data.stream.batch import EvalBatch
 from convneur.data.stream.eval import EvalLoader
 from convneur.engine.engine import Weights
 from convneur.engine.state import gather_model
-from convneur.models.convneur.model import ConvNeur
-from convneur.monitoring.gauges import watched_gates
+from convneur.models.convneur.gates import watched_gates
 from convneur.monitoring.watchdog import Watchdog
 from convneur.records.log import TrainingLog
 from convneur.records.retention import Best
@@ -94,7 +92,7 @@ class Scorer:
         """
         model = self._task.build_model().to(self._device)
         model.load_state_dict(weights)
-        with watched_gates(cast(ConvNeur, model)) as gates:
+        with watched_gates(model) as gates:
             scores = self._task.evaluate(model, self._batches(), self._images)
         return scores, gates
 

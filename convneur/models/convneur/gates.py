@@ -3,19 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from convneur.models.convneur.block import Block, Stage
-from convneur.models.convneur.model import ConvNeur
 
 
 @contextmanager
-def watched_gates(model: ConvNeur) -> Iterator[dict[str, float]]:
+def watched_gates(model: nn.Module) -> Iterator[dict[str, float]]:
     """Statistics of the gates A = sigmoid(G) in the first batch that a model sees within the block.
 
     Yields:
         A mapping that is filled then: mean, standard deviation, and fractions below 1/4 and above 3/4, averaged over
-        the gated blocks of each stage. It stays empty where no block is gated.
+        the gated blocks of each stage. It stays empty where no block is gated, as in models of others.
     """
     values: dict[str, float] = {}
     hooks = []
@@ -36,7 +35,7 @@ def watched_gates(model: ConvNeur) -> Iterator[dict[str, float]]:
         for block in blocks:
             hooks.append(block.get_submodule("global_branch").register_forward_hook(note))
 
-    for number, stage in enumerate((s for s in model.stages if isinstance(s, Stage)), 1):
+    for number, stage in enumerate((module for module in model.modules() if isinstance(module, Stage)), 1):
         gated = [block for block in stage.blocks if isinstance(block, Block) and block.global_branch is not None]
         watch(number, [block for block in gated if block.fusion == "gate"])
 
