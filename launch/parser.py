@@ -25,13 +25,15 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see `{self.prog} --help`")
 
 
+# What commands, or the actions of one of them, are added to. At run time argparse's class takes no type.
 if TYPE_CHECKING:
     Parsers = argparse._SubParsersAction[Parser]
-    """The commands, or the actions of one of them, side by side."""
+else:
+    Parsers = argparse._SubParsersAction
 
 
 def add_command(
-    parsers: "Parsers", name: str, run: Command, summary: str, takes_overrides: bool = False, **kwargs: Any
+    parsers: Parsers, name: str, run: Command, summary: str, takes_overrides: bool = False, **kwargs: Any
 ) -> Parser:
     """Adds a command, or an action of one, and returns the parser of its flags."""
     command = parsers.add_parser(name, help=summary, description=summary, allow_abbrev=False, **kwargs)
@@ -40,7 +42,7 @@ def add_command(
     return command
 
 
-def add_group(parsers: "Parsers", name: str, summary: str, *, dest: str) -> "Parsers":
+def add_group(parsers: Parsers, name: str, summary: str, *, dest: str) -> Parsers:
     """Adds a command that has actions of its own, and returns what they are added to; `dest` names them in the help."""
     group = parsers.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     return group.add_subparsers(dest=dest, required=True, metavar=dest.upper())

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convneur.engine.config import checked_steps
+
 if TYPE_CHECKING:
     from convneur.config import Config
 
@@ -27,7 +29,6 @@ def check(config: "Config", world_size: int) -> None:
     """Holds a configuration against the data, the ranks and DeepSpeed; InputError where they don't go together."""
     from convneur.config import deepspeed_config
     from convneur.data.check import check_data
-    from convneur.engine.config import checked_steps
     from convneur.engine.section import parse_with_deepspeed
     from convneur.limits import check_config
     from convneur.system.world import name_accelerator

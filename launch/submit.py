@@ -24,7 +24,7 @@ from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
-from submitit.slurm.slurm import SlurmExecutor
+from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
@@ -164,6 +164,12 @@ def executor(folder: Path, name: str, resources: Resources, python: str) -> Slur
         additional_parameters={"signal": f"B:USR2@{NOTICE_SECONDS}", "requeue": True, **resources.options},
     )
     return made
+
+
+def sbatch_text(folder: Path, name: str, resources: Resources, tasks: int | None) -> str:
+    """What sbatch would be given for a submission in a folder: a job, or an array of so many tasks."""
+    made = executor(folder / "jobs", name, resources, sys.executable)
+    return str(_make_sbatch_string(made._submitit_command_str, made.folder, map_count=tasks, **made.parameters))
 
 
 def submit(

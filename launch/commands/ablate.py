@@ -6,20 +6,20 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from convneur.launch.flags import add_config, add_launch
-from convneur.launch.parser import Overrides, add_command
+from convneur.launch.parser import Overrides, Parsers, add_command
 from convneur.launch.preflight import check
 from convneur.launch.rank import is_rank, joined_world, keep_lock
 from convneur.launch.signals import stoppable
 from convneur.launch.streams import outlast_output
+from convneur.records.folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     import torch
 
-    from convneur.launch.parser import Parsers
     from convneur.studies.ablation import AblationConfig
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     ablate = add_command(
         parsers,
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         run_folder(config.run, resume="auto") as (_, lock),
         TemporaryDirectory(prefix="convneur-config-") as temporary,
     ):
-        resolved = Path(temporary) / "config.yaml"
+        resolved = Path(temporary) / CONFIG_FILE
         save_config(config, resolved)
         return run_ranks(["ablate", "--config", str(resolved)], nproc, lock)
 

@@ -2,25 +2,21 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convneur.data.errors import InputError
 from convneur.launch.commands.prepare import disk_errors
 from convneur.launch.flags import add_config, add_processes, asked_processes
-from convneur.launch.parser import Overrides, add_command, add_group
-
-if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
+from convneur.launch.parser import Overrides, Parsers, add_command, add_group
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command, with its actions."""
     actions = add_group(parsers, "data", "Check a dataset, or look into it.", dest="action")
     _add_verify(actions)
     _add_show(actions)
 
 
-def _add_verify(actions: "Parsers") -> None:
+def _add_verify(actions: Parsers) -> None:
     command = add_command(
         actions, "verify", verify, "Check every byte and decode every image; deny those that can't be read."
     )
@@ -43,7 +39,7 @@ def verify(args: argparse.Namespace, _: Overrides) -> int:
     return 1 if any(found.denied or found.shards for found in findings) else 0
 
 
-def _add_show(actions: "Parsers") -> None:
+def _add_show(actions: Parsers) -> None:
     command = add_command(
         actions,
         "show",

@@ -4,17 +4,13 @@ import argparse
 import json
 from dataclasses import asdict
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from convneur.launch.flags import add_json
-from convneur.launch.parser import Overrides, add_command
+from convneur.launch.parser import Overrides, Parsers, add_command
 from convneur.system.doctor import examine, is_healthy
 
-if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
 
-
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     doctor = add_command(parsers, "doctor", run, "Show what this machine has, and what each missing part costs.")
     add_json(doctor)

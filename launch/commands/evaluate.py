@@ -3,17 +3,14 @@
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convneur.launch.flags import add_json, add_launch, add_weights
-from convneur.launch.parser import PIXELS, Overrides, add_command, positive
+from convneur.launch.parser import PIXELS, Overrides, Parsers, add_command, positive
 from convneur.launch.rank import is_rank, joined_world, words_of_rank
-
-if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
+from convneur.records.json_files import json_text
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     evaluate = add_command(parsers, "eval", run, "Measure a checkpoint's accuracy.")
     evaluate.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN", help="folder of a checkpoint, or of a run")
@@ -50,7 +47,6 @@ def run(args: argparse.Namespace, _: Overrides) -> int:
         return run_ranks(words_of_rank(args), rank_count(args.nproc))
 
     with joined_world() as world:
-        from convneur.records.json_files import json_text
         from convneur.tools.evaluate import evaluate_checkpoint
 
         scores = evaluate_checkpoint(

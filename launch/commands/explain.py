@@ -2,16 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convneur.launch.flags import add_weights
-from convneur.launch.parser import Overrides, add_command
-
-if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
+from convneur.launch.parser import Overrides, Parsers, add_command
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     explain = add_command(parsers, "explain", run, "Draw what a model's gates and memories do to an image.")
     explain.add_argument("path", type=Path, metavar="CHECKPOINT_OR_RUN", help="folder of a checkpoint, or of a run")

@@ -2,16 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convneur.launch.flags import add_weights
-from convneur.launch.parser import Overrides, add_command
-
-if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
+from convneur.launch.parser import Overrides, Parsers, add_command
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     export = add_command(
         parsers, "export", run, "Write a checkpoint as a file for others, checked to give the same logits."

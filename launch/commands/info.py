@@ -3,17 +3,13 @@
 import argparse
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from convneur.data.errors import InputError
 from convneur.launch.flags import add_json
-from convneur.launch.parser import PIXELS, Overrides, add_command
-
-if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
+from convneur.launch.parser import PIXELS, Overrides, Parsers, add_command
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     info = add_command(
         parsers,

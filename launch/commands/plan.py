@@ -4,14 +4,14 @@ import argparse
 from typing import TYPE_CHECKING
 
 from convneur.launch.flags import add_config, add_gpu, add_json, asked_cluster
-from convneur.launch.parser import COUNT, Overrides, add_command
+from convneur.launch.parser import COUNT, Overrides, Parsers, add_command
+from convneur.records.json_files import json_text
 
 if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
     from convneur.planning.forecast import Plan, Range
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     plan = add_command(
         parsers,
@@ -35,7 +35,6 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from convneur.config import load_config
     from convneur.limits import check_values
     from convneur.planning.forecast import make_plan
-    from convneur.records.json_files import json_text
 
     config = load_config(args.config, overrides)
     check_values(config)

@@ -3,16 +3,12 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from convneur.launch.parser import Overrides, add_command
+from convneur.launch.parser import Overrides, Parsers, add_command
 from convneur.records.folder import CURVE_FILE
 
-if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
 
-
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     plot = add_command(parsers, "plot", run, "Draw the curves of one run, or of several together.")
     plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")

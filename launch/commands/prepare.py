@@ -4,17 +4,13 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convneur.data.errors import InputError
 from convneur.launch.flags import add_part, add_processes, asked_part, asked_processes, is_count
-from convneur.launch.parser import COUNT, Command, Overrides, Parser, add_command, add_group
-
-if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
+from convneur.launch.parser import COUNT, Command, Overrides, Parser, Parsers, add_command, add_group
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command, with an action for each source of a dataset."""
     datasets = add_group(
         parsers, "prepare", "Write a dataset as WebDataset shards, or in FFCV's format.", dest="dataset"
@@ -25,7 +21,7 @@ def add(parsers: "Parsers") -> None:
     _add_index(datasets)
 
 
-def _add_dataset(datasets: "Parsers", name: str, run: Command, summary: str) -> Parser:
+def _add_dataset(datasets: Parsers, name: str, run: Command, summary: str) -> Parser:
     dataset = add_command(datasets, name, run, summary)
     dataset.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     return dataset
@@ -47,7 +43,7 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_digits(datasets: "Parsers") -> None:
+def _add_digits(datasets: Parsers) -> None:
     digits = _add_dataset(datasets, "digits", prepare_digits, "Scanned handwritten digits that ship with scikit-learn.")
     _add_format(digits)
 
@@ -62,7 +58,7 @@ def prepare_digits(args: argparse.Namespace, _: Overrides) -> int:
     return 0
 
 
-def _add_imagenet(datasets: "Parsers") -> None:
+def _add_imagenet(datasets: Parsers) -> None:
     imagenet = _add_dataset(datasets, "imagenet", prepare_imagenet, "ImageNet, from its archives or its folders.")
     imagenet.add_argument(
         "--source",
@@ -104,7 +100,7 @@ def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
     return 0
 
 
-def _add_synthetic(datasets: "Parsers") -> None:
+def _add_synthetic(datasets: Parsers) -> None:
     synthetic = _add_dataset(datasets, "synthetic", prepare_synthetic, "Natural-looking images, for benchmarks.")
     synthetic.add_argument("--classes", type=COUNT, default=1000, metavar="K", help="classes (default: 1000)")
     synthetic.add_argument("--images", type=COUNT, default=10000, metavar="N", help="training images (default: 10000)")
@@ -139,7 +135,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _add_index(datasets: "Parsers") -> None:
+def _add_index(datasets: Parsers) -> None:
     index = _add_dataset(
         datasets, "index", prepare_index, "An index for shards that somebody else wrote; they stay there."
     )

@@ -2,15 +2,11 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from convneur.launch.parser import Overrides, add_command, positive
-
-if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
+from convneur.launch.parser import Overrides, Parsers, add_command, positive
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     runs = add_command(parsers, "runs", run, "List runs: state, epoch, accuracy, speed, time left, restarts, ETTR.")
     runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")

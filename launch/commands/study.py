@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING
 from convneur.data.errors import InputError
 from convneur.launch.commands.plan import words
 from convneur.launch.flags import add_gpu, add_part, add_resources, asked_cluster, asked_part, asked_resources
-from convneur.launch.parser import PROCESSES, Command, Overrides, Parser, add_command, add_group
+from convneur.launch.parser import PROCESSES, Command, Overrides, Parser, Parsers, add_command, add_group
 from convneur.launch.preflight import check, check_start
 from convneur.launch.signals import StoppedError
 
 if TYPE_CHECKING:
     from convneur.config import Config
-    from convneur.launch.parser import Parsers
     from convneur.studies.grid import Place, Point, StudyConfig
     from convneur.studies.series import Standing
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command, with its actions."""
     actions = add_group(
         parsers,
@@ -38,13 +37,13 @@ def add(parsers: "Parsers") -> None:
     command.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: the study's)")
 
 
-def _add(actions: "Parsers", name: str, run: Command, summary: str) -> Parser:
+def _add(actions: Parsers, name: str, run: Command, summary: str) -> Parser:
     action = add_command(actions, name, run, f"{summary}; takes --section.key VALUE.", takes_overrides=True)
     action.add_argument("config", type=Path, metavar="FILE", help="YAML file with the recipe and the study's axes")
     return action
 
 
-def _add_run(actions: "Parsers") -> None:
+def _add_run(actions: Parsers) -> None:
     command = _add(actions, "run", run, "Train the runs of a study that aren't finished")
     command.add_argument(
         "--jobs",

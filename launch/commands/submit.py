@@ -1,20 +1,15 @@
 """`convneur submit`: a training run to Slurm, from a snapshot of code and configuration."""
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convneur.launch.flags import add_config, add_resources, asked_resources
-from convneur.launch.parser import TASKS, Overrides, add_command
+from convneur.launch.parser import TASKS, Overrides, Parsers, add_command
 from convneur.launch.preflight import check_beginnings, check_start
 
-if TYPE_CHECKING:
-    from convneur.launch.parser import Parsers
 
-
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     submit = add_command(
         parsers,
@@ -34,10 +29,8 @@ def add(parsers: "Parsers") -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur submit`: a job, or an array of one job a seed, from a snapshot of code and configuration."""
-    from submitit.slurm.slurm import _make_sbatch_string
-
     from convneur.config import load_config
-    from convneur.launch.submit import executor, submission_folder, submit
+    from convneur.launch.submit import sbatch_text, submission_folder, submit
 
     resources = asked_resources(args)
     config = load_config(args.config, overrides)
@@ -50,9 +43,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         check_beginnings(configs, args.resume)
     folder = submission_folder(Path(config.run.root), config.run.name)
     if args.dry_run:
-        made = executor(folder / "jobs", config.run.name, resources, sys.executable)
-        count = len(configs) if args.array else None
-        print(_make_sbatch_string(made._submitit_command_str, made.folder, map_count=count, **made.parameters), end="")
+        print(sbatch_text(folder, config.run.name, resources, len(configs) if args.array else None), end="")
         return 0
     for job, one in zip(submit(configs, folder, config.run.name, resources, args.resume), configs, strict=True):
         print(f"job {job.job_id}: {Path(one.run.root) / one.run.name}, log {job.paths.stdout}")

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from convneur.data.errors import InputError
 from convneur.launch.flags import add_config, add_json, add_launch
-from convneur.launch.parser import RANKS, Overrides, add_command
+from convneur.launch.parser import RANKS, Overrides, Parsers, add_command
 from convneur.launch.preflight import check, check_beginnings, check_start
 from convneur.launch.rank import is_rank, joined_world, keep_lock
 from convneur.launch.signals import stoppable
 from convneur.launch.streams import outlast_output
 from convneur.records.folder import CONFIG_FILE, SUMMARY_FILE
 from convneur.records.summary import Summary, read_summary
+from convneur.system.determinism import set_determinism
 
 if TYPE_CHECKING:
     from convneur.config import Config
-    from convneur.launch.parser import Parsers
     from convneur.system.world import World
 
 
-def add(parsers: "Parsers") -> None:
+def add(parsers: Parsers) -> None:
     """Adds the command."""
     train = add_command(
         parsers,
@@ -115,7 +115,7 @@ def _launch(config: "Config", args: argparse.Namespace) -> int:
         run_folder(config.run, args.resume) as (folder, lock),
         TemporaryDirectory(prefix="convneur-config-") as temporary,
     ):
-        resolved = Path(temporary) / "config.yaml"  # one file for all ranks, whatever happens to the user's
+        resolved = Path(temporary) / CONFIG_FILE  # one file for all ranks, whatever happens to the user's
         save_config(config, resolved)
         words = ["train", "--config", str(resolved), "--resume", args.resume, "--run-dir", str(folder)]
         words += ["--profile"] if args.profile else []
@@ -160,8 +160,6 @@ def _repeated(args: argparse.Namespace, overrides: Overrides) -> "Config":
 
 
 def _train_rank(config: "Config", args: argparse.Namespace) -> int:
-    from convneur.system.determinism import set_determinism
-
     set_determinism(config.run.determinism)
     with joined_world() as world:
         from convneur.run.resume import agreed_start
