@@ -74,9 +74,6 @@ KNOWN_IMPORTS = {
 }
 KNOWN_LONG = {
     "benchmarks/data.py::main",
-    "convneur/records/checkpoint.py",
-    "convneur/records/checkpoint.py::save_checkpoint",
-    "convneur/run/build.py::_start",
 }
 """What is to be mended."""
 

@@ -158,29 +158,17 @@ def save_checkpoint(
             untouched, and what had been written is removed.
     """
     final = folder / checkpoint_name(state.step)
-    temporary = folder / f"{TEMPORARY}{final.name}"
     files = _gather_files(engine, ema, world, state)
-    scalars = gather_scalars(engine)
+    values: dict[str, object] = {
+        STATE_FILE: state.record(),
+        OPTIMIZER_FILE: gather_scalars(engine),
+        CLASSES_FILE: classes,
+    }
+    temporary = _make_temporary(final, world)
     try:
-        with together(world, SaveError, "making a folder for the checkpoint"):
-            if world.is_main:
-                remove_leftovers(folder)
-                temporary = free_name(temporary)
-                (temporary / MOMENTS).mkdir(parents=True)
-        agreed = [temporary]
-        dist.broadcast_object_list(agreed, group=world.control)
-        (temporary,) = agreed
         digests: dict[str, dict[str, Any]] = {}
         with together(world, SaveError, "writing the checkpoint"):
-            for name, weights in files.items():
-                _write_weights(weights, config, temporary / name)
-            if world.is_main:
-                save_config(config, temporary / CONFIG_FILE)
-                _write_json(state.record(), temporary / STATE_FILE)
-                _write_json(scalars, temporary / OPTIMIZER_FILE)
-                _write_json(classes, temporary / CLASSES_FILE)
-            mine = [*files, *((CONFIG_FILE, STATE_FILE, OPTIMIZER_FILE, CLASSES_FILE) if world.is_main else ())]
-            digests = {name: digest(temporary / name) for name in mine}
+            digests = _write_part(temporary, config, files, values if world.is_main else {})
         entries = [digests] * world.size
         dist.all_gather_object(entries, digests, world.control)
         with together(world, SaveError, "committing the checkpoint"):
@@ -245,6 +233,36 @@ def _gather_files(engine: Engine, ema: Ema | None, world: World, state: TrainSta
         if i % world.size == world.rank:
             files[name] = {key: weight.cpu() for key, weight in weights.items()}
     return files
+
+
+def _make_temporary(final: Path, world: World) -> Path:
+    """A folder to write a checkpoint in, the same for all ranks; SaveError where it can't be made. Collective."""
+    temporary = final.with_name(f"{TEMPORARY}{final.name}")
+    with together(world, SaveError, "making a folder for the checkpoint"):
+        if world.is_main:
+            remove_leftovers(final.parent)
+            temporary = free_name(temporary)
+            try:
+                (temporary / MOMENTS).mkdir(parents=True)
+            except OSError:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    agreed = [temporary]
+    dist.broadcast_object_list(agreed, group=world.control)
+    return agreed[0]
+
+
+def _write_part(
+    folder: Path, config: Config, files: dict[str, Weights], values: dict[str, object]
+) -> dict[str, dict[str, Any]]:
+    """Writes this rank's files: weights and, if there are any, values and the configuration; returns their digests."""
+    for name, weights in files.items():
+        _write_weights(weights, config, folder / name)
+    if values:
+        save_config(config, folder / CONFIG_FILE)
+    for name, value in values.items():
+        _write_json(value, folder / name)
+    return {name: digest(folder / name) for name in (*files, *values, *([CONFIG_FILE] if values else []))}
 
 
 def _write_weights(weights: Weights, config: Config, path: Path) -> None:
