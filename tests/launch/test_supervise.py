@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -271,3 +272,13 @@ def test_log_that_cannot_be_written_ends_nothing(slurm: Slurm) -> None:
     ]
     with Path("/dev/full").open("w") as full:
         assert subprocess.run(words, stdout=full, stderr=full).returncode == 0
+
+
+def test_it_is_run_by_its_path_and_takes_no_file_beside_it_for_the_standard_library_s(tmp_path: Path) -> None:
+    copy = tmp_path / "launch" / "supervise"
+    shutil.copytree(Path(supervisor.__file__).parent, copy)
+    for name in ("queue", "signal", "socket", "supervisor"):
+        (copy.parent / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    shown = subprocess.run([sys.executable, "-IB", copy, "--help"], cwd=copy.parent, capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "--notice" in shown.stdout
