@@ -11,19 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import input_error
 
 from convneur.data.errors import InputError
 from convneur.data.format.manifest import Manifest
 from convneur.data.inspect.show import summarize
 from convneur.data.inspect.verify import verify_dataset
 from convneur.data.stores.tar import TarStore
-
-
-def refused(read: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        read()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def read_all(folder: Path) -> list[Callable[[], object]]:
@@ -68,7 +62,7 @@ def test_no_flipped_bit_of_a_manifest_changes_what_it_says_in_silence(original: 
         try:
             read = Manifest.read(Path(folder))
         except InputError:
-            assert f"{folder}/manifest.json" in refused(lambda: Manifest.read(Path(folder)))
+            assert f"{folder}/manifest.json" in input_error(lambda: Manifest.read(Path(folder)))
         else:
             assert read == Manifest.read(original)
 
@@ -115,7 +109,7 @@ def test_an_old_manifest_that_contradicts_itself_is_refused(
     assert len(TarStore(copy, "train")) == 40
     _change(fields, *path, value=value)
     (copy / "manifest.json").write_text(json.dumps(fields))
-    message = refused(lambda: TarStore(copy, "train"))
+    message = input_error(lambda: TarStore(copy, "train"))
     assert expected in message
     assert str(copy) in message
 
@@ -126,7 +120,7 @@ def test_what_is_no_file_is_no_manifest(copy: Path) -> None:
         manifest.unlink()
         spoil()
         for read in read_all(copy):
-            assert f"{manifest} is damaged" in refused(read)
+            assert f"{manifest} is damaged" in input_error(read)
         if manifest.is_dir():
             manifest.rmdir()
             manifest.touch()

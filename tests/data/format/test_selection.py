@@ -4,15 +4,14 @@ import io
 import multiprocessing
 import os
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import input_error
 from torchvision.datasets import ImageFolder
 
-from convneur.data.errors import InputError
 from convneur.data.format.manifest import Manifest
 from convneur.data.format.selection import Tally
 from convneur.data.inspect.verify import verify_dataset
@@ -55,13 +54,6 @@ def index(shard: Path, out: Path, split: str = "train") -> tuple[dict[str, tuple
     found = {sample.key: (sample.image, sample.label) for sample in map(store.read, range(len(store)))}
     assert len(found) == len(store) == count
     return found, lines
-
-
-def refused(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_an_index_takes_or_names_every_file_of_a_shard(tmp_path: Path) -> None:
@@ -115,7 +107,7 @@ def test_an_index_refuses_in_one_line_and_leaves_nothing(
     tmp_path: Path, members: Members, links: dict[str, tuple[bytes, str]], expected: str
 ) -> None:
     shard = write(tmp_path / "x.tar", members, links)
-    message = refused(lambda: prepare_index(str(shard), tmp_path / "new" / "out", split="train", processes=1))
+    message = input_error(lambda: prepare_index(str(shard), tmp_path / "new" / "out", split="train", processes=1))
     assert expected in message
     assert "x.tar" in message
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
@@ -125,7 +117,7 @@ def test_an_index_refuses_in_one_line_and_leaves_nothing(
 def test_a_compressed_shard_is_refused(tmp_path: Path, mode: str) -> None:
     with tarfile.open(tmp_path / "x.tar", mode) as archive:
         archive.addfile(tarfile.TarInfo("a.png"))
-    assert "is compressed with" in refused(lambda: index(tmp_path / "x.tar", tmp_path / "out"))
+    assert "is compressed with" in input_error(lambda: index(tmp_path / "x.tar", tmp_path / "out"))
     index(write(tmp_path / "x.tar", pairs("BZh")), tmp_path / "out")
 
 
@@ -135,7 +127,7 @@ def test_a_member_that_does_not_lie_in_the_file_as_it_is_is_refused(tmp_path: Pa
     header = tarfile.TarInfo("a.png")
     header.size = 1 << 40
     shard.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + whole[512:])
-    assert "cut off within a.png" in refused(lambda: index(shard, tmp_path / "out"))
+    assert "cut off within a.png" in input_error(lambda: index(shard, tmp_path / "out"))
     sparse = bytearray(header.tobuf(tarfile.GNU_FORMAT))
     header.size, header.type = 512, tarfile.GNUTYPE_SPARSE
     sparse = bytearray(header.tobuf(tarfile.GNU_FORMAT))
@@ -143,24 +135,24 @@ def test_a_member_that_does_not_lie_in_the_file_as_it_is_is_refused(tmp_path: Pa
     sparse[483:495] = b"%011o\0" % (1 << 20)
     sparse[148:156] = b"%06o\0 " % (sum(sparse[:148]) + 8 * 32 + sum(sparse[156:]))
     shard.write_bytes(bytes(sparse) + whole[512:])
-    assert "a.png is stored with holes" in refused(lambda: index(shard, tmp_path / "out"))
+    assert "a.png is stored with holes" in input_error(lambda: index(shard, tmp_path / "out"))
 
 
 def test_what_occurs_twice_is_refused_or_said(tmp_path: Path) -> None:
     first, second = write(tmp_path / "0.tar", pairs("a", "b")), write(tmp_path / "1.tar", pairs("a", "c", "d"))
     out = tmp_path / "out"
     for pattern in (f"{tmp_path}/{{0,1,0}}.tar", f"{tmp_path}/{{*,0}}.tar"):
-        assert f"names {first} twice" in refused(lambda pattern=pattern: index(Path(pattern), out))
+        assert f"names {first} twice" in input_error(lambda pattern=pattern: index(Path(pattern), out))
     (tmp_path / "2.tar").write_bytes(first.read_bytes())
-    assert "is the same as" in refused(lambda: index(tmp_path / "*.tar", out))
+    assert "is the same as" in input_error(lambda: index(tmp_path / "*.tar", out))
     (tmp_path / "2.tar").unlink()
     lines: list[str] = []
     assert prepare_index(f"{tmp_path}/*.tar", out, split="train", processes=1, say=lines.append) == 5
     assert lines == ["warning: train: 1 images occur more than once, key and bytes, such as a"]
     _, lines = index(second, out, "val")
     assert lines == [f"warning: val: 1 shards are in split train, too, such as {second}"]
-    assert "a brace that isn't closed" in refused(lambda: index(tmp_path / "{0,1.tar", out))
-    assert "--split is '../x'" in refused(lambda: index(first, out, "../x"))
+    assert "a brace that isn't closed" in input_error(lambda: index(tmp_path / "{0,1.tar", out))
+    assert "--split is '../x'" in input_error(lambda: index(first, out, "../x"))
 
 
 @pytest.fixture
@@ -224,12 +216,12 @@ def test_what_is_left_out_of_folders_adds_up_and_is_said(source: Path, tmp_path:
 def test_a_class_without_images_and_links_that_lead_nowhere_are_refused(source: Path, tmp_path: Path) -> None:
     (source / "train" / "3").mkdir()
     (source / "train" / "3" / "._x.png").write_bytes(b"x")
-    assert "class 3 of" in refused(lambda: prepared(source, tmp_path / "out"))
+    assert "class 3 of" in input_error(lambda: prepared(source, tmp_path / "out"))
     (source / "train" / "3" / "loop").symlink_to(source / "train" / "3")
-    assert "loop is a link to a folder above it" in refused(lambda: prepared(source, tmp_path / "out"))
+    assert "loop is a link to a folder above it" in input_error(lambda: prepared(source, tmp_path / "out"))
     (source / "train" / "3" / "loop").unlink()
     (source / "train" / "3" / "gone.png").symlink_to(tmp_path / "gone")
-    assert "gone.png is a link to nothing" in refused(lambda: prepared(source, tmp_path / "out"))
+    assert "gone.png is a link to nothing" in input_error(lambda: prepared(source, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -246,11 +238,11 @@ def test_validation_images_alone_are_a_dataset(source: Path, tmp_path: Path) -> 
         "10/same": 3,
     }
     train.rename(source / "train")
-    assert "holds split val, not train and val" in refused(lambda: prepared(source, tmp_path / "out"))
+    assert "holds split val, not train and val" in input_error(lambda: prepared(source, tmp_path / "out"))
     flat = tmp_path / "flat"
     (flat / "val").mkdir(parents=True)
     (flat / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(png(1))
-    message = refused(lambda: prepare_imagenet(flat, tmp_path / "other", processes=1))
+    message = input_error(lambda: prepare_imagenet(flat, tmp_path / "other", processes=1))
     assert "but no folders of classes" in message
     assert "LOC_val_solution.csv" in message
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from refusals import input_error
 from sklearn.datasets import load_digits
 
-from convneur.data.errors import InputError
 from convneur.data.files import TEMPORARY, atomic_write
 from convneur.data.format.index import index_split
 from convneur.data.format.manifest import Manifest
@@ -32,14 +32,6 @@ def copy(digits: Path, tmp_path: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def input_error(call: object, *arguments: object) -> str:
-    """The one line of the InputError that a call raises."""
-    with pytest.raises(InputError) as caught:
-        call(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def flip_byte(path: Path, offset: int) -> None:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from refusals import input_error
 
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import InputError
@@ -175,13 +175,6 @@ def test_the_command_line_says_it(copy: Path, capsys: pytest.CaptureFixture[str]
         assert expected in error
 
 
-def refused(read: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        read()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_showing_names_the_images_that_others_stand_in_for(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "train-000001.tar"
     flip(path, member(path, "train00000009").offset_data + 200)
@@ -198,21 +191,23 @@ def test_a_dataset_without_a_readable_image_is_refused_in_one_line(copy: Path) -
             flip(path, place)
     assert len(verify_dataset(copy, 1)[0].denied) == 40
     config = DataConfig(root=str(copy), image_size=16)
-    assert "0 samples in split 'train': too few to show" in refused(lambda: contact_sheet(config, copy / "sheet.png"))
+    assert "0 samples in split 'train': too few to show" in input_error(
+        lambda: contact_sheet(config, copy / "sheet.png")
+    )
 
 
 def test_preparing_again_notices_files_that_are_gone(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = {"classes": 4, "images": 40, "height": 30, "width": 40, "processes": 1, "shard_samples": 8}
     assert not prepare_synthetic(copy, **words)
     os.truncate(copy / "train-000002.tar", 100)
-    assert "train-000002.tar has 100 bytes" in refused(lambda: prepare_synthetic(copy, **words))
+    assert "train-000002.tar has 100 bytes" in input_error(lambda: prepare_synthetic(copy, **words))
     (copy / "train-000002.tar").unlink()
-    assert "train-000002.tar is missing" in refused(lambda: prepare_synthetic(copy, **words))
+    assert "train-000002.tar is missing" in input_error(lambda: prepare_synthetic(copy, **words))
 
 
 def test_the_mark_of_another_dataset_may_be_anything(tmp_path: Path) -> None:
     (tmp_path / "preparing").write_bytes(b"\xff\xfe")
-    message = refused(lambda: prepare_synthetic(tmp_path, classes=1, images=1, height=8, width=8, processes=1))
+    message = input_error(lambda: prepare_synthetic(tmp_path, classes=1, images=1, height=8, width=8, processes=1))
     assert "holds something else" in message
 
 
@@ -230,7 +225,7 @@ def test_a_pipe_is_no_shard(copy: Path, tmp_path: Path) -> None:
     (copy / "train-000002.tar").unlink()
     os.mkfifo(copy / "train-000002.tar")
     pattern, out = str(copy / "train-*.tar"), tmp_path / "index"
-    assert "train-000002.tar is no file" in refused(lambda: prepare_index(pattern, out, split="train", processes=1))
+    assert "train-000002.tar is no file" in input_error(lambda: prepare_index(pattern, out, split="train", processes=1))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -4,21 +4,13 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from refusals import input_error
 
-from convneur.data.errors import InputError
 from convneur.data.prepare import claim
 from convneur.data.prepare.claim import LOCK, claimed, folder_locked
-
-
-def refused(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def _hold(folder: Path, ready: object) -> None:
@@ -36,7 +28,7 @@ def test_a_folder_that_is_being_prepared_is_refused_until_its_holder_is_gone(
     process = context.Process(target=_hold, args=(tmp_path, ready))
     process.start()
     ready.wait()
-    assert f"another process is preparing {tmp_path}" in refused(lambda: claimed(tmp_path, "digits").__enter__())
+    assert f"another process is preparing {tmp_path}" in input_error(lambda: claimed(tmp_path, "digits").__enter__())
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -45,5 +37,5 @@ def test_a_folder_that_is_being_prepared_is_refused_until_its_holder_is_gone(
         assert fresh
     assert not (tmp_path / LOCK).exists()
     with folder_locked(tmp_path, shared=True), folder_locked(tmp_path, shared=True):
-        refused(lambda: claimed(tmp_path, "digits").__enter__())
+        input_error(lambda: claimed(tmp_path, "digits").__enter__())
     assert not (tmp_path / LOCK).exists()

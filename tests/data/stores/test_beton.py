@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from refusals import input_error
 
 from convneur.data.check import check_data
 from convneur.data.config import AugmentConfig, DataConfig
-from convneur.data.errors import InputError, SampleError
+from convneur.data.errors import SampleError
 from convneur.data.files import TEMPORARY
 from convneur.data.format.beton import JPG, RAW
 from convneur.data.format.manifest import Manifest
@@ -104,14 +105,6 @@ def damage(path: Path, place: int) -> None:
     content = bytearray(path.read_bytes())
     content[place] ^= 255
     path.write_bytes(content)
-
-
-def input_error(call: Callable[..., object], *arguments: object, **named: object) -> str:
-    """The one line of the InputError that a call raises."""
-    with pytest.raises(InputError) as caught:
-        call(*arguments, **named)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
