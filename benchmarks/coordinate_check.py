@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from convneur.engine.config import OptimizerConfig, ScheduleConfig
 from convneur.engine.optimizer import build_optimizer, build_schedule
 from convneur.models.build import build_model
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
+from convneur.models.convneur.config import MemoryConfig, ModelConfig
+from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.model import ConvNeur
 from convneur.ops.memory.equations import MemoryState, retrieve
 

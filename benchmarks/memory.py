@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from convneur.models.convneur.memory import HIDDEN_RATIO, MemoryConfig, NeuralMemory
+from convneur.models.convneur.config import MemoryConfig
+from convneur.models.convneur.memory import HIDDEN_RATIO, NeuralMemory
 from convneur.ops.memory.equations import update_factors
 from convneur.ops.memory.reading import steps
 

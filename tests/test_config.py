@@ -16,8 +16,7 @@ from convneur.config import Config, deepspeed_config, load_config, save_config
 from convneur.data.errors import InputError
 from convneur.engine.section import parse_with_deepspeed
 from convneur.limits import check_config
-from convneur.models.convneur.config import VARIANTS, ModelConfig
-from convneur.models.convneur.memory import MemoryConfig
+from convneur.models.convneur.config import VARIANTS, MemoryConfig, ModelConfig
 from convneur.settings import config_keys, nearest_key
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from convneur.config import deepspeed_config, load_config
 from convneur.data.errors import InputError
 from convneur.engine.section import BUCKET, KNOWN_KEYS, LOWER_PRECISION_MODULES, REFUSED_KEYS, parse_with_deepspeed
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.mixers import MIXERS, MixerKind, UpdateGenerator
+from convneur.models.convneur.config import MixerKind, ModelConfig
+from convneur.models.convneur.mixers import MIXERS, UpdateGenerator
 from convneur.models.convneur.model import ConvNeur
 
 BASE = ["--data.global_batch_size", "96", "--train.accumulation", "2", "--optimizer.clip_grad", "0.5"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from convneur.models.convneur.config import VARIANTS, ModelConfig, Variant
-from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
-from convneur.models.convneur.mixers import MIXERS, MixerKind
+from convneur.models.convneur.config import VARIANTS, MemoryConfig, MixerKind, ModelConfig, Variant
+from convneur.models.convneur.memory import NeuralMemory
+from convneur.models.convneur.mixers import MIXERS
 from convneur.models.convneur.model import ConvNeur
 from convneur.ops.memory.reading import ReadOrder
 
@@ -39,7 +39,7 @@ def create() -> nn.Module:
 
 def mixer(kind: MixerKind) -> nn.Module:
     torch.manual_seed(0)
-    return MIXERS[kind].build(8, MemoryConfig(chunk_length=20)).eval()
+    return MIXERS[kind](8, MemoryConfig(chunk_length=20)).eval()
 
 
 def noise(*shape: int) -> Tensor:
@@ -94,7 +94,7 @@ def test_model_in_onnx_with_open_batch_and_size(tmp_path: Path) -> None:
 
 def test_final_state_in_onnx_with_open_batch_and_size(tmp_path: Path) -> None:
     """Here every chunk's update matters, those of padding alone too."""
-    model = MIXERS["neural_memory"].build(8, MemoryConfig(chunk_length=20, read="final_state")).eval()
+    model = MIXERS["neural_memory"](8, MemoryConfig(chunk_length=20, read="final_state")).eval()
     session = onnx_session(model, noise(2, 6, 7, 8), dict.fromkeys((0, 1, 2), Dim.DYNAMIC), tmp_path)
     for height, width in [(6, 7), (2, 3), (8, 10)]:
         assert_same(session, model, noise(3, height, width, 8))

@@ -9,8 +9,9 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
 from convneur.models.convneur.block import Block
 from convneur.models.convneur.branches import GlobalBranch
-from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
-from convneur.models.convneur.mixers import MIXERS, MixerKind
+from convneur.models.convneur.config import WIDTH_RATIOS, MemoryConfig, MixerKind
+from convneur.models.convneur.memory import NeuralMemory
+from convneur.models.convneur.mixers import MIXERS
 from convneur.ops.depthwise import weight_gradient
 from convneur.ops.memory.reading import ReadOrder
 
@@ -20,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def block_of(mixer: MixerKind = "neural_memory") -> Block:
     """A block of 8 channels, whose memory of 4 channels is written in two chunks of 20 of 5 x 9 positions."""
     torch.manual_seed(0)
-    width = round(8 * MIXERS[mixer].width_ratio)
-    branch = GlobalBranch(8, width, MIXERS[mixer].build(width, MemoryConfig(20)))
+    width = round(8 * WIDTH_RATIOS[mixer])
+    branch = GlobalBranch(8, width, MIXERS[mixer](width, MemoryConfig(20)))
     return Block(8, branch, "gate", drop_path=0.0, layer_scale=0.5)
 
 

@@ -17,9 +17,8 @@ from torch.utils.flop_counter import flop_registry
 
 from convneur.models.convneur.block import Block
 from convneur.models.convneur.branches import GlobalBranch, LocalBranch
-from convneur.models.convneur.config import Fusion
-from convneur.models.convneur.memory import MemoryConfig
-from convneur.models.convneur.mixers import MIXERS, MixerKind
+from convneur.models.convneur.config import WIDTH_RATIOS, Fusion, MemoryConfig, MixerKind
+from convneur.models.convneur.mixers import MIXERS
 from convneur.models.layers import ChannelLinear, DepthwiseConv2d
 from convneur.ops import native
 
@@ -41,8 +40,8 @@ def block_of(
     torch.manual_seed(0)
     branch = None
     if mixer is not None:
-        width = round(dim * MIXERS[mixer].width_ratio)
-        branch = GlobalBranch(dim, width, MIXERS[mixer].build(width, MemoryConfig(chunk_length)))
+        width = round(dim * WIDTH_RATIOS[mixer])
+        branch = GlobalBranch(dim, width, MIXERS[mixer](width, MemoryConfig(chunk_length)))
     block = Block(dim, branch, fusion, drop_path, layer_scale=0.5)
     for parameter in block.parameters():
         with torch.no_grad():
@@ -103,7 +102,7 @@ def test_every_fusion_of_a_memory(fusion: Fusion, chunk_length: int) -> None:
 @pytest.mark.parametrize("mixer", sorted(set(MIXERS) - {"neural_memory"}))
 def test_every_other_branch(mixer: MixerKind) -> None:
     counts = assert_as_exact_as_pytorch(block_of(32, mixer), torch.randn(2, 32, 9, 7))
-    assert (BOTTLENECK in counts) == (MIXERS[mixer].width_ratio < 1)
+    assert (BOTTLENECK in counts) == (WIDTH_RATIOS[mixer] < 1)
 
 
 @torch.no_grad()
@@ -221,7 +220,7 @@ def test_wrong_channels_are_pytorchs_error() -> None:
 @torch.no_grad()
 def test_a_memory_of_another_width_is_pytorchs_error() -> None:
     block = block_of(8)
-    replace(block, "global_branch.mixer", MIXERS["neural_memory"].build(6, MemoryConfig(20)))
+    replace(block, "global_branch.mixer", MIXERS["neural_memory"](6, MemoryConfig(20)))
     with pytest.raises(RuntimeError, match="to have 6 channels, but got 4 channels"):
         block(torch.randn(1, 8, 4, 4))
 

@@ -7,13 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.memory import MemoryConfig
+from convneur.models.convneur.config import MemoryConfig, MixerKind, ModelConfig
 from convneur.models.convneur.mixers import (
     CBAM,
     IRRWKV,
     MIXERS,
-    MixerKind,
     NonLocal,
     SelfAttention,
     SpatialMix,
@@ -226,7 +224,7 @@ def test_titans(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (13, 6), (28, 28)])
 def test_any_size_in_float32_and_in_half_precision(kind: MixerKind, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    mixer = MIXERS[kind].build(12, MemoryConfig(chunk_length=50))
+    mixer = MIXERS[kind](12, MemoryConfig(chunk_length=50))
     x = torch.randn(2, *size, 12, requires_grad=True)
     y = mixer(x)
     assert y.shape == x.shape

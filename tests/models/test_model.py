@@ -10,8 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convneur.models.convneur.block import Block
 from convneur.models.convneur.branches import GlobalBranch
-from convneur.models.convneur.config import VARIANTS, ModelConfig
-from convneur.models.convneur.memory import MemoryConfig
+from convneur.models.convneur.config import VARIANTS, MemoryConfig, ModelConfig
 from convneur.models.convneur.mixers import MemoryMixer
 from convneur.models.convneur.model import ConvNeur
 

@@ -13,10 +13,10 @@ from convneur.data.errors import InputError
 from convneur.engine.config import OptimizerConfig, ScheduleConfig
 from convneur.engine.optimizer import build_optimizer, build_schedule
 from convneur.limits import check_config
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
+from convneur.models.convneur.config import MUP_INNER_LR, MemoryConfig, ModelConfig
+from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.model import ConvNeur
-from convneur.models.convneur.mup import INNER_LR, MATRIX, RULES
+from convneur.models.convneur.mup import MATRIX, RULES
 
 SCRIPT = ROOT / "benchmarks" / "coordinate_check.py"
 SHAPE = ModelConfig("16x1-1-2-1", num_classes=10)
@@ -84,7 +84,7 @@ def test_one_inner_step_size_does_for_the_two_that_the_layers_want(read: str) ->
     read_from = {"before_update": states[:-1], "after_update": states[1:], "final_state": states[-1:] * 3}[read]
     expected = torch.cat([recall(w, part) for w, part in zip(read_from, q.split(chunk), strict=True)])
 
-    memory = NeuralMemory(dim, MemoryConfig(chunk, inner_lr * m**INNER_LR, read)).double()
+    memory = NeuralMemory(dim, MemoryConfig(chunk, inner_lr * m**MUP_INNER_LR, read)).double()
     larger = {name: m ** (RULES[f"memory.{name}"].lr - MATRIX.lr) for name in ("qkv_weight", "w2", "generator_weight")}
     with torch.no_grad():
         memory.qkv_weight.copy_(larger["qkv_weight"] * torch.cat([wq, wk, wv]))

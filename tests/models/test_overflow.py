@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from convneur.data.errors import InputError
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.memory import MemoryConfig
-from convneur.models.convneur.mixers import MixerKind
+from convneur.models.convneur.config import MemoryConfig, MixerKind, ModelConfig
 from convneur.models.convneur.model import ConvNeur
 from convneur.models.convneur.overflow import check_memories, overflowing_memory
 

@@ -7,7 +7,8 @@ import torch
 from memory_oracle import reference_memory
 from torch.utils.flop_counter import FlopCounterMode
 
-from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
+from convneur.models.convneur.config import MemoryConfig
+from convneur.models.convneur.memory import NeuralMemory
 from convneur.ops.memory import eager
 from convneur.ops.memory.equations import gelu_and_derivative
 from convneur.ops.memory.reading import ReadOrder

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
+from convneur.models.convneur.config import MemoryConfig
+from convneur.models.convneur.memory import NeuralMemory
 from convneur.ops import native
 from convneur.ops.memory import eager
 

@@ -10,7 +10,8 @@ from typing import get_args
 import pytest
 import torch
 
-from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
+from convneur.models.convneur.config import MemoryConfig
+from convneur.models.convneur.memory import NeuralMemory
 from convneur.ops.memory import eager
 from convneur.ops.memory.reading import ReadOrder
 

@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
+from convneur.models.convneur.config import MemoryConfig, ModelConfig
+from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.model import ConvNeur
 from convneur.ops import native
 
 pytestmark = pytest.mark.skipif(shutil.which(native.compiler()[0]) is None, reason="there is no C++ compiler")
 ONE_CALL = """
 import torch
-from convneur.models.convneur.memory import MemoryConfig, NeuralMemory
+from convneur.models.convneur.config import MemoryConfig
+from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.config import ModelConfig
 from convneur.models.convneur.model import ConvNeur
 torch.manual_seed(0)

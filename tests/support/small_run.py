@@ -7,8 +7,7 @@ from pathlib import Path
 from convneur.config import Config, RunConfig, TrainConfig
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.engine.config import OptimizerConfig, ScheduleConfig
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.memory import MemoryConfig
+from convneur.models.convneur.config import MemoryConfig, ModelConfig
 from convneur.records.folder import MANIFEST, OPTIMIZER_FILE, STATE_FILE
 
 STEPS = 11  # 1437 training digits in batches of 128

@@ -14,8 +14,7 @@ from convneur.config import Config, save_config
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.launch.cli import main
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.memory import MemoryConfig
+from convneur.models.convneur.config import MemoryConfig, ModelConfig
 from convneur.models.convneur.model import ConvNeur
 from convneur.records.folder import CONFIG_FILE
 from convneur.tools.explain import GateView, draw, explain, look

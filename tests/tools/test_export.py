@@ -16,9 +16,7 @@ from convneur.config import Config, RunConfig, config_text, load_config, save_co
 from convneur.data.config import DataConfig
 from convneur.data.errors import InputError
 from convneur.launch.cli import main
-from convneur.models.convneur.config import VARIANTS, ModelConfig, Variant
-from convneur.models.convneur.memory import MemoryConfig
-from convneur.models.convneur.mixers import MixerKind
+from convneur.models.convneur.config import VARIANTS, MemoryConfig, MixerKind, ModelConfig, Variant
 from convneur.models.convneur.model import ConvNeur
 from convneur.records.folder import CLASSES_FILE, CONFIG_FILE
 from convneur.tools import export

@@ -69,7 +69,7 @@ class Stage(nn.Module):
             if config.placement == "none" or (config.placement == "per_stage" and block > 0):
                 return None
             width = config.branch_width(stage)
-            return GlobalBranch(dim, width, MIXERS[config.branch].build(width, config.stage_memory(stage)))
+            return GlobalBranch(dim, width, MIXERS[config.branch](width, config.stage_memory(stage)))
 
         self.blocks = nn.Sequential(
             *(Block(dim, global_branch(i), config.fusion, rate, config.layer_scale) for i, rate in enumerate(drop_path))

@@ -1,4 +1,4 @@
-"""What to build: the variants of ConvNeur, and the settings of a model.
+"""What to build: the variants of ConvNeur, and the settings of a model. Loads no PyTorch.
 
 Source: "Efficiency Follows Global-Local Decoupling", CVPR 2026 (arXiv 2603.19567). The paper gives the equations and
 the totals of M1-M4, not widths and depths: `VARIANTS` is a reconstruction. It takes stem, downsampling and blocks
@@ -14,11 +14,9 @@ from math import inf
 from operator import attrgetter
 from typing import Literal, get_args
 
-from convneur.models.convneur import mup
-from convneur.models.convneur.memory import MemoryConfig
-from convneur.models.convneur.mixers import MIXERS, MixerKind
 from convneur.ops.memory.reading import ReadOrder
 
+MixerKind = Literal["neural_memory", "cbam", "non_local", "self_attention", "ir_rwkv", "titans"]
 Placement = Literal["none", "per_stage", "per_layer"]
 Fusion = Literal["gate", "add", "concat"]
 GlobalPool = Literal["avg", "max", "avgmax", ""]
@@ -77,7 +75,36 @@ def variant_named(name: str, key: str = "model.variant") -> Variant:
     return Variant((depths[0], depths[1], depths[2], depths[3]), base_width)
 
 
+# Width d of each mixer as a fraction of C. GMACs of M3 with each of them, built (and in the paper): 1.67 (1.8),
+# 1.42 (1.5), 3.01 (3.0), 1.77 (1.8), 1.97 (2.0), 2.62 (3.1).
+WIDTH_RATIOS: dict[MixerKind, float] = {
+    "neural_memory": 1 / 2,
+    "cbam": 1 / 2,
+    "non_local": 1,
+    "self_attention": 1 / 4,
+    "ir_rwkv": 1 / 2,
+    "titans": 1 / 2,
+}
+
+MUP_INNER_LR = -1  # exponent of the width factor that muP multiplies memory.inner_lr with; mup.py derives it
 SMALLEST_IMAGE = 32  # pixels a side: the stages reduce it by 4, 8, 16 and 32
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Settings of the neural memory.
+
+    Attributes:
+        chunk_length: tokens a chunk, L (paper: 196 for classification, 4096 for detection).
+        inner_lr: scale of the inner step size theta (paper: 1 for classification, 1e-3 for detection).
+        read: what chunk t reads. "before_update" (paper): the state left by chunk t-1. "after_update": the state that
+            chunk t itself just wrote. "final_state": the state after the last chunk, so that every position sees the
+            whole image.
+    """
+
+    chunk_length: int = 196
+    inner_lr: float = 1.0
+    read: ReadOrder = "before_update"
 
 
 @dataclass(frozen=True)
@@ -182,7 +209,7 @@ class ModelConfig:
         """Bottleneck width d of a stage's global branch."""
         if self.branch_widths is not None:
             return self.branch_widths[stage]
-        return round(variant_named(self.variant).widths[stage] * MIXERS[self.branch].width_ratio)
+        return round(variant_named(self.variant).widths[stage] * WIDTH_RATIOS[self.branch])
 
     def stage_memory(self, stage: int) -> MemoryConfig:
         """Settings of a stage's neural memory."""
@@ -190,5 +217,5 @@ class ModelConfig:
         return replace(
             self.memory,
             chunk_length=self.chunk_lengths[stage] if self.chunk_lengths else self.memory.chunk_length,
-            inner_lr=inner_lr * self.width_factor**mup.INNER_LR,
+            inner_lr=inner_lr * self.width_factor**MUP_INNER_LR,
         )

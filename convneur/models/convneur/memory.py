@@ -1,4 +1,4 @@
-"""The neural memory as a module: its settings, its parameters, and the choice of what computes it.
+"""The neural memory as a module: its parameters, and the choice of what computes it.
 
 Shape legend: B images, N tokens (H*W in raster order), d memory width.
 
@@ -7,7 +7,6 @@ Shape legend: B images, N tokens (H*W in raster order), d memory width.
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -16,30 +15,14 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from convneur.models.convneur.config import MemoryConfig
 from convneur.ops.linear import channel_linear
 from convneur.ops.memory import equations, operator, scan
 from convneur.ops.memory.equations import MemoryState, update_factors
-from convneur.ops.memory.reading import ReadOrder, updates
+from convneur.ops.memory.reading import updates
 from convneur.ops.transformed import is_transformed
 
 HIDDEN_RATIO = 4
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """Settings of the neural memory.
-
-    Attributes:
-        chunk_length: tokens a chunk, L (paper: 196 for classification, 4096 for detection).
-        inner_lr: scale of the inner step size theta (paper: 1 for classification, 1e-3 for detection).
-        read: what chunk t reads. "before_update" (paper): the state left by chunk t-1. "after_update": the state that
-            chunk t itself just wrote. "final_state": the state after the last chunk, so that every position sees the
-            whole image.
-    """
-
-    chunk_length: int = 196
-    inner_lr: float = 1.0
-    read: ReadOrder = "before_update"
 
 
 class UpdateGenerator(nn.Linear):
@@ -63,8 +46,9 @@ class NeuralMemory(nn.Module):
 
     implementation: Literal["auto", "plain", "scan", "fused"] = "auto"
 
-    def __init__(self, dim: int, config: MemoryConfig = MemoryConfig()) -> None:
+    def __init__(self, dim: int, config: MemoryConfig | None = None) -> None:
         super().__init__()
+        config = config or MemoryConfig()
         if config.chunk_length < 1:
             raise ValueError(f"chunk_length must be at least 1, got {config.chunk_length}")
         self.dim = dim

@@ -2,25 +2,23 @@
 
 A mixer maps (B, H, W, d) to (B, H, W, d) for any H x W. `GlobalBranch` in branches.py puts each of them into the same
 frame: projection C -> d, LayerNorm, mixer, projection d -> C. The paper names the alternatives and their cost and no
-more; widths are chosen to come near that cost, and MIXERS holds both.
+more; widths are chosen to come near that cost (`WIDTH_RATIOS` in config.py).
 
 Shape legend: B images, H x W positions, N = H*W tokens in raster order, L tokens a chunk, d bottleneck width.
 """
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from convneur.models.convneur.memory import HIDDEN_RATIO, MemoryConfig, NeuralMemory, UpdateGenerator
+from convneur.models.convneur.config import MemoryConfig, MixerKind
+from convneur.models.convneur.memory import HIDDEN_RATIO, NeuralMemory, UpdateGenerator
 from convneur.ops.memory.equations import MemoryState, retrieve, update
 from convneur.ops.precision import own_precision
-
-MixerKind = Literal["neural_memory", "cbam", "non_local", "self_attention", "ir_rwkv", "titans"]
 
 
 @register_notrace_module
@@ -229,25 +227,12 @@ class Titans(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
-class Mixer(NamedTuple):
-    """An entry of the ablation table.
-
-    Attributes:
-        build: makes the mixer, given its width d and the settings of the memory that it may contain.
-        width_ratio: its width d as a fraction of C.
-    """
-
-    build: Callable[[int, MemoryConfig], nn.Module]
-    width_ratio: float
-
-
-# GMACs of M3 with each of them, built (and in the paper): 1.67 (1.8), 1.42 (1.5), 3.01 (3.0), 1.77 (1.8), 1.97 (2.0),
-# 2.62 (3.1).
-MIXERS: dict[MixerKind, Mixer] = {
-    "neural_memory": Mixer(MemoryMixer, 1 / 2),
-    "cbam": Mixer(lambda dim, _: CBAM(dim), 1 / 2),
-    "non_local": Mixer(lambda dim, _: NonLocal(dim), 1),
-    "self_attention": Mixer(lambda dim, _: SelfAttention(dim), 1 / 4),
-    "ir_rwkv": Mixer(lambda dim, _: IRRWKV(dim), 1 / 2),
-    "titans": Mixer(Titans, 1 / 2),
+# How each of them is made, given its width d and the settings of the memory that it may contain.
+MIXERS: dict[MixerKind, Callable[[int, MemoryConfig], nn.Module]] = {
+    "neural_memory": MemoryMixer,
+    "cbam": lambda dim, _: CBAM(dim),
+    "non_local": lambda dim, _: NonLocal(dim),
+    "self_attention": lambda dim, _: SelfAttention(dim),
+    "ir_rwkv": lambda dim, _: IRRWKV(dim),
+    "titans": Titans,
 }

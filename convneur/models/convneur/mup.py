@@ -59,7 +59,6 @@ RULES = {
     "head.fc.weight": Rule(1, -1, -1),
     "head.fc.bias": Rule(0, 0, 0),
 }
-INNER_LR = -1  # exponent of m for memory.inner_lr
 
 
 def rule(name: str, parameter: nn.Parameter) -> Rule:

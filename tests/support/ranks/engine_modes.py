@@ -17,8 +17,7 @@ from convneur.engine.build import build_engine
 from convneur.engine.config import choose_implementation
 from convneur.engine.optimizer import build_optimizer
 from convneur.engine.section import offloads_optimizer
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.memory import MemoryConfig
+from convneur.models.convneur.config import MemoryConfig, ModelConfig
 from convneur.models.convneur.model import ConvNeur
 from convneur.ops.memory import cpp, eager
 from convneur.system.world import World

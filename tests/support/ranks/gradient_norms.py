@@ -18,8 +18,7 @@ from convneur.engine.engine import Engine
 from convneur.engine.optimizer import build_optimizer
 from convneur.engine.section import offloads_optimizer
 from convneur.engine.state import gather, gather_scalars, restore
-from convneur.models.convneur.config import ModelConfig
-from convneur.models.convneur.memory import MemoryConfig
+from convneur.models.convneur.config import MemoryConfig, ModelConfig
 from convneur.models.convneur.model import ConvNeur
 from convneur.system.world import World
 from convneur.train import cross_entropy, train_step
