@@ -18,7 +18,7 @@ from convneur.data.errors import InputError
 from convneur.engine.config import check_no_lock, choose_implementation, peak_lr
 from convneur.engine.methods import METHODS
 from convneur.engine.section import offloads_optimizer
-from convneur.models.convneur.config import SMALLEST_IMAGE
+from convneur.models.build import family_of
 from convneur.system.apex import examine_apex
 from convneur.tasks.choose import check_task
 
@@ -93,8 +93,8 @@ def check_values(config: Config) -> None:
         if (value := getattr(config.schedule, key)) > peak:
             scaled = f" for {config.data.global_batch_size} images" if peak != config.optimizer.lr else ""
             raise InputError(f"schedule.{key} is {value}, expected at most optimizer.lr{scaled}, {peak}")
-    if config.data.image_size < SMALLEST_IMAGE:
-        raise InputError(f"data.image_size is {config.data.image_size}, expected at least {SMALLEST_IMAGE}")
+    if config.data.image_size < (smallest := family_of(config.model).smallest_image):
+        raise InputError(f"data.image_size is {config.data.image_size}, expected at least {smallest}")
     check_places(config)
 
 

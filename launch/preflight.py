@@ -22,7 +22,7 @@ def check_start(config: "Config", world_size: int) -> None:
 
     task = build_task(config, torch.device("cpu"))
     with native.unused():
-        check_initial(initial_model(task, config.run.seed), config.data.image_size)
+        check_initial(initial_model(task, config.run.seed), config.model, config.data.image_size)
 
 
 def check(config: "Config", world_size: int) -> None:

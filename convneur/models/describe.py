@@ -9,8 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur.data.errors import InputError
+from convneur.models.build import build_model, family_of
 from convneur.models.convneur.block import Stage
-from convneur.models.convneur.config import SMALLEST_IMAGE, ModelConfig, variant_named
+from convneur.models.convneur.config import ModelConfig, variant_named
 from convneur.models.convneur.model import ConvNeur
 
 
@@ -50,7 +51,7 @@ class ModelInfo:
         image_size: side of the square image that it is looked at with.
         params: its parameters.
         gmacs: billions of multiply-accumulates an image, of matrix products and convolutions alone, as papers count.
-        stages: the four stages; stem and head are in the totals only.
+        stages: the four stages of a ConvNeur; stem and head are in the totals only.
     """
 
     variant: str
@@ -66,16 +67,17 @@ def describe(config: ModelConfig, image_size: int = 224) -> ModelInfo:
 
     Raises InputError where the image is too small for the last stage.
     """
-    if image_size < SMALLEST_IMAGE:
-        raise InputError(f"image size is {image_size}, expected at least {SMALLEST_IMAGE} pixels")
+    if image_size < (smallest := family_of(config).smallest_image):
+        raise InputError(f"image size is {image_size}, expected at least {smallest} pixels")
     stages: list[StageInfo] = []
     macs: list[int] = []
     # Fake tensors are shapes without memory; the meta device fails under the memory's autocast. Attention is written
     # out in matrix products, because torch 2.11 does not count the CPU's fused one.
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
-        model = ConvNeur(config).eval()
+        model = build_model(config).eval()
         x = torch.empty(1, config.in_chans, image_size, image_size)
-        for part in (model.stem, *model.stages, model.forward_head):
+        parts = (model.stem, *model.stages, model.forward_head) if isinstance(model, ConvNeur) else (model,)
+        for part in parts:
             with FlopCounterMode(display=False) as counter:
                 x = part(x)
             macs.append(counter.get_total_flops() // 2)

@@ -58,7 +58,7 @@ def build_trainer(
     model.set_grad_checkpointing(config.train.recompute)
     if config.train.norm_implementation == "apex":
         use_apex_norms(model)
-    check_initial(model, config.data.image_size)
+    check_initial(model, config.model, config.data.image_size)
     offload = offloads_optimizer(config.deepspeed)
     optimizer = build_optimizer(model, config.optimizer, implementation, config.data.global_batch_size, offload)
     schedule = build_schedule(optimizer, config.schedule, steps_per_epoch)

@@ -17,7 +17,7 @@ from convneur.data.stream.batch import EvalBatch
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
 from convneur.engine.build import autocast
-from convneur.models.convneur.config import SMALLEST_IMAGE
+from convneur.models.build import family_of
 from convneur.monitoring.watchdog import Watchdog
 from convneur.records.checkpoint import read_classes
 from convneur.system.world import World
@@ -53,12 +53,12 @@ def evaluate_checkpoint(
         InputError: the size or the crop is impossible; the checkpoint or the data can't be read, or the data have
             images of classes that the model isn't known to tell apart.
     """
-    if image_size is not None and image_size < SMALLEST_IMAGE:
-        raise InputError(f"--image-size is {image_size}, expected at least {SMALLEST_IMAGE}")
     if crop is not None and not 0 < crop <= 1:
         raise InputError(f"--crop is {crop}, expected a number above 0 and at most 1")
     trained = open_trained(path, averaged)
     config = trained.config
+    if image_size is not None and image_size < (smallest := family_of(config.model).smallest_image):
+        raise InputError(f"--image-size is {image_size}, expected at least {smallest}")
     # The engine is training's: left out, it doesn't ask for a format that other data may not have.
     data = replace(
         config.data,

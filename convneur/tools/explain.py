@@ -97,7 +97,8 @@ def explain(path: Path, image: Path, averaged: bool = False) -> Explanation:
         raise InputError(f"{image} can't be read ({in_one_line(error)}), expected an image file") from error
 
     model = trained.model()
-    assert isinstance(model, ConvNeur)
+    if not isinstance(model, ConvNeur):
+        raise InputError(f"{checkpoint} is of {config.model.variant}: only ConvNeur has gates to look at")
     pixels = eval_transform(config.data)(picture)
     logits, stages = look(model, Normalize(config.data, torch.device("cpu"))(pixels[None]))
     return Explanation(pixels.permute(1, 2, 0), logits[0].softmax(-1), stages, read_classes(checkpoint))

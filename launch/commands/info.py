@@ -48,10 +48,13 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     def cell(value: object) -> str:
         return "-" if value is None else str(value)
 
+    name = f"ConvNeur-{model.variant.upper()}" if model.stages else model.variant
     print(
-        f"ConvNeur-{model.variant.upper()}: {model.params / 1e6:.3f} M parameters, {model.gmacs:.3f} GMACs"
+        f"{name}: {model.params / 1e6:.3f} M parameters, {model.gmacs:.3f} GMACs"
         f" at {model.image_size} x {model.image_size}\n"
     )
+    if not model.stages:
+        return 0
     rows = []
     for number, stage in enumerate(model.stages, 1):
         height, width = stage.resolution

@@ -9,7 +9,7 @@ Shape legend: C channels of a stage, d bottleneck width of the global branch.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from math import inf
 from operator import attrgetter
 from typing import Literal, get_args
@@ -49,6 +49,11 @@ VARIANTS = {
     "m8": Variant((3, 3, 27, 3), 192),
     "m9": Variant((3, 3, 27, 3), 256),
 }
+
+OWN = "convneur"
+"""The family of the variants above, and of free shapes."""
+ANY_FAMILY = ("variant", "num_classes", "in_chans", "drop_rate", "drop_path")
+"""Settings that mean something to the models of every family."""
 
 LARGEST = 10**9
 WIDEST, DEEPEST = 9998, 999  # of a free shape: what is larger is a slip, and would take hours to be looked at
@@ -113,7 +118,7 @@ class ModelConfig:
 
     Attributes:
         variant: a row of VARIANTS, n1..n3 or m1..m9, or a shape of its own: "24x2-2-6-2" has 24 channels in the first
-            stage and 2, 2, 6 and 2 blocks in the four.
+            stage and 2, 2, 6 and 2 blocks in the four. FAMILY:NAME is a model of another family.
         num_classes: outputs of the head; 0 for no classifier.
         in_chans: channels of the input image.
         placement: where global branches sit: in no block (the local-only control), in the first block of every stage
@@ -149,8 +154,16 @@ class ModelConfig:
     layer_scale: float = 1e-6
     mup_base: str = ""
 
+    @property
+    def family(self) -> str:
+        """Who builds the model; see `convneur.models.build.FAMILIES`."""
+        return self.variant.partition(":")[0] if ":" in self.variant else OWN
+
     def __post_init__(self) -> None:
-        variant_named(self.variant)
+        if self.family == OWN:
+            variant_named(self.variant)
+        else:
+            self._check_foreign()
         choices = {
             "placement": get_args(Placement),
             "branch": get_args(MixerKind),
@@ -176,6 +189,15 @@ class ModelConfig:
         if self.mup_base:
             self._check_mup()
 
+    def _check_foreign(self) -> None:
+        for setting in fields(self):
+            default = setting.default if setting.default is not MISSING else MemoryConfig()
+            if setting.name not in ANY_FAMILY and (value := getattr(self, setting.name)) != default:
+                raise ValueError(
+                    f"model.{setting.name} is {value!r}, which says nothing to model.variant {self.variant!r}: leave it"
+                    f" out (it is a setting of ConvNeur; {', '.join(ANY_FAMILY)} are for all models)"
+                )
+
     def _check_mup(self) -> None:
         variant_named(self.mup_base, "model.mup_base")
         if self.placement != "none" and self.branch != "neural_memory":
@@ -197,6 +219,8 @@ class ModelConfig:
     @property
     def depth_warning(self) -> str | None:
         """What has to be said where the depths aren't those of mup_base, over which muP carries no learning rate."""
+        if self.family != OWN:
+            return None
         depths, base = (variant_named(name or self.variant).depths for name in (self.variant, self.mup_base))
         if depths == base:
             return None

@@ -113,7 +113,7 @@ def forward(given: Given, settings: Settings, keep: bool) -> tuple[Tensor, Kept]
     of_states, *others, _ = kept_shapes(images, tokens, d, h, settings)
     room = of_states if keep else (min(of_states[0], 2), *of_states[1:])
     scales = reciprocal_norms(qkv, d, start.dtype)
-    kept = Kept(*(start.new_empty(shape) for shape in (room, *others)), scales)
+    kept = Kept(*[*(start.new_empty(shape) for shape in (room, *others)), scales])
     y = start.new_empty(images, tokens, d)
     plan = _Plan(given, settings)
     for group in _groups(scales, h, max(plan.lengths)):
