@@ -24,8 +24,8 @@ from typing import NamedTuple
 from convneur.data.errors import InputError
 from convneur.data.files import fsync
 from convneur.launch.holder import Holder
+from convneur.records.folder import LOCK_FILE
 
-LOCK_FILE = ".lock"
 BEAT_SECONDS = 5.0
 DEAD_SECONDS = 30.0
 TRIES = 100

@@ -14,7 +14,8 @@ import pytest
 
 from convneur.data.errors import InputError
 from convneur.launch import lock
-from convneur.launch.lock import LOCK_FILE, locked
+from convneur.launch.lock import locked
+from convneur.records.folder import LOCK_FILE
 
 HOLD = "import sys, time; from pathlib import Path; from convneur.launch import lock\n"
 HOLD += "lock.BEAT_SECONDS = 0.2\nwith lock.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
