@@ -6,7 +6,6 @@ Moments are there as after a step. The files are flushed to the disk that FOLDER
 comes from the system's cache.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import command_line
 
 from convneur.config import deepspeed_config, load_config
 from convneur.engine.build import build_engine
@@ -69,7 +69,7 @@ def measure(variant: str, stage: int, runs: int, folder: Path, world: World) -> 
 
 def main() -> None:
     """Measures what the command line asks for, and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--variant", default="m4")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--runs", type=int, default=5)

@@ -8,7 +8,6 @@ them grow. The first draws docs/mup-coordinates.png; the second trains models of
 and draws docs/mup-transfer.png. Minutes of a core each. Both print what they draw. Data: scikit-learn's digits.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ matplotlib.use("Agg")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import command_line
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -209,7 +209,7 @@ def _tidy(axis: Axes) -> None:
 
 def main() -> None:
     """Runs one of the two and saves its figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of the coordinate check")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the coordinate check")
     parser.add_argument("--seeds", type=int, default=3)

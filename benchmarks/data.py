@@ -25,10 +25,8 @@ Readers with DeiT's augmentation (RandAugment, erasing, mixup, cutmix, normalise
     timm-deit           timm's own loader over a folder of the same files
 """
 
-import argparse
 import io
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,6 +40,7 @@ import simplejpeg
 import timm.data
 import torch
 import webdataset
+from common import command_line, processor_seconds
 from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -61,6 +60,7 @@ from convneur.tasks.mixing import DeviceTransform
 
 CLASSES, BATCH, SHARD_SAMPLES = 100, 64, 100
 STREAMING = "streaming-pil"
+Reader = Callable[[], Iterable[torch.Tensor]]  # makes what has an epoch's batches
 CROP_AND_FLIP = AugmentConfig(randaugment="", erase_prob=0, mixup=0, cutmix=0)
 
 
@@ -196,7 +196,7 @@ class Rate(NamedTuple):
     processor: float
 
 
-def measure(make: Callable[[], Iterable[torch.Tensor]], compiles: bool) -> Rate:
+def measure(make: Reader, compiles: bool) -> Rate:
     """Read some epochs in a forked process, after as many others where the reader compiles itself."""
     results, result = os.pipe()
     if (child := os.fork()) == 0:
@@ -219,12 +219,6 @@ def measure(make: Callable[[], Iterable[torch.Tensor]], compiles: bool) -> Rate:
     return Rate(seen / seconds, seen / (usage.ru_utime + usage.ru_stime - before))
 
 
-def processor_seconds() -> float:
-    """What this process and those children of it that have ended have used."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
 def streaming(python: str, root: Path, workers: int) -> Rate:
     """The rates of MosaicML Streaming under another Python."""
     script = Path(__file__).with_name("streaming_reader.py")
@@ -235,9 +229,73 @@ def streaming(python: str, root: Path, workers: int) -> Rate:
     return Rate(wall, processor)
 
 
+def prepare(data: Path, images: int) -> tuple[Path, Path, Path]:
+    """Folders of the same images: shards with a .beton of JPEGs, a .beton of pixels, and files; made if need be."""
+    root, raw, folder = (data / f"{kind}-{images}" for kind in ("shards", "raw", "files"))
+    for where, options in ((root, {"format": "both"}), (raw, {"format": "ffcv", "pixels": "raw"})):
+        prepare_synthetic(
+            where,
+            classes=CLASSES,
+            images=images,
+            height=375,
+            width=500,
+            processes=processors(),
+            shard_samples=SHARD_SAMPLES,
+            **options,
+        )
+    unpack(root, folder)
+    return root, raw, folder
+
+
+def pil(image: bytes) -> Image.Image:
+    """Decoded by Pillow."""
+    return Image.open(io.BytesIO(image)).convert("RGB")
+
+
+def turbo(image: bytes) -> Image.Image:
+    """Decoded by simplejpeg."""
+    pixels: np.ndarray = simplejpeg.decode_jpeg(image)
+    return Image.fromarray(pixels)
+
+
+def readers(root: Path, raw: Path, folder: Path, workers: int, epochs: int) -> dict[str, Reader]:
+    """All that run in this environment, by name, over the folders that `prepare` returns."""
+
+    def cropped(where: Path, kind: str, **settings: Any) -> Reader:
+        return lambda: Ours(where, workers, epochs, CROP_AND_FLIP, kind, **settings)
+
+    return {
+        "decode": lambda: decode(root, workers, epochs),
+        **{f"ours-{kind}": cropped(root, kind) for kind in RESIZES},
+        "ours-beton-jpg": cropped(root, "fast-bilinear", format="ffcv"),
+        "ours-beton-raw": cropped(raw, "fast-bilinear", format="ffcv"),
+        "ours-engine-ffcv": cropped(root, "area", engine="ffcv"),
+        "ffcv-jpg": lambda: stock_ffcv(root, workers, epochs),
+        "ffcv-raw": lambda: stock_ffcv(raw, workers, epochs),
+        "wds-pil": lambda: wds(root, workers, epochs, pil),
+        "wds-simplejpeg": lambda: wds(root, workers, epochs, turbo),
+        "ours-deit": lambda: Ours(root, workers, epochs, AugmentConfig(), "bicubic"),
+        "ours-deit-fast": lambda: Ours(root, workers, epochs, AugmentConfig(), "fast-bicubic"),
+        "timm-deit": lambda: timm_deit(folder, workers, epochs),
+    }
+
+
+def show(rates: dict[str, list[Rate]]) -> None:
+    """Prints medians and ranges."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("reader", "images/s", "range", "per CPU-second", "range"):
+        table.add_column(heading, justify="left" if heading == "reader" else "right")
+    for name, measured in rates.items():
+        cells = []
+        for values in zip(*measured, strict=True):
+            cells += [f"{statistics.median(values):.0f}", f"{min(values):.0f}-{max(values):.0f}"]
+        table.add_row(name, *cells)
+    Console().print(table)
+
+
 def main() -> None:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
@@ -247,45 +305,9 @@ def main() -> None:
     parser.add_argument("--streaming-python", help="Python that has mosaicml-streaming; it reads one epoch")
     args = parser.parse_args()
 
-    root, raw, folder = (args.data / f"{kind}-{args.images}" for kind in ("shards", "raw", "files"))
-    for where, options in ((root, {"format": "both"}), (raw, {"format": "ffcv", "pixels": "raw"})):
-        prepare_synthetic(
-            where,
-            classes=CLASSES,
-            images=args.images,
-            height=375,
-            width=500,
-            processes=processors(),
-            shard_samples=SHARD_SAMPLES,
-            **options,
-        )
-    unpack(root, folder)
-
-    def pil(image: bytes) -> Image.Image:
-        return Image.open(io.BytesIO(image)).convert("RGB")
-
-    def turbo(image: bytes) -> Image.Image:
-        pixels: np.ndarray = simplejpeg.decode_jpeg(image)
-        return Image.fromarray(pixels)
-
-    def cropped(where: Path, kind: str, **settings: Any) -> Callable[[], Iterable[torch.Tensor]]:
-        return lambda: Ours(where, args.workers, args.epochs, CROP_AND_FLIP, kind, **settings)
-
-    readers: dict[str, Callable[[], Iterable[torch.Tensor]]] = {
-        "decode": lambda: decode(root, args.workers, args.epochs),
-        **{f"ours-{kind}": cropped(root, kind) for kind in RESIZES},
-        "ours-beton-jpg": cropped(root, "fast-bilinear", format="ffcv"),
-        "ours-beton-raw": cropped(raw, "fast-bilinear", format="ffcv"),
-        "ours-engine-ffcv": cropped(root, "area", engine="ffcv"),
-        "ffcv-jpg": lambda: stock_ffcv(root, args.workers, args.epochs),
-        "ffcv-raw": lambda: stock_ffcv(raw, args.workers, args.epochs),
-        "wds-pil": lambda: wds(root, args.workers, args.epochs, pil),
-        "wds-simplejpeg": lambda: wds(root, args.workers, args.epochs, turbo),
-        "ours-deit": lambda: Ours(root, args.workers, args.epochs, AugmentConfig(), "bicubic"),
-        "ours-deit-fast": lambda: Ours(root, args.workers, args.epochs, AugmentConfig(), "fast-bicubic"),
-        "timm-deit": lambda: timm_deit(folder, args.workers, args.epochs),
-    }
-    known = [*readers, STREAMING]
+    root, raw, folder = prepare(args.data, args.images)
+    here = readers(root, raw, folder, args.workers, args.epochs)
+    known = [*here, STREAMING]
     if unknown := sorted({*(args.only or ())} - {*known}):
         parser.error(f"--only names {', '.join(unknown)}, expected some of {', '.join(known)}")
     names = [name for name in known if not args.only or name in args.only]
@@ -298,20 +320,12 @@ def main() -> None:
             if name == STREAMING:
                 rates[name].append(streaming(args.streaming_python, root, args.workers))
             else:
-                rates[name].append(measure(readers[name], compiles="ffcv" in name))
+                rates[name].append(measure(here[name], compiles="ffcv" in name))
 
     load = os.getloadavg()[0]
     print(f"{args.images} JPEGs of 500 x 375, {args.workers} workers, load average {load:.1f},", end=" ")
     print(f"{args.rounds} rounds of {args.epochs} epochs")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("reader", "images/s", "range", "per CPU-second", "range"):
-        table.add_column(heading, justify="left" if heading == "reader" else "right")
-    for name, measured in rates.items():
-        cells = []
-        for values in zip(*measured, strict=True):
-            cells += [f"{statistics.median(values):.0f}", f"{min(values):.0f}-{max(values):.0f}"]
-        table.add_row(name, *cells)
-    Console().print(table)
+    show(rates)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Prints a table in Markdown; the file has the medians it is made of.
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from common import command_line, processor_name, row, synchronize
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -161,12 +161,10 @@ def compare(args: argparse.Namespace, stage: int, autocast: bool, world: World) 
     for number in range(args.warmup + args.steps):
         for name in sorted(steps, key=lambda name: (place(name) + number) % len(steps)):  # each goes first in turn
             dist.barrier()
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(world.device)
             start, cpu_start = time.perf_counter(), time.process_time()
             steps[name](number)
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(world.device)
             if number >= args.warmup:
                 times[name].append(time.perf_counter() - start)
                 cpu_times[name].append(time.process_time() - cpu_start)
@@ -193,7 +191,7 @@ HEADINGS = (
 )
 
 
-def row(result: dict[str, Any]) -> str:
+def line(result: dict[str, Any]) -> str:
     """A comparison as a row of the table: ratios of wall time, in brackets those of CPU time."""
     ratios = [
         f"{result[name]:.3f} ({result[f'cpu_{name}']:.3f})"
@@ -201,7 +199,7 @@ def row(result: dict[str, Any]) -> str:
     ]
     ours = f"{result['seconds']['ours'] * 1e3:.1f} ms ({result['cpu_seconds']['ours'] * 1e3:.1f} ms)"
     loop = f"{result['world_size']}, {result['stage']}, {result['precision']}"
-    return f"| {' | '.join([loop, ours, *ratios])} |"
+    return row([loop, ours, *ratios])
 
 
 def place(name: str) -> int:
@@ -211,7 +209,7 @@ def place(name: str) -> int:
 
 def main() -> None:
     """Runs the comparisons that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--variant", default="m1")
     parser.add_argument("--batch-size", type=int, default=32, help="images a rank")
     parser.add_argument("--image-size", type=int, default=64)
@@ -230,9 +228,9 @@ def main() -> None:
         for precision in args.precisions:
             results.append(compare(args, stage, precision == "autocast", world))
             if world.is_main:
-                print(row(results[-1]), flush=True)
+                print(line(results[-1]), flush=True)
     if args.out and world.is_main:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
+        machine = {"cpu": processor_name(), "cores": len(os.sched_getaffinity(0))}
         machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         args.out.write_text(json.dumps({"machine": machine, "load": os.getloadavg(), "results": results}, indent=2))
     world.leave()

@@ -23,19 +23,16 @@ titans_parallel  without them, and all gradients taken at the initial weights (b
 """
 
 import argparse
-import json
-import platform
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import add_timing_flags, alternating_seconds, command_line, machine_in_words, row, write_results
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -132,17 +129,6 @@ def forward_and_backward(memory: nn.Module, tokens: Tensor, autocast: bool) -> C
     return step
 
 
-def seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     """Most memory in use at a time during one call, above what was in use before."""
     if device.type == "cuda":
@@ -176,10 +162,7 @@ def compare(side: int, compiled: bool, args: argparse.Namespace) -> list[dict[st
         passes[name] = forward_and_backward(memory, tokens, args.autocast)
         for _ in range(args.warmup):
             passes[name]()
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for _ in range(args.runs):
-        for name, step in passes.items():
-            times[name].append(seconds(step, device))
+    times = alternating_seconds(passes, args.runs, device)
     medians = {name: statistics.median(t) for name, t in times.items()}
     results = []
     for name, step in passes.items():
@@ -201,23 +184,16 @@ def compare(side: int, compiled: bool, args: argparse.Namespace) -> list[dict[st
 
 def main() -> None:
     """Runs all combinations asked for, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast (default: float32)")
-    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sides", type=int, nargs="+", default=[56], help="tokens along a side of the image")
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--chunk-length", type=int, default=196)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    add_timing_flags(parser, modes=["eager"], batch_size=4, warmup=3, runs=15)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of titans-pytorch's dependencies
 
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(machine_in_words(args.device))
     results = [r for mode in args.modes for side in args.sides for r in compare(side, mode == "compiled", args)]
     print("\n| contender | tokens | mode | time | over the first's | time a token | peak memory | a token |")
     print("|---|---|---|---:|---:|---:|---:|---:|")
@@ -232,11 +208,8 @@ def main() -> None:
             f"{r['peak_bytes'] / 2**20:.1f} MiB",
             f"{r['peak_bytes_per_token']:.0f} bytes",
         ]
-        print("|", *(f"{cell} |" for cell in cells))
-    if args.out:
-        settings = {key: value for key, value in vars(args).items() if key != "out"}
-        report = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, **settings}
-        args.out.write_text(json.dumps(report | {"results": results}, indent=2))
+        print(row(cells))
+    write_results(args, results)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,15 @@ whichever is faster for each of the two.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from common import add_timing_flags, alternating_seconds, command_line, machine_in_words, row, write_results
 from torch import nn
 
 import convneur  # noqa: F401  (registers the models)
@@ -58,17 +55,6 @@ def inference(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, auto
 TASKS = {"train": training_step, "inference": inference}
 
 
-def seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def compare(variant: str, task: str, compiled: bool, args: argparse.Namespace) -> dict[str, Any]:
     """Times a variant and its counterpart in alternation."""
     device = torch.device(args.device)
@@ -82,10 +68,7 @@ def compare(variant: str, task: str, compiled: bool, args: argparse.Namespace) -
         steps[name] = TASKS[task](torch.compile(model) if compiled else model, images, labels, args.autocast)
         for _ in range(args.warmup):
             steps[name]()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.runs):
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
+    times = alternating_seconds(steps, args.runs, device)
     ours, theirs = (statistics.median(times[name]) for name in steps)
     print(
         f"{variant} {task:9s} {'compiled' if compiled else 'eager':8s} {ours * 1e3:8.1f} ms, {COUNTERPARTS[variant]} "
@@ -106,28 +89,21 @@ def compare(variant: str, task: str, compiled: bool, args: argparse.Namespace) -
 
 def main() -> None:
     """Runs all combinations asked for, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--variants", nargs="+", choices=COUNTERPARTS, default=list(COUNTERPARTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast (default: float32)")
-    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    add_timing_flags(parser, modes=["eager", "compiled"], batch_size=8, warmup=2, runs=7)
     args = parser.parse_args()
 
     keep_freed_memory()  # for both, as in training
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}")
+    print(f"{machine_in_words(args.device)}, timm {timm.__version__}")
     results = [
         compare(variant, task, mode == "compiled", args)
         for variant, task, mode in product(args.variants, args.tasks, args.modes)
     ]
     modes = [f"ratio, {mode}" for mode in args.modes]
-    print("\n| model | counterpart | pass |", *(f"{column} |" for column in [*modes, "ratio of the fastest"]))
+    print("\n" + row(["model", "counterpart", "pass", *modes, "ratio of the fastest"]))
     print("|---|---|---|" + "---:|" * (len(modes) + 1))
     for variant, task in product(args.variants, args.tasks):
         of_modes = [r for r in results if (r["variant"], r["task"]) == (variant, task)]
@@ -136,11 +112,8 @@ def main() -> None:
             *(f"{r['ratio']:.3f}" for r in of_modes),
             f"{ours / theirs:.3f} ({ours * 1e3:.0f} / {theirs * 1e3:.0f} ms)",
         ]
-        print(f"| {variant} | {COUNTERPARTS[variant]} | {task} |", *(f"{cell} |" for cell in cells))
-    if args.out:
-        settings = {key: value for key, value in vars(args).items() if key != "out"}
-        report = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, **settings}
-        args.out.write_text(json.dumps(report | {"results": results}, indent=2))
+        print(row([variant, COUNTERPARTS[variant], task, *cells]))
+    write_results(args, results)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from common import command_line
 from matplotlib import pyplot as plt
 
 from convneur.config import Config, deepspeed_config, load_config
@@ -115,7 +116,7 @@ def draw(cases: list[Case], path: Path) -> None:
 
 def main() -> None:
     """Measures all cases that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--variants", nargs="+", default=["m1", "m2", "m3", "m4", "m5", "m6", "m7"])
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--image-size", type=int, default=96)

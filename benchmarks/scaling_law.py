@@ -8,13 +8,13 @@ table is in github.com/epoch-research/analyzing-chinchilla. What they have found
 the fewest tokens a parameter: E 1.8172, exponents 0.3478 and 0.3658.
 """
 
-import argparse
 import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from common import command_line
 
 from convneur.studies.scaling_law import Law, bootstrap
 
@@ -107,7 +107,7 @@ def fit_published(path: Path) -> None:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--replicates", type=int, default=200)
     parser.add_argument("--points", type=Path, help="table of published runs to fit instead")

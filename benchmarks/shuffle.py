@@ -9,10 +9,10 @@ Counts the batches themselves; `convneur data show` estimates the first and last
 - order MB, s: memory of the order's own tables beside the lanes, and time to lay out an epoch
 """
 
-import argparse
 import time
 
 import numpy as np
+from common import command_line
 
 from convneur.data.stream.order import LaneOrder
 
@@ -32,7 +32,7 @@ def measure(batches: list[np.ndarray]) -> tuple[float, float, float]:
 
 def main() -> None:
     """Measures orders of sorted and of mixed shards, and prints a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--samples", type=int, default=1_281_167)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--lanes", type=int, default=64)

@@ -7,7 +7,6 @@ second, and a second of processor time.
 """
 
 import io
-import resource
 import sys
 import tarfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import processor_seconds
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 from torch.utils.data import DataLoader
@@ -43,12 +43,6 @@ def write(shards: Path, folder: Path) -> None:
             for name, content in contents.items():
                 if name.endswith(".jpg"):
                     writer.write({"image": content, "label": int(contents[name[:-3] + "cls"])})
-
-
-def processor_seconds() -> float:
-    """What this process and its workers have used."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def main() -> None:

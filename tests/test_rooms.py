@@ -59,6 +59,7 @@ ROOMS = [
     Room("convneur/train.py", "the training step and the loop", "all above but convneur/planning, convneur/tools"),
     Room("convneur/studies", "many runs of ConvNeur that classify: ablations, scaling studies, their fits and reports"),
     Room("convneur/__init__.py", "tells timm the names of the variants", "convneur/models"),
+    Room("launch/supervise.py", "keeps the ranks of a job going; batch scripts run it by its path", "nothing"),
     Room("launch", "the command line, processes, runs, batch jobs"),
 ]
 
@@ -73,7 +74,6 @@ KNOWN_IMPORTS = {
     ("convneur/engine/section.py", "convneur/config.py"),
 }
 KNOWN_LONG = {
-    "benchmarks/data.py::main",
 }
 """What is to be mended."""
 

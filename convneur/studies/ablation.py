@@ -2,7 +2,7 @@
 
 A run is an ordinary run, in `root/name/ROW-seedN`; whichever are missing or unfinished are trained, one after the
 other, and the table is made from their summaries. So it goes on where it stopped, and several machines that share a
-file system can take different rows.
+file system can take different rows. It is about ConvNeur's parts, and about classification.
 """
 
 import csv
