@@ -20,7 +20,7 @@ from convneur.engine.methods import METHODS
 from convneur.engine.section import offloads_optimizer
 from convneur.models.build import family_of
 from convneur.system.apex import examine_apex
-from convneur.tasks.choose import check_task
+from convneur.tasks.metrics import metrics_of
 
 Range = tuple[str, Callable[[float], bool]]
 COUNT: Range = ("at least 1", lambda x: x >= 1)
@@ -75,7 +75,7 @@ def check_config(config: Config, world_size: int) -> None:
 def check_values(config: Config) -> None:
     """The part of it that holds on any machine: InputError for the first value that is out of its range."""
     check_data_values(config.data)
-    check_task(config)
+    metrics_of(config)
     for key, (expected, holds) in RANGES.items():
         value = attrgetter(key)(config)
         if not holds(value):

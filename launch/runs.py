@@ -19,8 +19,7 @@ from convneur.launch.supervise.run_files import Record
 from convneur.launch.tables import show_table, table_of
 from convneur.records.folder import ATTEMPTS_FILE, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from convneur.records.summary import ends_as_told
-from convneur.tasks.choose import primary_metric
-from convneur.tasks.task import Metric
+from convneur.tasks.metrics import Metric, primary_metric
 
 HEADINGS = ("run", "state", "epoch", "score", "images/s", "left", "restarts", "ETTR")
 WORDS = ("run", "state")

@@ -115,7 +115,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=12
+SlurmdTimeout=30
 KillWait=5
 SchedulerParameters=batch_sched_delay=0
 PartitionName=dev Nodes=ALL Default=YES MaxTime=INFINITE State=UP

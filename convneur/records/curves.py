@@ -19,8 +19,7 @@ from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.records.folder import CURVE_FILE, METRICS_FILE
 from convneur.records.metrics import Metrics, salvage_metrics
-from convneur.tasks.choose import TASKS
-from convneur.tasks.task import Metric
+from convneur.tasks.metrics import METRICS, Metric
 
 LineStyle = str | tuple[float, tuple[float, ...]]
 
@@ -30,21 +29,21 @@ LOSSES = {
     "eval/loss": "held out, raw weights",
     "eval/loss_ema": "held out, averaged weights",
 }
-METRICS = {f"eval/{kind.metrics[0].name}": kind.metrics[0] for kind in TASKS.values()}
-AVERAGED = {f"{name}_ema": metric for name, metric in METRICS.items()}
-SCORES = dict.fromkeys(METRICS, "raw weights") | dict.fromkeys(AVERAGED, "averaged weights")
+RAW = {f"eval/{primary.name}": primary for primary, *_ in METRICS.values()}
+AVERAGED = {f"{name}_ema": metric for name, metric in RAW.items()}
+SCORES = dict.fromkeys(RAW, "raw weights") | dict.fromkeys(AVERAGED, "averaged weights")
 COLORS = {
     "train/loss": "C0",
     "eval/loss": "C1",
     "eval/loss_ema": "C2",
-    **dict.fromkeys(METRICS, "C1"),
+    **dict.fromkeys(RAW, "C1"),
     **dict.fromkeys(AVERAGED, "C2"),
 }
 STYLES: dict[str, Literal["-", "--", ":"]] = {
     "train/loss": ":",
     "eval/loss": "-",
     "eval/loss_ema": "--",
-    **dict.fromkeys(METRICS, "-"),
+    **dict.fromkeys(RAW, "-"),
     **dict.fromkeys(AVERAGED, "--"),
 }
 
@@ -169,7 +168,7 @@ def _style(number: int) -> dict[str, Any]:
 
 def _metric(curve: str) -> Metric | None:
     """What a curve shows; None for a loss."""
-    return (METRICS | AVERAGED).get(curve)
+    return (RAW | AVERAGED).get(curve)
 
 
 def _label(axis: Axes, title: str, metric: Metric | None) -> None:

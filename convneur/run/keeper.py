@@ -18,7 +18,7 @@ from convneur.run.resume import Position
 from convneur.run.trainer import Trainer
 from convneur.system.agreement import led
 from convneur.system.world import World
-from convneur.tasks.task import Metric
+from convneur.tasks.metrics import Metric
 
 LAST_TRIES, TRY_SECONDS = 10, 20.0
 """How often, and how far apart, a checkpoint is tried that there will be no other chance for: 3 minutes.

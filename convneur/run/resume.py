@@ -24,7 +24,7 @@ from convneur.records.retention import Best
 from convneur.records.upkeep import restore_replaced
 from convneur.system.agreement import led
 from convneur.system.world import World
-from convneur.tasks.task import Metric
+from convneur.tasks.metrics import Metric
 
 NEVER, AUTO = "never", "auto"
 

@@ -14,7 +14,8 @@ from convneur.records.retention import Best
 from convneur.run.trainer import Trainer
 from convneur.system.stopping import StopRequest
 from convneur.system.world import World
-from convneur.tasks.task import Metric, Scores, Task
+from convneur.tasks.metrics import Metric
+from convneur.tasks.task import Scores, Task
 
 
 @dataclass(frozen=True)

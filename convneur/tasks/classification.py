@@ -17,8 +17,8 @@ from convneur.data.stream.on_device import Normalize
 from convneur.engine.build import autocast
 from convneur.models.backbone import Backbone
 from convneur.models.build import build_model
+from convneur.tasks.metrics import METRICS
 from convneur.tasks.mixing import DeviceTransform
-from convneur.tasks.task import Metric
 
 cross_entropy = SoftTargetCrossEntropy()
 
@@ -33,11 +33,7 @@ class Classification:
         device: where the model is.
     """
 
-    metrics = (
-        Metric("top1", "top-1", "accuracy", "higher", ".2%"),
-        Metric("top5", "top-5", "accuracy", "higher", ".2%"),
-        Metric("loss", "loss", "cross-entropy", "lower", ".4f"),
-    )
+    metrics = METRICS["classification"]
 
     def __init__(self, config: Config, device: torch.device):
         self._model = config.model

@@ -1,34 +1,13 @@
 """What a task promises. The training step, the evaluation and the records of a run know nothing else of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from convneur.data.stream.batch import Batch, EvalBatch
 from convneur.models.backbone import Model
-
-
-class Metric(NamedTuple):
-    """A score that has a name.
-
-    Attributes:
-        name: such as "top1"; `eval/top1` in metrics.jsonl, "top1" in summary.json and BEST.
-        title: the name as people write it, such as "top-1".
-        kind: what it measures, such as "accuracy".
-        better: whether a higher or a lower value is the better one.
-        form: how people read it, a format such as ".2%".
-    """
-
-    name: str
-    title: str
-    kind: str
-    better: Literal["higher", "lower"]
-    form: str
-
-    def rank(self, score: float) -> float:
-        """A number that is the higher the better the score is."""
-        return score if self.better == "higher" else -score
+from convneur.tasks.metrics import Metric
 
 
 class Scores(Protocol):

@@ -216,7 +216,7 @@ def _finished(config: "Config") -> Summary | None:
 
 
 def _conclude(summary: Summary, config: "Config", folder: Path) -> None:
-    from convneur.tasks.choose import primary_metric
+    from convneur.tasks.metrics import primary_metric
 
     metric = primary_metric(config)
     averaged = f" ({summary.score_ema:{metric.form}} with averaged weights)" if summary.score_ema is not None else ""
