@@ -45,6 +45,7 @@ from convneur.monitoring.guards import Guards
 from convneur.records.log import TrainingLog
 from convneur.system.stopping import StopRequest
 from convneur.system.world import World
+from convneur.tasks.choose import build_task
 from convneur.train import train_step
 
 Step = Callable[[int], None]
@@ -91,8 +92,11 @@ def ours(config: Config, world: World, images: Tensor, targets: Tensor) -> Step:
     counts = torch.arange(len(images))
     batch = Batch(images, counts, counts, epoch=0, step=0, lanes=range(1), repetitions=counts)
 
+    task = build_task(config, world.device)
+    task.prepare = lambda _: (images, targets)  # type: ignore[method-assign]
+
     def step(number: int) -> None:
-        loss = train_step(engine, [batch], lambda _: (images, targets), ema)
+        loss = train_step(engine, [batch], task, ema)
         guards.observe(number, [batch], loss)
         log.step(number + 1, loss, 1e-3, gauges)
         guards.compare_weights(number + 1)

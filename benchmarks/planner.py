@@ -25,7 +25,7 @@ from convneur.models.build import build_model
 from convneur.planning.footprint import layout, peak
 from convneur.planning.step_trace import LiveStorages, Precision, trace_step
 from convneur.system.world import World
-from convneur.train import cross_entropy
+from convneur.tasks.classification import cross_entropy
 
 
 @dataclass(frozen=True)

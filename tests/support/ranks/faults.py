@@ -27,6 +27,7 @@ from convneur.monitoring.guards import Guards
 from convneur.records import checkpoint
 from convneur.run.build import started_run
 from convneur.system.world import World
+from convneur.tasks import classification
 
 Play = Callable[[Config, World, Path], None]
 
@@ -61,12 +62,12 @@ def poison(steps: set[int], world: World) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
-CROSS_ENTROPY = train.cross_entropy
+CROSS_ENTROPY = classification.cross_entropy
 
 
 def skip(config: Config, world: World, folder: Path) -> None:
     """The third of four steps is not finite on one rank, and must leave no trace on any."""
-    train.cross_entropy = poison({2}, world)
+    classification.cross_entropy = poison({2}, world)
     with started_run(config, world, folder, "never") as run:
         guards, states = run.monitors.guards, []
         for step, batches in run.steps():
@@ -74,13 +75,13 @@ def skip(config: Config, world: World, folder: Path) -> None:
                 break
             seed_libraries(key(0, "step", step, world.rank), world.device)
             run.trainer.schedule.step_update(step)
-            loss = train.train_step(run.trainer.engine, batches, run.prepare, None)
+            loss = train.train_step(run.trainer.engine, batches, run.task, None)
             guards.observe(step, batches, loss)
             states.append(state_of(run.trainer.engine))
         guards.review()
         same = [same_bits(a, b) for a, b in pairwise(states)]
         print(f"same {same} skipped {guards.skipped}")
-    train.cross_entropy = CROSS_ENTROPY
+    classification.cross_entropy = CROSS_ENTROPY
 
 
 def state_of(engine: Engine) -> dict[str, Tensor]:
@@ -98,20 +99,20 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def go_back(config: Config, world: World, folder: Path) -> None:
     """Two bad steps in a row, then, having gone back, two more."""
-    train.cross_entropy = poison({5, 6, 9, 10}, world)
+    classification.cross_entropy = poison({5, 6, 9, 10}, world)
     try:
         train.train(replace(config, guards=GuardConfig(max_bad_steps=2)), world, folder)
     finally:
-        train.cross_entropy = CROSS_ENTROPY
+        classification.cross_entropy = CROSS_ENTROPY
 
 
 def make_no_step(config: Config, world: World, folder: Path) -> None:
     """Both steps of a short run are bad."""
-    train.cross_entropy = poison({0, 1}, world)
+    classification.cross_entropy = poison({0, 1}, world)
     try:
         train.train(replace(config, data=replace(config.data, subset=256)), world, folder)
     finally:
-        train.cross_entropy = CROSS_ENTROPY
+        classification.cross_entropy = CROSS_ENTROPY
 
 
 def flip(config: Config, world: World, folder: Path) -> None:

@@ -21,7 +21,8 @@ from convneur.engine.state import gather, gather_scalars, restore
 from convneur.models.convneur.config import MemoryConfig, ModelConfig
 from convneur.models.convneur.model import ConvNeur
 from convneur.system.world import World
-from convneur.train import cross_entropy, train_step
+from convneur.tasks.classification import cross_entropy
+from convneur.train import train_step
 
 BATCH = 8
 LIMIT = 0.5
@@ -32,6 +33,16 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": {"enabled": True}},
 }
 Micro = tuple[torch.Tensor, torch.Tensor]
+
+
+class Given:
+    """Classification of batches that are images and targets already."""
+
+    def prepare(self, batch: Micro) -> Micro:
+        return batch
+
+    def losses(self, model: Engine, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": cross_entropy(model(images).float(), targets)}
 
 
 def small_model() -> ConvNeur:
@@ -64,7 +75,7 @@ def step(world: World, engine: Engine, accumulation: int, factor: float = 1.0) -
     """One step; the norm that is logged and that of the first moment."""
     images, targets = (x.chunk(world.size)[world.rank].chunk(accumulation) for x in whole_batch())
     batches = [(image * factor, target) for image, target in zip(images, targets, strict=True)]
-    train_step(engine, batches, lambda batch: batch, None)  # type: ignore[arg-type]
+    train_step(engine, batches, Given(), None)  # type: ignore[arg-type]
     moment = gather(engine, "exp_avg")
     return float(engine.gradient_norm() or 0), float(torch.stack([m.double().norm() for m in moment.values()]).norm())
 
