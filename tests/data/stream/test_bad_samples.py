@@ -248,7 +248,7 @@ def test_evaluation_counts_valid_and_bad(config: DataConfig, world_size: int) ->
 
 
 def in_ranks(function: Callable[..., None], *arguments: object) -> None:
-    """Run a function of (rank, *arguments) in two gloo processes: not forked ones, which a group here would go to."""
+    """Runs a function of (rank, *arguments) in two gloo processes: not forked ones, which a group here would go to."""
     multiprocessing.set_forkserver_preload(["convneur.train"])  # as others do here: a process has one such server
     start_processes(function, args=arguments, nprocs=2, start_method="forkserver")
 
