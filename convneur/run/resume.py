@@ -64,7 +64,7 @@ def find_position(
     classes: tuple[str, ...],
     metric: Metric,
 ) -> Position:
-    """Where this start goes on, with a checkpoint that fits. Collective; it changes nothing.
+    """Where this start goes on, with a checkpoint that fits. Collective.
 
     Args:
         config: the run's.
