@@ -97,13 +97,13 @@ def test_help_loads_nothing_slow() -> None:
     assert not loaded & {"torch", "timm", "deepspeed", "jsonargparse", "numpy", "yaml", "rich"}
 
 
-def test_configuration_errors_do_not_load_deepspeed(folder: Path) -> None:
+def test_configuration_errors_load_nothing_slow(folder: Path) -> None:
     script = (
         "import sys; from convneur.launch.cli import main; main(['train', '--optimizer.lrr', '3']); print(*sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", script], env=ENV, capture_output=True, text=True, check=True).stdout
     assert "convneur.config" in output.split()
-    assert "deepspeed" not in output.split()
+    assert not set(output.split()) & {"torch", "timm", "deepspeed"}
 
 
 def test_train_help_explains_every_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
