@@ -22,11 +22,11 @@ from convneur.config import Config
 from convneur.data.errors import DamagedError
 from convneur.data.files import atomic_write
 from convneur.models.build import build_model
-from convneur.models.convneur.config import ModelConfig
+from convneur.models.convneur.config import ModelConfig, variant_named
 from convneur.models.describe import describe
 from convneur.records.json_files import json_text
 from convneur.records.summary import read_summary
-from convneur.studies.series import member, member_folder, standing
+from convneur.studies.series import check_task, member, member_folder, standing
 from convneur.system.world import World
 
 WARM_UP_ROUNDS, LATENCY_ROUNDS = 2, 9
@@ -96,6 +96,10 @@ class AblationConfig(Config):
     """The recipe that all rows share, and what is compared."""
 
     ablation: AblationSettings = field(default_factory=AblationSettings)
+
+    def __post_init__(self) -> None:
+        check_task(self)
+        variant_named(self.model.variant)
 
 
 @dataclass(frozen=True)

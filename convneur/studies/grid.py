@@ -14,13 +14,13 @@ from pathlib import Path
 from convneur.config import Config
 from convneur.data.errors import DamagedError
 from convneur.data.stores.choose import open_store
-from convneur.models.convneur.config import ModelConfig, Placement
+from convneur.models.convneur.config import ModelConfig, Placement, variant_named
 from convneur.models.describe import ModelInfo, describe
 from convneur.records.folder import METRICS_FILE, REPRODUCE_FILE
 from convneur.records.metrics import or_nan, read_metrics
 from convneur.records.provenance import read_record
 from convneur.records.summary import read_result, read_summary
-from convneur.studies.series import member, member_folder
+from convneur.studies.series import check_task, member, member_folder
 
 TRAINING_PASSES = 3  # a forward pass, and a backward pass that costs two
 LOCAL_ONLY: Placement = "none"
@@ -59,10 +59,7 @@ class StudySettings:
         if len(set(sizes)) < len(sizes):
             raise ValueError(f"study.sizes and study.held_out are {sizes}, expected none twice")
         for size in sizes:
-            try:
-                ModelConfig(size)
-            except ValueError as error:
-                raise ValueError(str(error).replace("model.variant", "study.sizes or study.held_out")) from None
+            variant_named(size, "study.sizes or study.held_out")
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,9 @@ class StudyConfig(Config):
     """The recipe that all runs share, and the axes."""
 
     study: StudySettings = field(default_factory=StudySettings)
+
+    def __post_init__(self) -> None:
+        check_task(self)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,21 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from convneur.config import Config, saved_config
+from convneur.config import Config, TaskConfig, saved_config
 from convneur.data.errors import DamagedError, InputError
 from convneur.models.convneur.config import ModelConfig
 from convneur.records.folder import CONFIG_FILE
 from convneur.records.summary import Summary, read_summary
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+def check_task(config: Config) -> None:
+    """Raises ValueError where the runs of a series wouldn't classify: what it compares them by is theirs alone."""
+    if config.task.name != TaskConfig.name:
+        raise ValueError(
+            f"task.name is {config.task.name!r}, expected {TaskConfig.name!r}, which series compare runs by"
+        )
 
 
 def series_folder(config: Config) -> Path:

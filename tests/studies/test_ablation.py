@@ -85,6 +85,8 @@ def test_committed_ablations_are_all_rows_by_one_recipe(name: str) -> None:
         (["--ablation.rows", "[cbam, cbam]"], r"--ablation\.rows is \['cbam', 'cbam'\], expected at least one"),
         (["--ablation.seeds", "[]"], r"--ablation\.seeds is \[\], expected at least one, and none twice"),
         (["--ablation.seeds", "[a]"], r"--ablation\.seeds is '\[a\]', expected a list, each a whole number"),
+        (["--model.variant", "timm:resnet18"], r"--model\.variant is 'timm:resnet18', expected one of 'n1', "),
+        (["--task.name", "segmentation"], r"--task\.name is 'segmentation', expected 'classification', which series "),
         (["--ablation.row", "[cbam]"], r"--ablation\.row is not a configuration key; did you mean --ablation\.rows"),
     ],
 )

@@ -118,6 +118,11 @@ def test_committed_studies_can_be_fitted(name: str) -> None:
             "study.sizes or study.held_out is 'm10', expected one of 'n1', .* such as '24x2",
         ),
         (["--study.sizes", "[7x1-1-1-1]"], "is '7x1-1-1-1', expected .* an even first width"),
+        (
+            ["--study.sizes", "['timm:resnet18']"],
+            "study.sizes or study.held_out is 'timm:resnet18', expected one of 'n1'",
+        ),
+        (["--task.name", "segmentation"], "--task.name is 'segmentation', expected 'classification', which series "),
         (["--study.held_out", "[n1]"], "study.sizes and study.held_out are .* expected none twice"),
         (["--study.seeds", "[]"], "study.seeds is empty, expected at least one value"),
         (["--study.lrs", "[0.1, 0.1]"], r"study.lrs is \[0.1, 0.1\], expected none twice"),
