@@ -477,7 +477,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     world: World, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned = {"w": torch.tensor([1.0, float("nan")])}
-    monkeypatch.setattr(checkpoints, "gather", lambda engine, moment: poisoned)
+    monkeypatch.setattr(checkpoints, "gather", lambda engine, moment=None: poisoned)
     with pytest.raises(NonFiniteError, match="no longer finite after 4 steps"):
         train(config, world, tmp_path)
     assert list_checkpoints(tmp_path / "checkpoints") == []
