@@ -1,10 +1,27 @@
 """ConvNeur: a convolutional backbone whose local features are gated by a chunked neural memory.
 
-Source: "Efficiency Follows Global-Local Decoupling", CVPR 2026 (arXiv 2603.19567).
+Source: "Efficiency Follows Global-Local Decoupling", CVPR 2026 (arXiv 2603.19567). Stem, downsampling and the local
+branch are those of ConvNeXt (arXiv 2201.03545). `config.py` says where widths and depths come from.
 
-Shape legend: B images, C channels of a stage, H x W positions.
+Overall architecture. An image becomes patches of 4 x 4 pixels (the stem). Four stages of blocks follow; every stage but
+the first halves the resolution and doubles the width before. The last map is pooled, normalised and classified (the
+head). The map that stage s = 0..3 puts out has C = base_width 2^s channels at 1 / (4 2^s) of the image's resolution.
+
+A block (`block.py`) gives a map X to two branches (`branches.py`) that share no features, and lets one gate the other:
+
+    F_loc = local branch of X      edges and textures: a 7 x 7 depthwise convolution, then channel mixing
+    G     = global branch of X     the whole image: C -> d, a neural memory over chunks of tokens, d -> C
+    A     = sigmoid(G)             what of the local features is to pass, position by position
+    F_out = X + DropPath(gamma * A * F_loc)
+
+So the global branch, which works at a fraction d of the width, modulates local features and never overwrites them. It
+sits in the first block of every stage (`placement`), since context changes slowly from block to block; the other blocks
+have A = 1. gamma is ConvNeXt's layer scale. The memory's equations are in `convneur.ops.memory.equations`.
+
+Shape legend: B images, C channels of a stage, H x W positions, d bottleneck width of the global branch.
 """
 
+from itertools import islice
 from typing import Any
 
 from timm.layers import LayerNorm2d, NormMlpClassifierHead, trunc_normal_
@@ -29,15 +46,12 @@ class ConvNeur(Backbone):
         self.in_chans = config.in_chans
         self.num_classes = config.num_classes
         variant = variant_named(config.variant)
-        widths, depth = variant.widths, sum(variant.depths)
-        drop_path = [config.drop_path * block / (depth - 1) for block in range(depth)]
-
+        widths = variant.widths
         self.stem = nn.Sequential(
             nn.Conv2d(config.in_chans, widths[0], kernel_size=4, stride=4), LayerNorm2d(widths[0])
         )
-        first = [sum(variant.depths[:stage]) for stage in range(5)]
         self.stages = nn.Sequential(
-            *(Stage(config, stage, drop_path[first[stage] : first[stage + 1]]) for stage in range(4))
+            *(Stage(config, stage, rates) for stage, rates in enumerate(_drop_path_rates(config)))
         )
         self.feature_info = [
             {"num_chs": width, "reduction": 4 << stage, "module": f"stages.{stage}"}
@@ -136,6 +150,13 @@ class ConvNeur(Backbone):
         for module in self.modules():
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
+
+
+def _drop_path_rates(config: ModelConfig) -> list[list[float]]:
+    """Stochastic-depth rates of each stage's blocks: from 0 at the first block linearly to drop_path at the last."""
+    depths = variant_named(config.variant).depths
+    rates = (config.drop_path * block / (sum(depths) - 1) for block in range(sum(depths)))
+    return [list(islice(rates, depth)) for depth in depths]
 
 
 def _init_weights(module: nn.Module) -> None:
