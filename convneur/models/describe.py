@@ -1,18 +1,19 @@
 """What a model consists of and what it costs, worked out without allocating it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from convneur.data.errors import InputError
 from convneur.models.build import build_model, family_of
-from convneur.models.convneur.block import Stage
-from convneur.models.convneur.config import ModelConfig, variant_named
-from convneur.models.convneur.model import ConvNeur
+from convneur.models.convneur.config import OWN, ModelConfig, variant_named
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,49 @@ class ModelInfo:
     stages: tuple[StageInfo, ...]
 
 
+class Part(NamedTuple):
+    """A module of a model, on its way from an image to the answer.
+
+    Attributes:
+        width: channels of the map that it puts out.
+        resolution: height and width of that map.
+        params: its parameters.
+        macs: its multiply-accumulates.
+    """
+
+    width: int
+    resolution: tuple[int, int]
+    params: int
+    macs: int
+
+
 @torch.no_grad()
+def count(model: nn.Module, images: Tensor, names: Sequence[str] = ()) -> tuple[int, list[Part]]:
+    """Multiply-accumulates of a model on some images, and what is due to modules of it that put out maps (B, C, H, W).
+
+    The names of such modules in a backbone are those of its `feature_info`.
+    """
+    parts: list[Part] = []
+    before: list[int] = []
+    counter = FlopCounterMode(display=False)
+
+    def begin(*_: object) -> None:
+        before.append(counter.get_total_flops())
+
+    def end(module: nn.Module, _: object, output: Tensor) -> None:
+        macs = (counter.get_total_flops() - before.pop()) // 2
+        parts.append(Part(output.shape[1], (output.shape[2], output.shape[3]), _params(module), macs))
+
+    modules = [model.get_submodule(name) for name in names]
+    handles = [module.register_forward_pre_hook(begin) for module in modules]
+    handles += [module.register_forward_hook(end) for module in modules]
+    with counter:
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return counter.get_total_flops() // 2, parts
+
+
 def describe(config: ModelConfig, image_size: int = 224) -> ModelInfo:
     """Counts a model's parameters and multiply-accumulates on one square image of `image_size` pixels a side.
 
@@ -69,41 +112,34 @@ def describe(config: ModelConfig, image_size: int = 224) -> ModelInfo:
     """
     if image_size < (smallest := family_of(config).smallest_image):
         raise InputError(f"image size is {image_size}, expected at least {smallest} pixels")
-    stages: list[StageInfo] = []
-    macs: list[int] = []
     # Fake tensors are shapes without memory; the meta device fails under the memory's autocast. Attention is written
     # out in matrix products, because torch 2.11 does not count the CPU's fused one.
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         model = build_model(config).eval()
-        x = torch.empty(1, config.in_chans, image_size, image_size)
-        parts = (model.stem, *model.stages, model.forward_head) if isinstance(model, ConvNeur) else (model,)
-        for part in parts:
-            with FlopCounterMode(display=False) as counter:
-                x = part(x)
-            macs.append(counter.get_total_flops() // 2)
-            if isinstance(part, Stage):
-                stages.append(_describe_stage(config, len(stages), (x.shape[2], x.shape[3]), _params(part), macs[-1]))
-    return ModelInfo(config.variant, image_size, _params(model), sum(macs) / 1e9, tuple(stages))
+        images = torch.empty(1, config.in_chans, image_size, image_size)
+        stages = [info["module"] for info in model.feature_info] if config.family == OWN else []
+        macs, parts = count(model, images, stages)
+    infos = tuple(_stage_info(config, stage, part) for stage, part in enumerate(parts))
+    return ModelInfo(config.variant, image_size, _params(model), macs / 1e9, infos)
 
 
-def _describe_stage(config: ModelConfig, stage: int, resolution: tuple[int, int], params: int, macs: int) -> StageInfo:
-    variant = variant_named(config.variant)
-    blocks = variant.depths[stage]
+def _stage_info(config: ModelConfig, stage: int, part: Part) -> StageInfo:
+    blocks = variant_named(config.variant).depths[stage]
     branches = {"none": 0, "per_stage": 1, "per_layer": blocks}[config.placement]
     has_memory = branches and config.branch == "neural_memory"
     chunk_length = config.stage_memory(stage).chunk_length if has_memory else None
     return StageInfo(
-        resolution=resolution,
-        width=variant.widths[stage],
+        resolution=part.resolution,
+        width=part.width,
         blocks=blocks,
         branches=branches,
         memory_width=config.branch_width(stage) if branches else None,
         chunk_length=chunk_length,
-        chunks=math.ceil(math.prod(resolution) / chunk_length) if chunk_length else None,
-        params=params,
-        gmacs=macs / 1e9,
+        chunks=math.ceil(math.prod(part.resolution) / chunk_length) if chunk_length else None,
+        params=part.params,
+        gmacs=part.macs / 1e9,
     )
 
 
-def _params(module: torch.nn.Module) -> int:
+def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
