@@ -4,13 +4,14 @@ import json
 import math
 
 import pytest
+import timm
 import torch
 
 from convneur.data.errors import InputError
 from convneur.launch.cli import main
 from convneur.models.convneur.config import ModelConfig
 from convneur.models.convneur.model import ConvNeur
-from convneur.models.describe import describe
+from convneur.models.describe import count, describe
 
 # M parameters and GMACs at 224: built, as derived from the paper's totals; and what the paper reports (rounded).
 BUILT = {"m1": (4.311, 0.660), "m2": (6.103, 0.942), "m3": (10.618, 1.655), "m4": (18.048, 2.896)}
@@ -82,6 +83,17 @@ def test_nothing_is_allocated() -> None:
     state = torch.get_rng_state()
     describe(ModelConfig("m9"))  # 375 M parameters, 1.5 GB
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_counts_a_backbone_of_timms() -> None:
+    model = timm.create_model("resnet18").eval()
+    macs, parts = count(model, torch.zeros(1, 3, 224, 224), [info["module"] for info in model.feature_info])
+    assert [part.width for part in parts] == [64, 64, 128, 256, 512]
+    assert [part.resolution[0] for part in parts] == [112, 56, 28, 14, 7]
+    first_and_last = 112 * 112 * 7 * 7 * 3 * 64 + 512 * 1000
+    assert macs == sum(part.macs for part in parts) + first_and_last == 1_814_073_344  # as others count it
+    outside = sum(p.numel() for module in (model.conv1, model.bn1, model.fc) for p in module.parameters())
+    assert sum(part.params for part in parts) + outside == sum(p.numel() for p in model.parameters())
 
 
 def test_too_small_an_image_is_refused() -> None:
