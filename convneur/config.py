@@ -44,8 +44,8 @@ class RunConfig:
         keep_checkpoints: newest checkpoints that are kept.
         keep_every_steps: checkpoints of multiples of this many steps are made and kept for good; 0 for none.
         keep_every_epochs: the same for multiples of this many epochs.
-        keep_best: whether a checkpoint of the evaluation with the best top-1 so far, of raw or averaged weights, is
-            made and kept.
+        keep_best: whether a checkpoint of the evaluation with the best score so far, of raw or averaged weights by
+            the task's first metric, is made and kept.
     """
 
     name: str = "convneur"

@@ -86,7 +86,9 @@ def read_result(folder: Path) -> tuple[Summary, Metrics] | None:
     summary = read_summary(folder)
     if summary is None:
         return None
-    last = next((record for record in reversed(read_metrics(folder)) if "eval/loss" in record), None)
+    last = next(
+        (record for record in reversed(read_metrics(folder)) if any(name.startswith("eval/") for name in record)), None
+    )
     if last is None or not ends_as_told(summary, last["epoch"]):
         reached = "hold no evaluation" if last is None else f"end at epoch {last['epoch']:g}"
         raise DamagedError(f"{folder / METRICS_FILE}: {reached}, but {SUMMARY_FILE} tells of {summary.epochs} epochs")

@@ -168,14 +168,16 @@ def _read_beginning(folder: Path) -> str | None:
 
 
 def check_fit(checkpoint: Path, config: Config) -> None:
-    """Raises InputError where a checkpoint is of another model."""
-    saved = asdict(load_config([checkpoint / CONFIG_FILE]).model)
-    for name, value in asdict(config.model).items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"{checkpoint} has model.{name} = {saved.get(name)}, the run is configured with {value}; "
-                "use the checkpoint's setting, or start another run with --resume never"
-            )
+    """Raises InputError where a checkpoint is of another model or task."""
+    saved = load_config([checkpoint / CONFIG_FILE])
+    for section, now, then in (("task", config.task, saved.task), ("model", config.model, saved.model)):
+        before = asdict(then)
+        for name, value in asdict(now).items():
+            if before[name] != value:
+                raise InputError(
+                    f"{checkpoint} has {section}.{name} = {before[name]}, the run is configured with {value}; "
+                    "use the checkpoint's setting, or start another run with --resume never"
+                )
 
 
 def check_length(checkpoint: Path, made: int, epochs: int, steps_per_epoch: int) -> None:

@@ -29,8 +29,10 @@ class Metric(NamedTuple):
         return score if self.better == "higher" else -score
 
 
+CLASSIFICATION = "classification"
+
 METRICS: Mapping[str, Sequence[Metric]] = {
-    "classification": (
+    CLASSIFICATION: (
         Metric("top1", "top-1", "accuracy", "higher", ".2%"),
         Metric("top5", "top-5", "accuracy", "higher", ".2%"),
         Metric("loss", "loss", "cross-entropy", "lower", ".4f"),

@@ -22,6 +22,7 @@ from convneur.monitoring.watchdog import Watchdog
 from convneur.records.checkpoint import read_classes
 from convneur.system.world import World
 from convneur.tasks.classification import ClassificationScores, evaluate
+from convneur.tasks.metrics import CLASSIFICATION
 from convneur.tools.trained import open_trained
 
 
@@ -50,13 +51,18 @@ def evaluate_checkpoint(
             `convneur.data.format.classes.read_class_map`. None where they have the same names.
 
     Raises:
-        InputError: the size or the crop is impossible; the checkpoint or the data can't be read, or the data have
-            images of classes that the model isn't known to tell apart.
+        InputError: the run is of another task than classification; the size or the crop is impossible; the checkpoint
+            or the data can't be read, or the data have images of classes that the model isn't known to tell apart.
     """
     if crop is not None and not 0 < crop <= 1:
         raise InputError(f"--crop is {crop}, expected a number above 0 and at most 1")
     trained = open_trained(path, averaged)
     config = trained.config
+    if config.task.name != CLASSIFICATION:
+        raise InputError(
+            f"{trained.checkpoint} has task.name {config.task.name!r}, expected {CLASSIFICATION!r}, which is all"
+            " that can be evaluated apart from a run; the run's own scores are in its metrics.jsonl"
+        )
     if image_size is not None and image_size < (smallest := family_of(config.model).smallest_image):
         raise InputError(f"--image-size is {image_size}, expected at least {smallest}")
     # The engine is training's: left out, it doesn't ask for a format that other data may not have.

@@ -22,7 +22,7 @@ from convneur.config import config_text
 from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.engine.engine import Weights
-from convneur.models.backbone import Backbone
+from convneur.models.backbone import Model
 from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.mixers import Titans
 from convneur.records.checkpoint import load_weights, read_classes
@@ -104,7 +104,7 @@ def export_checkpoint(path: Path, kind: Format, out: Path | None = None, average
 
 
 def _write_safetensors(
-    model: Backbone, example: Tensor, any_size: bool, weights: Weights, texts: Texts, file: Path
+    model: Model, example: Tensor, any_size: bool, weights: Weights, texts: Texts, file: Path
 ) -> Run:
     """The checkpoint's own weights and buffers, of whatever ZeRO stage and world size, with more texts in the file."""
     save_file(weights, file, metadata=texts)
@@ -112,7 +112,7 @@ def _write_safetensors(
     return model
 
 
-def _write_onnx(model: Backbone, example: Tensor, any_size: bool, weights: Weights, texts: Texts, file: Path) -> Run:
+def _write_onnx(model: Model, example: Tensor, any_size: bool, weights: Weights, texts: Texts, file: Path) -> Run:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx.export needs it)
@@ -133,7 +133,7 @@ def _write_onnx(model: Backbone, example: Tensor, any_size: bool, weights: Weigh
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-def _write_program(model: Backbone, example: Tensor, any_size: bool, weights: Weights, texts: Texts, file: Path) -> Run:
+def _write_program(model: Model, example: Tensor, any_size: bool, weights: Weights, texts: Texts, file: Path) -> Run:
     for module in model.modules():
         if isinstance(module, NeuralMemory):
             module.implementation = "scan" if any_size else "plain"  # nothing that only this package defines

@@ -7,12 +7,12 @@ import torch
 
 from convneur.config import Config, saved_config
 from convneur.data.errors import InputError
-from convneur.models.backbone import Backbone
-from convneur.models.build import build_model
+from convneur.models.backbone import Model
 from convneur.records.checkpoint import load_weights, weights_files
 from convneur.records.folder import CLASSES_FILE, CONFIG_FILE
 from convneur.records.listing import find_checkpoint
 from convneur.records.manifest import check_files
+from convneur.tasks.choose import build_task
 
 _NONE = torch.empty(0, device="meta")  # of a shape that no parameter has
 
@@ -31,8 +31,8 @@ class Trained:
     config: Config
     averaged: bool
 
-    def model(self, device: torch.device | str = "cpu", *, mapped: bool = False) -> Backbone:
-        """The model with its weights, in evaluation mode.
+    def model(self, device: torch.device | str = "cpu", *, mapped: bool = False) -> Model:
+        """The task's model with its weights, in evaluation mode.
 
         Args:
             device: where it is to be.
@@ -41,8 +41,9 @@ class Trained:
         Raises:
             InputError: the weights are of another version of the model.
         """
+        task = build_task(self.config, torch.device("cpu"))
         with torch.device("meta" if mapped else device):
-            model = build_model(self.config.model).eval()
+            model = task.build_model().eval()
         weights = load_weights(self.checkpoint, self.averaged)
         shapes = {name: value.shape for name, value in model.state_dict().items()}
         odd = [name for name in shapes.keys() | weights.keys() if weights.get(name, _NONE).shape != shapes.get(name)]

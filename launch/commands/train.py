@@ -216,10 +216,10 @@ def _finished(config: "Config") -> Summary | None:
 
 
 def _conclude(summary: Summary, config: "Config", folder: Path) -> None:
-    from convneur.tasks.metrics import primary_metric
+    from convneur.tasks.metrics import CLASSIFICATION, primary_metric
 
     metric = primary_metric(config)
     averaged = f" ({summary.score_ema:{metric.form}} with averaged weights)" if summary.score_ema is not None else ""
     print(f"{metric.kind:11} {summary.score:{metric.form}} {metric.title} on the held-out images{averaged}")
     print(f"checkpoint  {summary.checkpoint}")
-    print(f"next        convneur eval {folder}")
+    print(f"next        convneur {'eval' if config.task.name == CLASSIFICATION else 'plot'} {folder}")

@@ -1,6 +1,7 @@
 """A backbone of another family: one row, and it is trained, evaluated and resumed as ConvNeur is, BatchNorm and all."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,8 +85,14 @@ def test_described(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model.variant", "absent:8"], "no family 'absent', expected one of 'convneur', 'plain'"),
+        (["--model.variant", "absent:8"], "no family 'absent', expected one of 'convneur', .*'plain'$"),
         (["--model.variant", "plain:8", "--model.fusion", "add"], "model.fusion is 'add', which says nothing to"),
+        (
+            ["--model.variant", "plain:8", "--model.layer_scale", "0.1", "--model.memory.chunk_length", "16"],
+            "model.layer_scale is 0.1, model.memory.chunk_length is 16, which says nothing to model.variant 'plain:8':"
+            " leave it out or, where a file sets it, set it back by"
+            " --model.layer_scale 1e-06 --model.memory.chunk_length 196 ",
+        ),
         (["--model.variant", "plain:8", "--data.image_size", "4"], "data.image_size is 4, expected at least 8"),
         (["--task.name", "poetry"], "task.name is 'poetry', expected one of 'classification'"),
     ],
@@ -93,3 +100,13 @@ def test_described(capsys: pytest.CaptureFixture[str]) -> None:
 def test_refused(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_values(load_config(overrides=words))
+
+
+def test_settings_of_convneur_can_be_set_back(tmp_path: Path) -> None:
+    """So that a recipe of ConvNeur's trains a model of another family: the flags are those that the refusal names."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: {chunk_lengths: [1, 2, 3, 4], fusion: add, mup_base: n1, memory: {inner_lr: 0.5}}")
+    with pytest.raises(InputError) as refusal:
+        load_config([file], ["--model.variant", "plain:8"])
+    back = shlex.split(str(refusal.value).partition("set it back by ")[2].partition(" (")[0])
+    assert load_config([file], ["--model.variant", "plain:8", *back]).model == ModelConfig("plain:8")

@@ -244,7 +244,7 @@ def test_every_row_of_the_table_trains(kind: MixerKind, fusion: str) -> None:
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
-# GMACs of M3 at 224 x 224: the paper's, and what is built here.
+# GMACs of M3 at 224 x 224: the paper's, None where it doesn't have the branch, and what is built here.
 @pytest.mark.parametrize(
     ("setting", "paper", "built"),
     [
@@ -260,8 +260,8 @@ def test_every_row_of_the_table_trains(kind: MixerKind, fusion: str) -> None:
         ({"fusion": "concat"}, 1.9, 1.758),
     ],
 )
-def test_cost_beside_the_papers(setting: dict[str, str], paper: float, built: float) -> None:
+def test_cost_beside_the_papers(setting: dict[str, str], paper: float | None, built: float) -> None:
     gmacs = describe(ModelConfig("m3", **setting)).gmacs
     assert gmacs == pytest.approx(built, abs=1e-3)
     # All but Titans, whose layout in the paper is unknown, come within a tenth of the paper's cost.
-    assert gmacs == pytest.approx(paper, rel=0.16 if setting.get("branch") == "titans" else 0.1)
+    assert paper is None or gmacs == pytest.approx(paper, rel=0.16 if setting.get("branch") == "titans" else 0.1)

@@ -190,13 +190,19 @@ class ModelConfig:
             self._check_mup()
 
     def _check_foreign(self) -> None:
-        for setting in fields(self):
-            default = setting.default if setting.default is not MISSING else MemoryConfig()
-            if setting.name not in ANY_FAMILY and (value := getattr(self, setting.name)) != default:
-                raise ValueError(
-                    f"model.{setting.name} is {value!r}, which says nothing to model.variant {self.variant!r}: leave it"
-                    f" out (it is a setting of ConvNeur; {', '.join(ANY_FAMILY)} are for all models)"
-                )
+        own = [setting for setting in fields(self) if setting.name not in ANY_FAMILY]
+        defaults = {f"model.{setting.name}": setting.default for setting in own if setting.default is not MISSING}
+        defaults |= {f"model.memory.{setting.name}": setting.default for setting in fields(MemoryConfig)}
+        values = {key: attrgetter(key.removeprefix("model."))(self) for key in defaults}
+        odd = [key for key, default in defaults.items() if values[key] != default]
+        if odd:
+            words = {None: "null", "": "''"}  # how a shell is given these defaults
+            back = " ".join(f"--{key} {words.get(defaults[key], defaults[key])}" for key in odd)
+            raise ValueError(
+                f"{', '.join(f'{key} is {values[key]!r}' for key in odd)}, which says nothing to model.variant"
+                f" {self.variant!r}: leave it out or, where a file sets it, set it back by {back} (only"
+                f" {', '.join(ANY_FAMILY)} are for models of every family)"
+            )
 
     def _check_mup(self) -> None:
         variant_named(self.mup_base, "model.mup_base")
