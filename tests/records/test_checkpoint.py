@@ -493,7 +493,6 @@ def test_a_learning_rate_that_ruins_the_weights_ends_the_run(world: World, confi
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("task", {"name": "other"}, "has task.name = classification, the run is configured with other"),
         ("model", {"variant": "n2"}, "has model.variant = n1, the run is configured with n2"),
         ("model", {"placement": "none"}, "has model.placement = per_stage, the run is configured with none"),
         ("data", {"global_batch_size": 64}, "global_batch_size"),
