@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from convneur.config import Config, saved_config
 from convneur.data.errors import DamagedError
-from convneur.launch.supervise.run_files import TIME_FORMAT
+from convneur.launch.supervisor.run_files import TIME_FORMAT
 from convneur.records.folder import ATTEMPTS_FILE, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from convneur.records.json_files import contents
 from convneur.records.metrics import Metrics, parse_metrics

@@ -15,7 +15,7 @@ from rich.text import Text
 from convneur.data.errors import DamagedError, InputError
 from convneur.launch.run_reader import RunReader
 from convneur.launch.slurm_queue import SUBMITTED, job_states, queued
-from convneur.launch.supervise.run_files import Record
+from convneur.launch.supervisor.run_files import Record
 from convneur.launch.tables import show_table, table_of
 from convneur.records.folder import ATTEMPTS_FILE, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from convneur.records.summary import ends_as_told

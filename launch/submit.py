@@ -29,7 +29,7 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 from convneur.config import Config, save_config
 from convneur.data.errors import InputError
 from convneur.launch.slurm_queue import SUBMITTED
-from convneur.launch.supervise.job import Job
+from convneur.launch.supervisor.job import Job
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CODE = ("convneur", "data", "launch", "slurm", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")

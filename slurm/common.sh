@@ -242,7 +242,7 @@ interface_of() {
     PATH=$PATH:/usr/sbin:/sbin ip -o addr show to "$ip" 2>/dev/null | awk 'NR == 1 { print $2 }' || true
 }
 
-# Starts the ranks, and sees to it that they go on: launch/supervise. A check first says once what all would say.
+# Starts the ranks, and sees to it that they go on: launch/supervise.py. A check first says once what all would say.
 # Sets `folder` to the run's.
 supervise() {
     local plan='' status
@@ -254,7 +254,7 @@ supervise() {
     fi
     (
         trap '' "${signals[@]}" # it looks for the notice
-        exec "$python" -IB "$checkout/launch/supervise" --folder "$folder" --notice "$notice" \
+        exec "$python" -IB "$checkout/launch/supervise.py" --folder "$folder" --notice "$notice" \
             "${supervisor_options[@]}" -- "${srun[@]}" "${command[@]}"
     ) &
     local pid=$!

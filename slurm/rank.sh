@@ -2,7 +2,7 @@
 # What srun starts as each rank: gives Slurm's numbers the names that PyTorch reads, runs the command, and leaves word
 # of how it ended if it failed, and of a signal that says that the nodes are about to be lost.
 : "${CONVNEUR_FAULTS:?srun has not passed on the environment of the batch script; see srun_options in slurm/site.sh}"
-# Any signal that --signal can be asked for is a notice: launch/supervise tells all ranks by USR2 till they have heard
+# Any signal that --signal can be asked for is a notice: launch/supervise.py tells all ranks by USR2 till they have heard
 # it, and the command doesn't die of it. TERM, which ends the ranks beside one that has failed, too, is the command's.
 signals="HUP INT QUIT ABRT ALRM USR1 USR2 URG TSTP TTIN TTOU VTALRM PROF XCPU IO PWR"
 # shellcheck disable=SC2086

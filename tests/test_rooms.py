@@ -59,7 +59,7 @@ ROOMS = [
     Room("convneur/train.py", "the training step and the loop", "all above but convneur/planning, convneur/tools"),
     Room("convneur/studies", "many runs of ConvNeur that classify: ablations, scaling studies, their fits and reports"),
     Room("convneur/__init__.py", "tells timm the names of the variants", "convneur/models"),
-    Room("launch/supervise", "keeps the ranks of a job going; batch scripts run it by its path", "nothing"),
+    Room("launch/supervisor", "keeps the ranks of a job going; batch scripts run launch/supervise.py", "nothing"),
     Room("launch", "the command line, processes, runs, batch jobs"),
 ]
 
@@ -236,7 +236,7 @@ def test_tests_lie_in_folders_of_the_rooms_names() -> None:
     folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
     names = {room.path.removeprefix("convneur/") for room in ROOMS if not room.path.endswith(".py")}
     # data's own files are rooms without a folder; slurm/ is no package; the supervisor is tested with launch
-    assert folders - {".", "data", "slurm"} == names - {"launch/supervise"}
+    assert folders - {".", "data", "slurm"} == names - {"launch/supervisor"}
     rooms = {f"test_{Path(room.path).stem}.py" for room in ROOMS if room.path.startswith("convneur/")}
     alone = {path.name for path in (ROOT / "tests").glob("test_*.py")}
     assert alone - {"test_recipes.py", "test_rooms.py", "test_wheel.py"} <= rooms

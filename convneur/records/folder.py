@@ -1,6 +1,6 @@
 """Names of what a run leaves in its folder.
 
-They are spelled here, and in launch/supervise/run_files.py, which imports nothing of the project.
+They are spelled here, and in launch/supervisor/run_files.py, which imports nothing of the project.
 
     config.yaml              what is trained
     reproduce.json           what it was made with

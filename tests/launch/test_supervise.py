@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
-from convneur.launch.supervise import supervisor
-from convneur.launch.supervise.run_files import newest_checkpoint
-from convneur.launch.supervise.supervisor import Supervisor, free_port
+from convneur.launch.supervisor import supervisor
+from convneur.launch.supervisor.run_files import newest_checkpoint
+from convneur.launch.supervisor.supervisor import Supervisor, free_port
 
 RUNNING = 'echo "JobId=11 JobState=RUNNING Reason=None"'
+
+SCRIPT = ROOT / "launch" / "supervise.py"
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ def test_log_that_cannot_be_written_ends_nothing(slurm: Slurm) -> None:
     words = [
         sys.executable,
         "-IB",
-        str(Path(supervisor.__file__).parent),
+        str(SCRIPT),
         f"--folder={slurm.run}",
         f"--notice={slurm.notice}",
         "--",
@@ -275,8 +278,9 @@ def test_log_that_cannot_be_written_ends_nothing(slurm: Slurm) -> None:
 
 
 def test_it_is_run_by_its_path_and_takes_no_file_beside_it_for_the_standard_library_s(tmp_path: Path) -> None:
-    copy = tmp_path / "launch" / "supervise"
-    shutil.copytree(Path(supervisor.__file__).parent, copy)
+    copy = tmp_path / "launch" / SCRIPT.name
+    shutil.copytree(Path(supervisor.__file__).parent, copy.parent / "supervisor")
+    shutil.copy(SCRIPT, copy)
     for name in ("queue", "signal", "socket", "supervisor"):
         (copy.parent / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
     shown = subprocess.run([sys.executable, "-IB", copy, "--help"], cwd=copy.parent, capture_output=True, text=True)

@@ -5,11 +5,11 @@ import ast
 import pytest
 from places import ROOT
 
-from convneur.launch.supervise import run_files
+from convneur.launch.supervisor import run_files
 from convneur.records import folder
 
 NAMES = {name: value for name, value in vars(folder).items() if isinstance(value, str) and name.isupper()}
-SUPERVISOR = ROOT / "launch" / "supervise" / "run_files.py"
+SUPERVISOR = ROOT / "launch" / "supervisor" / "run_files.py"
 
 
 def spelled_in(source: str) -> set[str]:

@@ -9,7 +9,7 @@ from convneur.data.errors import OUTAGE_STATUS, InputError, StorageError
 from convneur.data.stores import retry
 from convneur.errors import SaveError
 from convneur.launch.cli import main
-from convneur.launch.supervise import run_files
+from convneur.launch.supervisor import run_files
 
 
 def test_supervisor_and_command_line_agree_on_the_status() -> None:

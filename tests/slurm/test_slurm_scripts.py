@@ -18,7 +18,7 @@ from convneur.config import load_config
 from convneur.data.errors import InputError
 from convneur.launch.cli import main
 from convneur.launch.submit import Resources, executor
-from convneur.launch.supervise.supervisor import free_port
+from convneur.launch.supervisor.supervisor import free_port
 from convneur.limits import check_config
 from convneur.models.convneur.config import VARIANTS
 from convneur.settings import load_as
