@@ -31,7 +31,8 @@ def optimizer_of(model: ConvNeur) -> torch.optim.Optimizer:
     return build_optimizer(model, OptimizerConfig(), "torch", 64, offload=False)
 
 
-def test_activations_move_alike_at_every_width_under_mup_alone() -> None:
+def test_activations_move_alike_at_every_width_under_mup_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # where a script finds its neighbours
     script = runpy.run_path(str(SCRIPT))
     widths, slopes = (16, 32, 64), {}
     for mup in (False, True):
