@@ -4,7 +4,7 @@ These are the promises of timm's models, so any of them keeps them.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -30,7 +30,8 @@ class Backbone(Model):
         feature_info: of each level, finest first: its channels C_l as "num_chs" and its reduction r_l as "reduction".
     """
 
-    feature_info: Sequence[dict[str, Any]]
+    if TYPE_CHECKING:  # TorchScript reads a module's annotations, and doesn't know these types
+        feature_info: Sequence[dict[str, Any]]
 
     def forward_intermediates(
         self,
