@@ -26,6 +26,10 @@ def require_ffcv() -> None:
     """
     threads = torch.get_num_threads()
     try:
+        numba = import_module("numba")
+        if numba.config.NUMBA_NUM_THREADS == 1:
+            # With a single thread TBB waits at the end of the process, for ever, for a worker that it doesn't have.
+            numba.config.THREADING_LAYER = "workqueue"
         import_module("ffcv.loader")
     except (ImportError, OSError) as error:
         raise InputError(

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -309,6 +311,29 @@ def test_a_stream_of_the_other_engine_is_refused(config: DataConfig, loader: Tra
     for mine, theirs in ((loader, other), (other, loader)):
         with pytest.raises(InputError, match=r"^the checkpoint's data stream has engine '(ffcv|webdataset)'"):
             mine.check_state(theirs.state(3))
+
+
+ONE_CORE = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import sys
+from dataclasses import replace
+from convneur.data.config import DataConfig
+from convneur.data.stores.choose import open_store
+from convneur.data.stream.choose import build_train_loader
+config = DataConfig(root=sys.argv[1], engine="ffcv", interpolation="area", image_size=32, global_batch_size=128)
+loader = build_train_loader(config, open_store(config, "train"), seed=0, rank=0, world_size=1, accumulation=1)
+print(sum(len(batch.labels) for (batch,) in loader.iterate(0, 2)))
+import numba
+assert numba.threading_layer() != "tbb"
+"""
+
+
+def test_a_process_on_one_core_ends(digits: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(digits, tmp_path / "digits"))
+    prepare_digits(folder, "ffcv")
+    command = [sys.executable, "-P", "-c", ONE_CORE, str(folder)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout == "256\n"
 
 
 def test_a_run_in_two_processes_stopped_and_resumed_equals_an_uninterrupted_one(
