@@ -49,7 +49,7 @@ def convneur(cluster: Cluster, folder: Path, *words: str) -> str:
     return subprocess.run(command, cwd=folder, env=env, check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 300) -> None:
+def wait_until(holds: Callable[[], object], seconds: float = 1200) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
