@@ -81,9 +81,8 @@ class Scorer:
         self.newest = Evaluation(done, raw, averaged)
         for line in raw.warnings:
             self._log.say(f"warning: {line}")
-        for line in averaged.warnings if averaged else ():
-            if line not in raw.warnings:
-                self._log.say(f"warning: of the averaged weights, {line}")
+        for line in averaged.faults if averaged else ():
+            self._log.say(f"warning: of the averaged weights, {line}")
         return self.newest
 
     def _score(self, weights: Weights) -> tuple[Scores, dict[str, float]]:

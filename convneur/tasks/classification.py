@@ -97,20 +97,19 @@ class ClassificationScores:
         return {"top1": self.top1, "top5": self.top5, "loss": self.loss}
 
     @property
-    def samples(self) -> int:
-        """The same as `images`."""
-        return self.images
-
-    @property
     def warnings(self) -> tuple[str, ...]:
         """A line for everything that a reader of the scores should know."""
-        lines = [*self.notes, *(f"left out of the evaluation: {line}" for line in self.bad)]
-        if self.not_finite:
-            lines.append(
-                f"the logits of {self.not_finite:,} of {self.images:,} images aren't finite: they count as answered "
-                "wrongly, and the loss is that of the others"
-            )
-        return tuple(lines)
+        return *self.notes, *(f"left out of the evaluation: {line}" for line in self.bad), *self.faults
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Those of them that are about the model's answers."""
+        if not self.not_finite:
+            return ()
+        return (
+            f"the logits of {self.not_finite:,} of {self.images:,} images aren't finite: they count as answered "
+            "wrongly, and the loss is that of the others",
+        )
 
 
 @torch.inference_mode()

@@ -18,12 +18,12 @@ class Scores(Protocol):
         """Scores by the names of the task's metrics."""
 
     @property
-    def samples(self) -> int:
-        """How many samples they are about."""
-
-    @property
     def warnings(self) -> Sequence[str]:
         """A line for everything that a reader of the scores should know."""
+
+    @property
+    def faults(self) -> Sequence[str]:
+        """Those of them that are about the model's answers, and not about the samples."""
 
 
 class Task(Protocol):
