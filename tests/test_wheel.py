@@ -52,7 +52,10 @@ def test_top_level_and_type_marker(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"convneur"}
     sources = {
-        f"convneur/ops/native/{path.name}" for path in (ROOT / "convneur/ops/native").iterdir() if path.is_file()
+        f"{package}/native/{path.name}"
+        for package, folder in (("convneur/ops", "convneur/ops"), ("convneur/data", "data"))
+        for path in (ROOT / folder / "native").iterdir()
+        if path.is_file()
     }
     assert len(sources) == 5
     assert {"convneur/py.typed", *sources} <= {*names}

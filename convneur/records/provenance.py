@@ -21,10 +21,10 @@ import torch
 import yaml
 
 from convneur.config import Config, config_text, load_config
+from convneur.data.compiled import compiler_version
 from convneur.data.config import DataConfig
 from convneur.data.errors import DamagedError, InputError
 from convneur.data.files import atomic_write
-from convneur.ops.native import compiler_version
 from convneur.records.folder import CONFIG_FILE, REPRODUCE_FILE
 from convneur.records.json_files import read_object
 

@@ -113,6 +113,8 @@ class Supervisor:
         if status == 0 and (noticed or after != before):
             return self.stop(attempt, status)
         found = faults_of(faults)
+        if noticed and not found:  # told while it still waits for a job step, srun gives it up
+            return self.stop(attempt, status)
         fault = found[0] if found else None
         why = f"rank {fault.rank} on {fault.node} failed first: {fault.reason}" if fault else f"srun: {status}"
         say(f"attempt {attempt} of start {self.job.restart + 1} failed; {why}")

@@ -156,6 +156,17 @@ def test_a_job_that_never_has_time_for_a_step_is_not_queued_for_ever(
     assert "before a new checkpoint: the job ends; ask for more --time" in capfd.readouterr().out
 
 
+def test_srun_that_gives_up_a_job_step_at_the_notice_has_not_failed(
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "TELL_SECONDS", 0.1)
+    waiting = "echo 'srun: Job 11 step creation temporarily disabled, retrying'; touch $notice"
+    ranks = f"trap 'echo srun: Cancelled pending step; exit 1' USR2; {waiting}; for i in {{1..60}}; do sleep 0.1; done"
+    assert slurm.supervise(ranks) == 0
+    assert [end["outcome"] for end in slurm.ends()] == ["stopped"]
+    assert slurm.queued() == ["11"]
+
+
 def test_outage_is_waited_out_and_counts_as_no_failure(slurm: Slurm) -> None:
     ranks = f"[ $attempt -gt 5 ] || {{ {fails(74, 'StorageError')}; }}\n{FINISH}"
     assert slurm.supervise(ranks) == 0

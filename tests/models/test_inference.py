@@ -15,16 +15,16 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from convneur.data.compiled import compiler
 from convneur.models.convneur.block import Block
 from convneur.models.convneur.branches import GlobalBranch, LocalBranch
 from convneur.models.convneur.config import WIDTH_RATIOS, Fusion, MemoryConfig, MixerKind
 from convneur.models.convneur.mixers import MIXERS
 from convneur.models.layers import ChannelLinear, DepthwiseConv2d
-from convneur.ops import native
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(shutil.which(native.compiler()[0]) is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(shutil.which(compiler()[0]) is None, reason="there is no C++ compiler"),
 ]
 BLOCK, BOTTLENECK = torch.ops.convneur.block_output, torch.ops.convneur.bottleneck
 

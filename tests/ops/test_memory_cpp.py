@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 
+from convneur.data.compiled import compiler
 from convneur.models.convneur.config import MemoryConfig
 from convneur.models.convneur.memory import NeuralMemory
-from convneur.ops import native
 from convneur.ops.memory import eager
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(shutil.which(native.compiler()[0]) is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(shutil.which(compiler()[0]) is None, reason="there is no C++ compiler"),
 ]
 CHUNK = 80  # more tokens than a tile has, and no multiple of them
 

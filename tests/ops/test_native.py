@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from convneur.data.compiled import compiler
 from convneur.models.convneur.config import MemoryConfig, ModelConfig
 from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.model import ConvNeur
 from convneur.ops import native
 
-pytestmark = pytest.mark.skipif(shutil.which(native.compiler()[0]) is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(shutil.which(compiler()[0]) is None, reason="there is no C++ compiler")
 ONE_CALL = """
 import torch
 from convneur.models.convneur.config import MemoryConfig
@@ -54,8 +55,8 @@ def test_other_vector_lengths(processor: str, monkeypatch: pytest.MonkeyPatch, t
     if processor == "haswell" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("this processor has no AVX2")
     expected = compute(torch.float64) + compute(torch.float32)
-    flags = [f"-march={processor}" if flag.startswith("-march") else flag for flag in native.FLAGS]
-    monkeypatch.setattr(native, "FLAGS", flags)
+    flags = [f"-march={processor}" if flag.startswith("-march") else flag for flag in native.SOURCES.flags]
+    monkeypatch.setattr(native, "SOURCES", native.SOURCES._replace(flags=flags))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled = native._library.__wrapped__()
     monkeypatch.setattr(native, "library", lambda: compiled)

@@ -119,9 +119,12 @@ def test_log_is_under_runs_and_named_where_slurm_writes(jobs: dict[str, Ended], 
 def test_notice_before_python_is_up_is_not_lost(cluster: Cluster, jobs: dict[str, Ended], folder: Path) -> None:
     job, log = jobs["warned"].job, jobs["warned"].log
     assert (job["JobState"], job["Restarts"]) == ("PENDING", "1"), log
-    assert log.index("USR2: the job is about to lose its nodes") < log.index("n1: 0.67 M parameters")
     assert "s; if --time is no longer than the notice of --signal, ask for more of it" in log
-    (step,) = re.findall(r"stopped by SIGUSR2 after (\d+) of 44 steps", log)
+    noticed = log.index("USR2: the job is about to lose its nodes")
+    # Of a job whose step can't be made at once, srun ends before the ranks are up.
+    up = log.find("n1: 0.67 M parameters")
+    assert noticed < up or "Cancelled pending step" in log, log
+    step = re.findall(r"stopped by SIGUSR2 after (\d+) of 44 steps", log)[0] if up >= 0 else 0
     saved = [checkpoint_step(path) for path in list_checkpoints(folder / "runs" / "warned" / "checkpoints")[:1]]
     assert saved == ([int(step)] if int(step) else [])  # it may well come before the first batch
 
