@@ -55,7 +55,8 @@ from convneur.data.prepare.synthetic import prepare_synthetic
 from convneur.data.stores.choose import open_store
 from convneur.data.stores.tar import TarStore
 from convneur.data.stream.choose import build_train_loader
-from convneur.data.views.transforms import RESIZES, mend_posterize
+from convneur.data.views.draws import mend_posterize
+from convneur.data.views.transforms import RESIZES
 from convneur.tasks.mixing import DeviceTransform
 
 CLASSES, BATCH, SHARD_SAMPLES = 100, 64, 100

@@ -16,7 +16,7 @@ from timm.scheduler import create_scheduler_v2
 
 from convneur.config import Config, load_config
 from convneur.data.keys import libraries_restored, seed_libraries
-from convneur.data.views.transforms import TrainTransform, eval_transform
+from convneur.data.views.transforms import EvalTransform, TrainTransform
 from convneur.engine.config import OptimizerConfig, peak_lr
 from convneur.engine.optimizer import build_optimizer, build_schedule
 from convneur.models.convneur.config import ModelConfig
@@ -130,7 +130,7 @@ def test_transforms(name: str) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(300, 400, 3), dtype=np.uint8))
     theirs = create_transform(224, is_training=True, use_prefetcher=True, **source["transform"])
     differing = 0
-    for transform, reference in ((TrainTransform(data), theirs), (eval_transform(data), eval_like_theirs())):
+    for transform, reference in ((TrainTransform(data), theirs), (EvalTransform(data), eval_like_theirs())):
         for seed in range(8):
             views = []
             for part in (transform, reference):

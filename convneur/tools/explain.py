@@ -21,7 +21,7 @@ from convneur.data.errors import InputError
 from convneur.data.files import atomic_write
 from convneur.data.stream.on_device import Normalize
 from convneur.data.views.decode import decode, in_one_line
-from convneur.data.views.transforms import eval_transform
+from convneur.data.views.transforms import EvalTransform
 from convneur.models.convneur.branches import GlobalBranch
 from convneur.models.convneur.memory import NeuralMemory
 from convneur.models.convneur.mixers import MemoryMixer
@@ -99,7 +99,7 @@ def explain(path: Path, image: Path, averaged: bool = False) -> Explanation:
     model = trained.model()
     if not isinstance(model, ConvNeur):
         raise InputError(f"{checkpoint} is of {config.model.variant}: only ConvNeur has gates to look at")
-    pixels = eval_transform(config.data)(picture)
+    pixels = EvalTransform(config.data)(picture)
     logits, stages = look(model, Normalize(config.data, torch.device("cpu"))(pixels[None]))
     return Explanation(pixels.permute(1, 2, 0), logits[0].softmax(-1), stages, read_classes(checkpoint))
 

@@ -14,9 +14,9 @@ from convneur.data.config import DataConfig
 from convneur.data.errors import InputError, SampleError
 from convneur.data.stores.store import Store
 from convneur.data.stream.batch import BadSample, EvalBatch
-from convneur.data.stream.reading import blamed_on_sample, read_pixels
+from convneur.data.stream.reading import blamed_on_sample
 from convneur.data.stream.workers import Slots, request_loader, results, slot_count, unwrap
-from convneur.data.views.transforms import Transform, eval_transform
+from convneur.data.views.transforms import EvalTransform
 
 
 class EvalLoader:
@@ -39,7 +39,7 @@ class EvalLoader:
         # Not more memory than there are batches; a slot is always the same worker's, in one evaluation.
         slots = min(slot_count(config.workers), max(len(requests), 1))
         self._slots = Slots(slots, batch_size, config.image_size)
-        dataset = _EvalDataset(store, eval_transform(config), self._slots)
+        dataset = _EvalDataset(store, EvalTransform(config), self._slots)
         self._batches = len(requests)
         self._loader = request_loader(dataset, list(enumerate(requests)), config.workers, persistent=True)
 
@@ -74,7 +74,7 @@ class _EvalMade(NamedTuple):
 class _EvalDataset(Dataset[_EvalMade | InputError]):
     """Reads a batch of samples, fewer than its size perhaps, and pads it."""
 
-    def __init__(self, store: Store, transform: Transform, slots: Slots):
+    def __init__(self, store: Store, transform: EvalTransform, slots: Slots):
         self._store, self._transform, self._slots = store, transform, slots
 
     def __getitem__(self, numbered: tuple[int, np.ndarray]) -> _EvalMade | InputError:
@@ -84,10 +84,10 @@ class _EvalDataset(Dataset[_EvalMade | InputError]):
         bad = []
         for position, index in enumerate(indices.tolist()):
             try:
-                pixels, label = read_pixels(self._store, index)
+                sample = self._store.read(index)
                 with blamed_on_sample(self._store, index):
-                    images[position] = self._transform(pixels)
-                labels[position], mask[position] = label, True
+                    self._transform.show(sample.image, images[position])
+                labels[position], mask[position] = sample.label, True
             except SampleError as error:
                 bad.append(BadSample(index, str(error)))
             except InputError as error:

@@ -1,34 +1,19 @@
-"""Samples read and decoded; what can't be read is blamed on the sample, and another one stands in for it."""
+"""What can't be read or shown of a sample is blamed on it, and another one stands in for it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import numpy as np
-
 from convneur.data.errors import InputError, SampleError
-from convneur.data.format.shards import Sample
 from convneur.data.keys import key
 from convneur.data.stores.store import Store
 from convneur.data.stream.batch import BadSample
-from convneur.data.views.decode import decode, in_one_line
+from convneur.data.views.decode import in_one_line
 
 REPLACEMENTS = 16
 """How many unreadable samples in a row a single place of the stream puts up with."""
 
 T = TypeVar("T")
-
-
-def read_pixels(store: Store, index: int, sample: Sample | None = None) -> tuple[np.ndarray, int]:
-    """Reads a sample, unless that is done, and decodes it to (height, width, 3) uint8 and its label.
-
-    Raises:
-        SampleError: its bytes are damaged or not an image.
-        InputError: the storage fails.
-    """
-    sample = sample or store.read(index)
-    with blamed_on_sample(store, index):
-        return decode(sample.image), sample.label
 
 
 @contextmanager

@@ -8,7 +8,6 @@ names all that a micro-batch depends on.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,11 +23,12 @@ from convneur.data.keys import libraries_restored, seed_libraries, view_key
 from convneur.data.stores.store import Store
 from convneur.data.stream.batch import BadSample, Batch, Request
 from convneur.data.stream.prefetch import prefetching
-from convneur.data.stream.reading import blamed_on_sample, read_or_replace, read_pixels
+from convneur.data.stream.reading import blamed_on_sample, read_or_replace
 from convneur.data.stream.shuffle import lane_order
 from convneur.data.stream.workers import Slots, request_loader, results, slot_count, unwrap
-from convneur.data.views.decode import plain_jpeg_size
-from convneur.data.views.transforms import TrainTransform, View
+from convneur.data.views.decode import decode, plain_jpeg_size
+from convneur.data.views.transforms import TrainTransform
+from convneur.data.views.view import View
 
 STATE_FORMAT = 1
 AHEAD = 16
@@ -76,7 +76,7 @@ class TrainLoader:
         workers, size = self._config.workers, self._config.image_size
         batch_size = self._config.global_batch_size // self._config.lanes * len(self._micro_lanes[0])
         slots = Slots(slot_count(workers), batch_size, size)
-        dataset = _TrainDataset(self._store, self._transform, self._seed, slots)
+        dataset = _TrainDataset(self._store, self._transform, self._seed, self._config.repeats, slots)
         batches = results(request_loader(dataset, enumerate(self._requests(start_step, stop_step)), workers))
         try:
             with prefetching(self._store, self._requests(start_step, stop_step), start_step) as reached:
@@ -156,15 +156,15 @@ class _Made:
 class _TrainDataset(Dataset[_Made | InputError]):
     """Reads and augments a micro-batch. An `InputError` is returned: raised in a worker, it would lose its one line."""
 
-    def __init__(self, store: Store, transform: TrainTransform, seed: int, slots: Slots):
-        self._store, self._transform, self._seed, self._slots = store, transform, seed, slots
+    def __init__(self, store: Store, transform: TrainTransform, seed: int, repeats: int, slots: Slots):
+        self._store, self._transform, self._seed, self._repeats, self._slots = store, transform, seed, repeats, slots
 
     def __getitem__(self, numbered: tuple[int, Request]) -> _Made | InputError:
         number, request = numbered
         images = self._slots[number]
         bad: list[BadSample] = []
         indices, labels = [], []
-        last = _LastImage(self._store)
+        last = _LastImage()
         try:
             with libraries_restored():
                 for offset, drawn in enumerate(self._drawn(request)):
@@ -190,51 +190,54 @@ class _TrainDataset(Dataset[_Made | InputError]):
             yield from [self._draw(request.epoch, *view) for view in views[first : first + AHEAD]]
 
     def _draw(self, epoch: int, index: int, repetition: int) -> "_Drawn":
-        sample = view = None
-        if self._transform.draws_all:
-            with suppress(SampleError), blamed_on_sample(self._store, index):  # `_show` meets it again
-                sample = self._store.read(index)
+        view = None
+        try:
+            sample = self._store.read(index)
+            with blamed_on_sample(self._store, index):
                 if size := plain_jpeg_size(sample.image):
                     self._seed_view(epoch, index, repetition)
-                    view = self._transform.draw(*size)
+                    view = self._transform.choose(*size)
+        except SampleError as error:
+            return _Drawn(index, repetition, error, None)
         return _Drawn(index, repetition, sample, view)
 
     def _show(self, last: "_LastImage", epoch: int, drawn: "_Drawn", seen: torch.Tensor, index: int) -> int:
         """Leaves in `seen` what is drawn, or the sample that stands in for it; its label."""
-        if index == drawn.number and drawn.view:
-            pixels, label = last.read(index, drawn.sample)
-            view: View | None = drawn.view
-        else:
-            pixels, label = last.read(index)
-            self._seed_view(epoch, index, drawn.repetition)
-            view = None
+        sample, view = (drawn.sample, drawn.view) if index == drawn.number else (self._store.read(index), None)
+        if isinstance(sample, SampleError):
+            raise sample
         with blamed_on_sample(self._store, index):
-            self._transform.show(pixels, view or self._transform.draw(*pixels.shape[:2]), seen)
-        return label
+            pixels = last.decoded(index, sample.image) if self._repeats > 1 else None
+            if view is None:
+                self._seed_view(epoch, index, drawn.repetition)
+            if pixels is None:
+                self._transform.show(sample.image, seen, view)
+            else:
+                self._transform.show_pixels(pixels, seen, view)
+        return sample.label
 
     def _seed_view(self, epoch: int, index: int, repetition: int) -> None:
         seed_libraries(view_key(self._seed, "augment", epoch, index, repetition))
 
 
 class _Drawn(NamedTuple):
-    """A view of a sample; the sample, if it could be read, and what is shown of it, if that is drawn already."""
+    """A view of a sample; the sample, or why it can't be read; and what is shown of it, if that can be told yet."""
 
     number: int
     repetition: int
-    sample: Sample | None
+    sample: Sample | SampleError
     view: View | None
 
 
 class _LastImage:
-    """Decodes samples; the last one only once, as repeated views of it follow each other."""
+    """Decodes images; the last one only once, as repeated views of it follow each other."""
 
-    def __init__(self, store: Store):
-        self._store = store
+    def __init__(self) -> None:
         self._index = -1
 
-    def read(self, index: int, sample: Sample | None = None) -> tuple[np.ndarray, int]:
-        """Pixels and label of a sample, which may have been read already; raises what `read_pixels` does."""
+    def decoded(self, index: int, image: bytes) -> np.ndarray:
+        """Pixels of a sample, (height, width, 3) uint8; raises what `decode` does."""
         if index != self._index:
-            self._read = read_pixels(self._store, index, sample)
+            self._pixels = decode(image)
             self._index = index
-        return self._read
+        return self._pixels

@@ -1,136 +1,91 @@
-"""From an image's pixels to the uint8 square that the model sees, on the CPU: crop, resize and timm's augmentation."""
+"""From an image to the square that the model sees, on the CPU: cropped, resized, flipped and changed."""
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import RandAugment, posterize
-from timm.data.transforms import RandomResizedCropAndInterpolation
-from timm.data.transforms_factory import create_transform
 from torch.nn import functional as F
-from torchvision.transforms import Compose
 
 from convneur.data.config import DataConfig, Interpolation
+from convneur.data.views.decode import decode, plain_jpeg_size
+from convneur.data.views.draws import Draws
+from convneur.data.views.view import View, central_view
 
 cv2.setNumThreads(0)  # workers are processes, and OpenCV's threads don't outlive a fork
 
-Transform = Callable[[np.ndarray | Image.Image], torch.Tensor]
-"""RGB image, (height, width, 3) uint8 or Pillow's, to (3, H, W) uint8 in channels_last memory format."""
-
 Resize = Callable[[np.ndarray, int, int], torch.Tensor]
 """Part of an RGB image, (h, w, 3) uint8, and the height H and width W it shall have, to (H, W, 3) uint8."""
-
-
-class View(NamedTuple):
-    """What is shown of an image: a part of it, in pixels, flipped as `flips` says: left to right, top to bottom."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    flips: tuple[bool, bool]
-
-
-LONGEST = 64
-"""How many times its shorter side evaluation sees of an image's longer side; its centre crop shows far less."""
 
 FLIP_CODES = {(True, False): 1, (False, True): 0, (True, True): -1}
 """OpenCV's names for `View.flips`."""
 
 
-class TrainTransform:
-    """The random changes of `config.augment`, drawn from the global generators that `seed_libraries` seeds.
+class Transform:
+    """Makes of images what the model sees, by the libraries whose pixels it is to have, or natively the same.
 
-    What is drawn is what timm's `create_transform` draws, whatever the interpolation. Erasing and mixing come later,
-    on the device.
-
-    Attributes:
-        draws_all: whether `draw` draws all there is; else `show` goes on drawing, and has to follow at once.
+    Args:
+        config: has image_size and interpolation.
+        choose: height and width of an image to what is shown of it.
     """
 
-    def __init__(self, config: DataConfig):
-        self._augment, self._size, self._resize = config.augment, config.image_size, RESIZES[config.interpolation]
-        _, self._secondary, self._to_tensor = create_transform(
-            config.image_size,
-            is_training=True,
-            color_jitter=config.augment.color_jitter or None,  # type: ignore[arg-type]  # None leaves it out
-            auto_augment=config.augment.randaugment or None,
-            interpolation="bicubic" if "bicubic" in config.interpolation else "bilinear",  # for RandAugment's rotations
-            mean=config.mean,
-            use_prefetcher=True,
-            separate=True,
-        )
-        mend_posterize(self._secondary)
-        self.draws_all = not self._secondary.transforms
+    def __init__(self, config: DataConfig, choose: Callable[[int, int], View]):
+        self._size, self._resize, self.choose = config.image_size, RESIZES[config.interpolation], choose
 
-    def draw(self, height: int, width: int) -> View:
-        """Draws what is shown of an image of `height` x `width` pixels, of which there is at least one."""
-        augment, image = self._augment, torch.empty(3, height, width, device="meta")
-        top, left, h, w = RandomResizedCropAndInterpolation.get_params(image, augment.scale, augment.ratio)
-        h, w = max(h, 1), max(w, 1)  # of a side of one or two pixels timm may draw none, beyond the edge
-        top, left = min(top, height - h), min(left, width - w)
-        hflip, vflip = (bool(chance and torch.rand(1) < chance) for chance in (augment.hflip, augment.vflip))
-        return View(top, left, h, w, (hflip, vflip))
-
-    def show(self, pixels: np.ndarray, view: View, seen: torch.Tensor) -> None:
-        """Makes of an image, (height, width, 3) uint8, what the model sees.
+    def show(self, image: bytes, seen: torch.Tensor, view: View | None = None) -> None:
+        """Shows an image file.
 
         Args:
-            pixels: the image.
-            view: what is shown of it.
-            seen: takes it, (3, H, W) uint8 in channels_last format.
+            image: the file.
+            seen: takes what the model sees, (3, H, W) uint8 in channels_last memory format.
+            view: what is shown of it; None to choose that now.
+
+        Raises:
+            ValueError, MemoryError: what `decode` raises.
         """
-        top, left, height, width, flips = view
-        part = _writable(pixels)[top : top + height, left : left + width]
-        resized, target = self._resize(part, self._size, self._size), seen.permute(1, 2, 0)
-        if any(flips):
-            cv2.flip(resized.numpy(), FLIP_CODES[flips], dst=target.numpy())  # in a third of the time torch's takes
+        if view is None and (size := plain_jpeg_size(image)):
+            view = self.choose(*size)
+        self.show_pixels(decode(image), seen, view)
+
+    def show_pixels(self, pixels: np.ndarray, seen: torch.Tensor, view: View | None = None) -> None:
+        """Shows an image that is decoded already, (height, width, 3) uint8; see `show`."""
+        view = view or self.choose(*pixels.shape[:2])
+        target = seen.permute(1, 2, 0)
+        part = np.require(pixels, requirements="W")  # as torch takes them; copied only where they can't be written to
+        part = part[view.top : view.top + view.height, view.left : view.left + view.width]
+        top, left = view.window
+        resized = self._resize(part, *view.resized)[top : top + self._size, left : left + self._size]
+        if any(view.flips):
+            cv2.flip(resized.numpy(), FLIP_CODES[view.flips], dst=target.numpy())
         else:
             target.copy_(resized)
-        if not self.draws_all:
-            seen.copy_(self._to_tensor(self._secondary(Image.fromarray(target.numpy()))))
+        if view.operations:
+            image = Image.fromarray(target.numpy())
+            for operation in view.operations:
+                image = operation(image)
+            target.copy_(torch.from_numpy(np.array(image)))
 
     def __call__(self, image: np.ndarray | Image.Image) -> torch.Tensor:
-        """Draws, and shows."""
-        pixels = _writable(image)
+        """Shows an RGB image, (height, width, 3) uint8 or Pillow's; returns (3, H, W) uint8, channels_last."""
         seen = torch.empty(self._size, self._size, 3, dtype=torch.uint8).permute(2, 0, 1)
-        self.show(pixels, self.draw(*pixels.shape[:2]), seen)
+        self.show_pixels(np.asarray(image), seen)
         return seen
 
 
-def eval_transform(config: DataConfig) -> Transform:
-    """Resizes the shorter side to image_size / eval_crop, then cuts out the centre, as timm and torchvision do."""
-    size, resize = config.image_size, RESIZES[config.interpolation]
-    shorter = math.floor(size / config.eval_crop)
+class TrainTransform(Transform):
+    """Shows what is drawn at random: see `Draws`."""
 
-    def transform(image: np.ndarray | Image.Image) -> torch.Tensor:
-        pixels = _middle(_writable(image))
-        sides = pixels.shape[:2]
-        resized = resize(
-            pixels, *(shorter if side == min(sides) else int(shorter * side / min(sides)) for side in sides)
-        )
-        top, left = (round((side - size) / 2) for side in resized.shape[:2])
-        return resized[top : top + size, left : left + size].permute(2, 0, 1)
-
-    return transform
+    def __init__(self, config: DataConfig):
+        super().__init__(config, Draws(config).draw)
 
 
-def _middle(pixels: np.ndarray) -> np.ndarray:
-    """The middle of an image with sides as `LONGEST` to 1 or beyond; resized as a whole it may take gigabytes."""
-    height, width = pixels.shape[:2]
-    limit = LONGEST * min(height, width)
-    top, left = (max(side - limit, 0) // 2 for side in (height, width))
-    return pixels[top : height - top, left : width - left]
+class EvalTransform(Transform):
+    """Shows the centre: see `central_view`."""
 
-
-def _writable(image: np.ndarray | Image.Image) -> np.ndarray:
-    """The pixels as torch takes them; copied only where they can't be written to."""
-    return np.require(image, requirements="W")
+    def __init__(self, config: DataConfig):
+        super().__init__(config, partial(central_view, config))
 
 
 def _resize_pillow(pixels: np.ndarray, height: int, width: int, *, resample: Image.Resampling) -> torch.Tensor:
@@ -155,17 +110,3 @@ RESIZES: dict[Interpolation, Resize] = {
     "linear": partial(_resize_opencv, interpolation=cv2.INTER_LINEAR),
 }
 """All compute in integers, or were seen to give the same bits with and without AVX2; OpenCV's cubic one doesn't."""
-
-
-def mend_posterize(transform: Compose) -> None:
-    """Lets timm's RandAugment work with Pillow 13, which refuses what it asks for at full strength: `_posterize`."""
-    for part in transform.transforms:
-        if isinstance(part, RandAugment):
-            for operation in part.ops:
-                if operation.aug_fn is posterize:
-                    operation.aug_fn = _posterize
-
-
-def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """At full strength timm keeps 0 bits: black, which Pillow 13 refuses to make where older versions did."""
-    return posterize(image, bits) if bits else Image.new(image.mode, image.size)

@@ -25,7 +25,7 @@ from convneur.data.format.shards import write_split
 from convneur.data.stores.choose import open_store
 from convneur.data.stores.tar import TarStore
 from convneur.data.views.decode import decode
-from convneur.data.views.transforms import eval_transform
+from convneur.data.views.transforms import EvalTransform
 from convneur.errors import NonFiniteError, SaveError
 from convneur.models.convneur.model import ConvNeur
 from convneur.monitoring.config import GuardConfig
@@ -578,7 +578,7 @@ def test_evaluation_tells_classes_by_name(trained: Path, digits: Path, world: Wo
     scores = evaluate_checkpoint(trained, world, data_root=some)
     store, config = TarStore(digits, "val"), load_config([trained / "config.yaml"])
     shown = [i for i in range(len(store)) if store.labels[i] in (3, 5, 8)]
-    transform = eval_transform(config.data)
+    transform = EvalTransform(config.data)
     images = torch.stack([transform(decode(store.read(i).image)) for i in shown])
     model = ConvNeur(config.model).eval()
     model.load_state_dict(load_weights(find_checkpoint(trained), averaged=False))

@@ -25,12 +25,13 @@ from convneur.data.format.manifest import Manifest
 from convneur.data.format.shards import Sample, write_split
 from convneur.data.inspect.verify import verify_dataset
 from convneur.data.stores.tar import TarStore
-from convneur.data.stream import reading
 from convneur.data.stream.batch import Batch
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.on_device import Normalize
 from convneur.data.stream.reading import REPLACEMENTS
 from convneur.data.stream.train import TrainLoader
+from convneur.data.views import transforms
+from convneur.data.views.draws import Draws
 from convneur.data.views.transforms import TrainTransform
 from convneur.monitoring.bad_samples import BadSampleCount
 from convneur.tasks.classification import evaluate
@@ -154,7 +155,7 @@ def test_damage_on_disk_is_a_bad_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError("float"), RuntimeError("a\nb"), OSError(5, "x")])
-@pytest.mark.parametrize(("owner", "name"), [(reading, "decode"), (TrainTransform, "show"), (TrainTransform, "draw")])
+@pytest.mark.parametrize(("owner", "name"), [(transforms, "decode"), (TrainTransform, "show"), (Draws, "draw")])
 def test_whatever_a_sample_raises_is_that_samples_fault(
     config: DataConfig, owner: object, name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 
 from convneur.data.config import DataConfig
 from convneur.data.format.index import INDEX_FIELDS, Scan, write_index
 from convneur.data.format.manifest import Manifest, Shard
 from convneur.data.format.selection import Tally
+from convneur.data.format.shards import Sample
 from convneur.data.stores.tar import TarStore
 from convneur.data.stream.train import TrainLoader
 
@@ -49,8 +51,8 @@ def test_the_first_batch_at_step_300000_comes_as_soon_as_at_step_0(
     large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = TarStore(large, "train")
-    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
-    monkeypatch.setattr("convneur.data.stream.train.read_pixels", lambda *_: (pixels, 0))  # the shards hold no images
+    sample = Sample("a", simplejpeg.encode_jpeg(np.zeros((8, 8, 3), dtype=np.uint8)), 0)
+    monkeypatch.setattr(TarStore, "read", lambda *_: sample)  # the shards hold no images
     config = replace(DataConfig(), workers=0, image_size=8, global_batch_size=1024)
     taken: dict[int, list[float]] = {0: [], 300_000: []}
     for _ in range(3):

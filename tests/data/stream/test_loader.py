@@ -23,7 +23,7 @@ from convneur.data.stream.batch import EvalBatch
 from convneur.data.stream.eval import EvalLoader
 from convneur.data.stream.train import TrainLoader
 from convneur.data.views.decode import decode
-from convneur.data.views.transforms import TrainTransform, eval_transform
+from convneur.data.views.transforms import EvalTransform, TrainTransform
 from convneur.tasks.mixing import DeviceTransform
 
 STEPS_PER_EPOCH = 22  # 1,437 samples in batches of 64
@@ -240,7 +240,7 @@ def test_evaluation_shows_every_sample_once(config: DataConfig, world_size: int)
     config = replace(config, eval_batch_size=17)
     loaders = [EvalLoader(config, store, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({len(loader) for loader in loaders}) == 1
-    transform = eval_transform(config)
+    transform = EvalTransform(config)
     shown = []
     for rank, loader in enumerate(loaders):
         batches = list(loader)

@@ -16,7 +16,8 @@ from timm.data.transforms_factory import create_transform
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.keys import key, libraries_restored, seed_libraries
 from convneur.data.views.decode import decode
-from convneur.data.views.transforms import RESIZES, TrainTransform, eval_transform, mend_posterize
+from convneur.data.views.draws import mend_posterize
+from convneur.data.views.transforms import RESIZES, EvalTransform, TrainTransform
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_whatever_the_mode_images_become_rgb(image: Image.Image, mode: str, kind
 
 
 def test_evaluation_sees_the_centre(image: Image.Image) -> None:
-    seen = eval_transform(DataConfig(image_size=32, eval_crop=0.8))(image)  # 32 / 0.8 = 40: nothing to resize
+    seen = EvalTransform(DataConfig(image_size=32, eval_crop=0.8))(image)  # 32 / 0.8 = 40: nothing to resize
     assert seen.dtype == torch.uint8
     assert np.array_equal(seen.permute(1, 2, 0), np.asarray(image)[4:36, 14:46])
 
@@ -44,7 +45,7 @@ def test_evaluation_sees_the_centre(image: Image.Image) -> None:
 def test_evaluation_resizes_the_shorter_side(image: Image.Image) -> None:
     config = DataConfig(image_size=10, eval_crop=0.5, interpolation="bilinear")
     expected = image.resize((30, 20), Image.Resampling.BILINEAR).crop((10, 5, 20, 15))
-    assert np.array_equal(eval_transform(config)(image).permute(1, 2, 0), np.asarray(expected))
+    assert np.array_equal(EvalTransform(config)(image).permute(1, 2, 0), np.asarray(expected))
 
 
 def test_training_without_randomness_is_a_resize(image: Image.Image) -> None:
@@ -101,7 +102,7 @@ def test_pillows_interpolations_are_timms_transforms_to_the_bit(
     )
     mend_posterize(training)
     evaluation = create_transform(32, crop_pct=config.eval_crop, **options)
-    for ours, theirs in ((TrainTransform(config), training), (eval_transform(config), evaluation)):
+    for ours, theirs in ((TrainTransform(config), training), (EvalTransform(config), evaluation)):
         for number in range(10):
             views = []
             for transform in (ours, theirs):
@@ -116,7 +117,7 @@ def test_pillows_interpolations_are_timms_transforms_to_the_bit(
 def test_evaluation_is_timms_for_any_size(size: tuple[int, int], crop: float) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8))
     theirs = create_transform(32, interpolation="bilinear", crop_pct=crop, use_prefetcher=True)
-    ours = eval_transform(DataConfig(image_size=32, interpolation="bilinear", eval_crop=crop))
+    ours = EvalTransform(DataConfig(image_size=32, interpolation="bilinear", eval_crop=crop))
     assert torch.equal(ours(image), torch.as_tensor(theirs(image)))
 
 
@@ -195,17 +196,17 @@ def test_an_image_of_any_size_is_shown(size: tuple[int, int], interpolation: str
     for ratio in ((3 / 4, 4 / 3), (1 / 9, 1 / 7), (7.0, 9.0)):
         transform = TrainTransform(replace(config, augment=replace(config.augment, ratio=ratio)))
         for _ in range(20):
-            top, left, height, width, _ = transform.draw(*size)
+            top, left, height, width, *_ = transform.choose(*size)
             assert 0 <= top < top + height <= size[0]
             assert 0 <= left < left + width <= size[1]
         assert transform(pixels).unique().tolist() == [77]
-    shown = eval_transform(config)(pixels)
+    shown = EvalTransform(config)(pixels)
     assert (shown.shape, shown.unique().tolist()) == ((3, 16, 16), [77])
 
 
 def test_evaluation_shows_the_middle_of_a_very_long_image() -> None:
     """As of one that is not as long."""
     middle = np.random.default_rng(0).integers(0, 256, (10, 300, 3), dtype=np.uint8)
-    transform = eval_transform(DataConfig(image_size=16))
+    transform = EvalTransform(DataConfig(image_size=16))
     longer = np.concatenate([np.zeros((10, 600, 3), np.uint8), middle, np.zeros((10, 600, 3), np.uint8)], axis=1)
     assert (transform(longer).int() - transform(middle).int()).abs().max() <= 1
