@@ -1,15 +1,14 @@
-// OpenCV's INTER_AREA where it shrinks both sides.
+// OpenCV's INTER_AREA: means over areas where no side grows, else something like bilinear interpolation.
 #pragma once
 
 #include "resize.h"
 
 namespace convneur {
 
-// The inputs of outputs first ... first + count - 1 along an axis, for a side that doesn't grow.
-void area_support(int in_size, int out_size, int first, int count, int& begin, int& end);
+Box area_support(const Resize& resize);
 
-// As `make_resized`, for kArea; false where a side grows.
-bool make_area(const Resize& resize, const uint8_t* pixels, ptrdiff_t stride, Box held, uint8_t* out,
+// As `make_resized`, of a buffer that begins with the support, which is `needed`.
+void make_area(const Resize& resize, Box needed, const uint8_t* pixels, ptrdiff_t stride, uint8_t* out,
                ptrdiff_t out_stride);
 
 }  // namespace convneur

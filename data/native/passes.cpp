@@ -1,9 +1,9 @@
 #include "passes.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "readable.h"
 #include "vectors.h"
 
 namespace convneur {
@@ -39,8 +39,6 @@ void column_plainly(const uint8_t* pixels, ptrdiff_t stride, int bytes, const Ax
 
 #if defined(CONVNEUR_VECTORS)
 
-constexpr int kGroup = 4, kRegisters = kGroup / kLanes;  // outputs side by side, and the registers that they take
-
 // Pixels r0 g0 b0 r1 ... to int32s of four pixels' reds, greens and blues.
 const __m128i kByColor = _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1);
 
@@ -49,7 +47,6 @@ struct Groups {
     int quads;  // of inputs an output
     std::vector<int> starts;
     std::vector<int32_t> words;
-    std::vector<uint8_t> padded;  // a copy of a row at whose end no whole register can be read
 };
 
 void group(const AxisWeights& axis, int width, Groups& made) {
@@ -60,7 +57,7 @@ void group(const AxisWeights& axis, int width, Groups& made) {
     std::vector<int32_t> weights(4 * made.quads);
     for (int i = 0; i < groups * kGroup; i++) {
         const int output = std::min(i, count - 1), start = axis.starts[output];
-        made.starts[i] = 3 * std::max(0, std::min(start, width - 4 * made.quads));
+        made.starts[i] = 3 * readable_start(start, width, made.quads);
         std::fill(weights.begin(), weights.end(), 0);
         std::copy_n(&axis.weights[static_cast<size_t>(output) * axis.taps], axis.counts[output],
                     &weights[start - made.starts[i] / 3]);
@@ -69,20 +66,6 @@ void group(const AxisWeights& axis, int width, Groups& made) {
             write_weights(&weights[4 * q], &made.words[block + i % kGroup * 4], 4, kGroup * 4);
         }
     }
-}
-
-// Writes 12 bytes of four outputs, and 4 more.
-inline void store_group(const Register (&sums)[kRegisters], uint8_t* out) {
-    const __m128i packed = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
-#if defined(__AVX512BW__)
-    const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(sums[0], _mm512_setzero_si512()));
-#elif defined(__AVX2__)
-    const __m256i words = _mm256_packs_epi32(sums[0], sums[1]), both = _mm256_packus_epi16(words, words);
-    const __m128i bytes = _mm_unpacklo_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
-#else
-    const __m128i bytes = _mm_packus_epi16(_mm_packs_epi32(sums[0], sums[1]), _mm_packs_epi32(sums[2], sums[3]));
-#endif
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(bytes, packed));
 }
 
 template <int kQuads>
@@ -94,12 +77,10 @@ void row_of_groups(const uint8_t* pixels, const Groups& groups, uint8_t* out) {
         Sums sums[kRegisters];
         for (int q = 0; q < quads; q++, words += kWords * kGroup * 4) {
             for (int r = 0; r < kRegisters; r++) {
-                const uint8_t* from[kLanes];
-                for (int lane = 0; lane < kLanes; lane++)
-                    from[lane] = pixels + groups.starts[i + r * kLanes + lane] + 12 * q;
+                const Register bytes = load_outputs(pixels + 12 * q, &groups.starts[i + r * kLanes]);
                 Register weights[kWords];
                 for (int w = 0; w < kWords; w++) weights[w] = load(words + (w * kGroup + r * kLanes) * 4);
-                sums[r].add(CONVNEUR_OP(shuffle_epi8)(lanes_of(from), by_color), weights);
+                sums[r].add(CONVNEUR_OP(shuffle_epi8)(bytes, by_color), weights);
             }
         }
         Register totals[kRegisters];
@@ -112,18 +93,9 @@ void rows_in_groups(const uint8_t* pixels, ptrdiff_t stride, int rows, int width
                     ptrdiff_t out_stride) {
     static thread_local Groups groups;
     group(axis, width, groups);
-    // A register's last bytes may lie beyond its row: within the next one, or in a copy.
-    const bool wide = width >= 4 * groups.quads && width >= 8;
-    groups.padded.resize(3 * static_cast<size_t>(width) + 12 * groups.quads + kMargin);
+    ReadableRows readable(pixels, stride, rows, width, groups.quads);
     const auto make = groups.quads == 1 ? row_of_groups<1> : groups.quads == 2 ? row_of_groups<2> : row_of_groups<0>;
-    for (int y = 0; y < rows; y++) {
-        const uint8_t* row = pixels + y * stride;
-        if (!wide || y == rows - 1) {
-            std::memcpy(groups.padded.data(), row, 3 * static_cast<size_t>(width));
-            row = groups.padded.data();
-        }
-        make(row, groups, out + y * out_stride);
-    }
+    for (int y = 0; y < rows; y++) make(readable.row(y), groups, out + y * out_stride);
 }
 
 constexpr int kStep = 16 * kLanes;  // values of a row at a time

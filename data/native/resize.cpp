@@ -105,10 +105,7 @@ bool holds(Box held, Box needed) {
 void side(int size, int out_size, Filter filter, int first, int count, int& begin, int& length) {
     int end = first + count;
     begin = first;
-    if (filter == kArea)
-        area_support(size, out_size, first, count, begin, end);
-    else if (size != out_size)
-        support_of(size, out_size, filter, first, count, begin, end);
+    if (size != out_size) support_of(size, out_size, filter, first, count, begin, end);
     length = end - begin;
 }
 
@@ -122,6 +119,7 @@ bool is_sound(const Resize& r) {
 }
 
 Box support(const Resize& r) {
+    if (r.filter == kArea) return area_support(r);
     Box box{};
     side(r.height, r.out_height, r.filter, r.window.top, r.window.height, box.top, box.height);
     side(r.width, r.out_width, r.filter, r.window.left, r.window.width, box.left, box.width);
@@ -133,9 +131,8 @@ bool make_resized(const Resize& resize, const uint8_t* pixels, ptrdiff_t stride,
     if (!is_sound(resize)) return false;
     const Box needed = support(resize);
     if (!holds(held, needed) || stride < 3 * static_cast<ptrdiff_t>(held.width)) return false;
-    if (resize.filter == kArea) return make_area(resize, pixels, stride, held, out, out_stride);
     pixels += (needed.top - held.top) * stride + 3 * static_cast<ptrdiff_t>(needed.left - held.left);
-    make_filtered(resize, needed, pixels, stride, out, out_stride);
+    (resize.filter == kArea ? make_area : make_filtered)(resize, needed, pixels, stride, out, out_stride);
     return true;
 }
 

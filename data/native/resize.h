@@ -31,7 +31,7 @@ Box support(const Resize& resize);
 
 // Makes the window, (window.height, window.width, 3), of a buffer that holds the part `held` of the image, which has
 // the support; `pixels` is that part's first pixel. `out_stride` is in bytes, too. False where it isn't done: not
-// sound, or kArea of an image that OpenCV enlarges.
+// sound, or the part held is too small.
 bool make_resized(const Resize& resize, const uint8_t* pixels, ptrdiff_t stride, Box held, uint8_t* out,
                   ptrdiff_t out_stride);
 

@@ -115,6 +115,41 @@ private:
     Register parts_[kParts];
 };
 
+constexpr int kGroup = 4, kRegisters = kGroup / kLanes;  // outputs side by side, and the registers that they take
+
+// Loads 16 bytes for each output of a register: those at `starts` and on.
+inline Register load_outputs(const uint8_t* row, const int* starts) {
+    const uint8_t* from[kLanes];
+    for (int lane = 0; lane < kLanes; lane++) from[lane] = row + starts[lane];
+    return lanes_of(from);
+}
+
+// Writes the int32s of a group as 16 int16s.
+inline void store_halves(const Register (&sums)[kRegisters], int16_t* out) {
+#if defined(__AVX512BW__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtsepi32_epi16(sums[0]));
+#elif defined(__AVX2__)
+    store(out, _mm256_permute4x64_epi64(_mm256_packs_epi32(sums[0], sums[1]), 0xd8));
+#else
+    store(out, _mm_packs_epi32(sums[0], sums[1]));
+    store(out + 8, _mm_packs_epi32(sums[2], sums[3]));
+#endif
+}
+
+// Writes the 12 bytes of a group, of int32s red, green, blue and anything, clipped to a byte; and 4 bytes more.
+inline void store_group(const Register (&sums)[kRegisters], uint8_t* out) {
+    const __m128i packed = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+#if defined(__AVX512BW__)
+    const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(sums[0], _mm512_setzero_si512()));
+#elif defined(__AVX2__)
+    const __m256i words = _mm256_packs_epi32(sums[0], sums[1]), both = _mm256_packus_epi16(words, words);
+    const __m128i bytes = _mm_unpacklo_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+#else
+    const __m128i bytes = _mm_packus_epi16(_mm_packs_epi32(sums[0], sums[1]), _mm_packs_epi32(sums[2], sums[3]));
+#endif
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(bytes, packed));
+}
+
 }  // namespace convneur
 
 #endif
