@@ -113,9 +113,16 @@ def count(numbers: np.ndarray, values: int) -> np.ndarray:
     return counts
 
 
-def content_hash(index: np.ndarray) -> str:
-    """Hash of what a stream of samples depends on: shards, keys, labels, images, but not their places in the files."""
+def content_hash(index: np.ndarray, originals: np.ndarray | None = None) -> str:
+    """Hash of what a stream of samples depends on: shards, keys, labels, images, but not their places in the files.
+
+    Args:
+        index: rows of a split, (samples,) of `INDEX_FIELDS` and "key".
+        originals: what its images were rewritten from without loss, (samples,) of `ORIGINAL_FIELDS`. They count in
+            place of the rewritten ones, whose pixels are the same, and thus the stream.
+    """
     digest = blake2b(digest_size=16)
     for name in ("shard", "label", "crc32c", "key"):
-        digest.update(np.ascontiguousarray(index[name]).tobytes())
+        rows = originals if originals is not None and name == "crc32c" else index
+        digest.update(np.ascontiguousarray(rows[name]).tobytes())
     return digest.hexdigest()

@@ -6,7 +6,8 @@ A dataset is a folder:
     train.index.npy        one `INDEX_FIELDS` row a sample, shard by shard
     manifest.json          classes, splits, shards, sizes and checksums; written last, so it vouches for the rest
 
-`convneur.data.format.beton` describes the files in FFCV's format that may lie beside the shards, or instead of them.
+`convneur.data.format.beton` describes the files in FFCV's format that may lie beside the shards, or instead of them,
+`convneur.data.format.tiled` what tiled shards have besides.
 Shards that somebody else wrote stay where they are: their names are absolute paths or URLs then. While a dataset is
 being written, the file `preparing` stands there instead of the manifest.
 Offsets are positions in the tar files, so that any sample is one `pread` away.
@@ -86,6 +87,23 @@ class Beton:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """How the JPEGs of a split were rewritten; see `convneur.data.format.tiled`.
+
+    Attributes:
+        mcus: coding units between restart markers, as they were asked for.
+        outcomes: how many samples were tiled, and how many were kept as they were, by why.
+        original_bytes: of the images before that.
+        crc32c: checksum of the file that says what became of each.
+    """
+
+    mcus: int
+    outcomes: dict[str, int]
+    original_bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
 class Split:
     """A part of a dataset.
 
@@ -95,6 +113,7 @@ class Split:
         index_hash: what a stream of samples depends on, 32 hexadecimal digits; see `content_hash`.
         denied: samples that `convneur data verify` found bad, by row. They count as absent.
         beton: the split in FFCV's format; None if it isn't there.
+        tiles: how its JPEGs were rewritten; None where they are the originals.
     """
 
     shards: tuple[Shard, ...]
@@ -102,6 +121,7 @@ class Split:
     index_hash: str
     denied: tuple[Denied, ...] = ()
     beton: Beton | None = None
+    tiles: Tiles | None = None
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Split":
@@ -110,6 +130,7 @@ class Split:
             "shards": tuple(_typed(Shard, shard) for shard in values["shards"]),
             "denied": tuple(_typed(Denied, denied) for denied in values.get("denied", ())),
             "beton": _typed(Beton, values["beton"]) if values.get("beton") else None,
+            "tiles": _typed(Tiles, values["tiles"]) if values.get("tiles") else None,
         }
         return _typed(Split, {**values, **parts})
 

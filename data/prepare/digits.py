@@ -31,7 +31,7 @@ def prepare_digits(out: Path, format: Format = "tar", pixels: Pixels = "jpg") ->
 
     Args:
         out: the dataset's folder.
-        format: formats to write; see `convneur.data.prepare.writing.prepare`.
+        format: formats to write; see `convneur.data.prepare.writing.Task`.
         pixels: what betons hold. As the digits are no JPEGs, it is pixels with either.
 
     Returns:

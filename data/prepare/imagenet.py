@@ -11,7 +11,7 @@ from convneur.data.format.shards import Sample
 from convneur.data.keys import permutation
 from convneur.data.prepare.betons import Format, Pixels
 from convneur.data.prepare.layouts import File, find_images
-from convneur.data.prepare.writing import SHARD_SAMPLES, Part, prepare
+from convneur.data.prepare.writing import SHARD_SAMPLES, Chunks, Part, Task, prepare
 from convneur.data.views.decode import decode
 
 SOURCE = "imagenet"
@@ -47,6 +47,7 @@ def prepare_imagenet(
     shard_samples: int = SHARD_SAMPLES,
     format: Format = "tar",
     pixels: Pixels = "jpg",
+    tiles: int = 0,
     say: Callable[[str], object] = print,
 ) -> bool:
     """Writes ImageNet to `out`: splits "train", in an order mixed once and for all, and "val", or that one alone.
@@ -56,11 +57,12 @@ def prepare_imagenet(
         out: the dataset's folder.
         processes: how many work at a time.
         max_side: images with a longer side than this are scaled down to it and encoded anew; None keeps all bytes.
-        part: share of the shards to write; see `convneur.data.prepare.writing.prepare`.
+        part: share of the shards to write; see `convneur.data.prepare.writing.Task`.
         shard_samples: images a shard.
-        format: formats to write; see `convneur.data.prepare.writing.prepare`.
+        format: formats to write; see `convneur.data.prepare.writing.Task`.
         pixels: what betons hold.
-        say: takes a line for what is left out of a split, and for what is odd.
+        tiles: coding units between restart markers that JPEGs are rewritten with; 0 keeps them as they are.
+        say: takes a line for what is left out of a split, and for what is odd, and about tiling.
 
     Returns:
         False if the dataset was there, complete.
@@ -76,16 +78,11 @@ def prepare_imagenet(
     if train := files.get("train"):
         files["train"] = [train[number] for number in permutation(len(train), 0, SOURCE)]
     return prepare(
-        out,
+        Task(out, processes, part, format, pixels, tiles, say),
         SOURCE,
         digest.hexdigest(),
         classes,
-        {split: _Images(found, max_side) for split, found in files.items()},
-        processes=processes,
-        part=part,
-        shard_samples=shard_samples,
-        format=format,
-        pixels=pixels,
+        {split: Chunks(_Images(found, max_side), shard_samples) for split, found in files.items()},
     )
 
 

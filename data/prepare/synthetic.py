@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from convneur.data.format.shards import Sample
 from convneur.data.keys import key
 from convneur.data.prepare.betons import Format, Pixels
-from convneur.data.prepare.writing import SHARD_SAMPLES, prepare
+from convneur.data.prepare.writing import SHARD_SAMPLES, Chunks, Task, prepare
 
 SOURCE = "synthetic"
 QUALITY = 90
@@ -85,6 +85,7 @@ def prepare_synthetic(
     shard_samples: int = SHARD_SAMPLES,
     format: Format = "tar",
     pixels: Pixels = "jpg",
+    tiles: int = 0,
 ) -> bool:
     """Writes `images` images to split "train" of `out` and a tenth as many to "val".
 
@@ -96,8 +97,9 @@ def prepare_synthetic(
         width: in pixels.
         processes: how many work at a time.
         shard_samples: images a shard.
-        format: formats to write; see `convneur.data.prepare.writing.prepare`.
+        format: formats to write; see `convneur.data.prepare.writing.Task`.
         pixels: what betons hold.
+        tiles: coding units between restart markers that JPEGs are rewritten with; 0 keeps them as they are.
 
     Returns:
         False if the dataset was there, complete.
@@ -107,14 +109,11 @@ def prepare_synthetic(
     """
     counts = {"train": images, "val": max(images // VAL_SHARE, 1)}
     plan = f"{counts} {classes} {height} {width} {shard_samples}"
+    images_of = {split: SyntheticImages(split, count, classes, height, width) for split, count in counts.items()}
     return prepare(
-        out,
+        Task(out, processes, format=format, pixels=pixels, tiles=tiles),
         SOURCE,
         blake2b(plan.encode(), digest_size=16).hexdigest(),
         tuple(f"c{label:04d}" for label in range(classes)),
-        {split: SyntheticImages(split, count, classes, height, width) for split, count in counts.items()},
-        processes=processes,
-        shard_samples=shard_samples,
-        format=format,
-        pixels=pixels,
+        {split: Chunks(found, shard_samples) for split, found in images_of.items()},
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from convneur.data.errors import InputError, SampleError
-from convneur.data.format.beton import RAW, beton_path, checksums_path
+from convneur.data.format.beton import JPG, RAW, beton_path, checksums_path
 from convneur.data.format.manifest import Beton, file_crc32c
 from convneur.data.format.shards import Sample
 from convneur.data.stores.retry import retrying
@@ -91,7 +91,8 @@ class BetonStore(IndexedStore):
             raise SampleError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
         if entry["mode"] == RAW:
             image = b"P6 %d %d 255\n" % (entry["width"], entry["height"]) + image
-        return Sample(self._index[row]["key"].decode(), image, int(self._index[row]["label"]))
+        proven = entry["mode"] == JPG and self.is_proven(row)
+        return Sample(self._index[row]["key"].decode(), image, int(self._index[row]["label"]), bool(proven))
 
     def is_intact(self, sample: int) -> bool:
         """Whether the beton holds of a sample what was written; raises `InputError` where `read` does."""

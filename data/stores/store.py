@@ -10,6 +10,7 @@ from convneur.data.errors import InputError
 from convneur.data.format.index import count, read_index
 from convneur.data.format.manifest import MANIFEST, Manifest
 from convneur.data.format.shards import Sample
+from convneur.data.format.tiled import read_originals
 from convneur.data.keys import permutation, raw_bits
 
 
@@ -100,6 +101,7 @@ class IndexedStore:
         self._entry = self._manifest.splits[split]
         self._remedy = f"remove {self._root} and run `convneur prepare {self._manifest.source} --out {self._root}`"
         self._index = read_index(self._root, split, self._entry)
+        self._originals = read_originals(self._root, split, self._entry)
         self._denied = np.array([denied.row for denied in self._entry.denied], dtype=np.int64)
         self._before_denied = self._denied - np.arange(len(self._denied))  # so many samples come before each
         self._kept: np.ndarray | None = None  # the subset's samples
@@ -129,6 +131,10 @@ class IndexedStore:
     def row(self, sample: int) -> int:
         """The row of the index that a sample has."""
         return int(self.rows(np.array(sample)))
+
+    def is_proven(self, row: int) -> bool:
+        """Whether the JPEG of a row of the index was decoded whole before it was stored; see `Sample`."""
+        return self._originals is not None and bool(self._originals["proven"][row])
 
     @cached_property
     def shard_sizes(self) -> np.ndarray:

@@ -69,7 +69,8 @@ class TarStore(IndexedStore):
             SampleError: its bytes aren't those that were indexed.
             InputError: the shard can't be opened or read, or ends before the sample does, and goes on so.
         """
-        row = self._index[self.row(sample)]
+        number = self.row(sample)
+        row = self._index[number]
         shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
 
         def read() -> tuple[bytes, bool]:
@@ -82,7 +83,7 @@ class TarStore(IndexedStore):
             image, intact = read()
         if not intact:
             raise SampleError(f"{self.where(sample)}: checksum mismatch, the file is damaged: {self._remedy}")
-        return Sample(row["key"].decode(), image, int(row["label"]))
+        return Sample(row["key"].decode(), image, int(row["label"]), self.is_proven(number))
 
     def prefetch(self, samples: np.ndarray) -> None:
         """Brings the shards of `samples`, of any shape, into the cache.

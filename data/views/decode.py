@@ -19,7 +19,7 @@ def decode(image: bytes) -> np.ndarray:
         ValueError: it is no image, or a damaged one; says why in one line.
         MemoryError: it has more pixels than there is room for, which may be the machine's fault.
     """
-    pixels = _decode_plain_jpeg(image)
+    pixels = decode_plain_jpeg(image)
     if pixels is not None:
         return pixels
     try:
@@ -59,8 +59,12 @@ def plain_jpeg_size(image: bytes) -> tuple[int, int] | None:
     return height, width
 
 
-def _decode_plain_jpeg(image: bytes) -> np.ndarray | None:
-    """(height, width, 3) uint8; None for whatever Pillow is to judge: other formats and colours, damage, huge sizes."""
+def decode_plain_jpeg(image: bytes) -> np.ndarray | None:
+    """Decodes a JPEG that libjpeg-turbo has nothing to complain of.
+
+    Returns:
+        (height, width, 3) uint8; None for whatever Pillow is to judge: other formats and colours, damage, huge sizes.
+    """
     if plain_jpeg_size(image) is None:
         return None
     try:

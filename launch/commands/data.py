@@ -21,6 +21,12 @@ def _add_verify(actions: Parsers) -> None:
         actions, "verify", verify, "Check every byte and decode every image; deny those that can't be read."
     )
     command.add_argument("folder", type=Path, metavar="DIR", help="prepared dataset")
+    command.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="the dataset that it was tiled from: compare the images' pixels, too",
+    )
     add_processes(command)
 
 
@@ -29,13 +35,14 @@ def verify(args: argparse.Namespace, _: Overrides) -> int:
     from convneur.data.inspect.verify import verify_dataset
 
     with disk_errors():
-        findings = verify_dataset(args.folder, asked_processes(args))
+        findings = verify_dataset(args.folder, asked_processes(args), args.against)
     for found in findings:
         for denied in found.denied:
             print(f"{found.split}: {denied.key}: {denied.reason}: denied")
         for line in found.shards:
             print(f"{found.split}: {line}")
-        print(f"{found.split}: {found.samples - len(found.denied):,} of {found.samples:,} images intact")
+        tiled = f", {found.tiled:,} of them tiled" if found.tiled else ""
+        print(f"{found.split}: {found.samples - len(found.denied):,} of {found.samples:,} images intact{tiled}")
     return 1 if any(found.denied or found.shards for found in findings) else 0
 
 

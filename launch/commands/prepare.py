@@ -7,7 +7,9 @@ from pathlib import Path
 
 from convneur.data.errors import InputError
 from convneur.launch.flags import add_part, add_processes, asked_part, asked_processes, is_count
-from convneur.launch.parser import COUNT, Command, Overrides, Parser, Parsers, add_command, add_group
+from convneur.launch.parser import COUNT, Command, Overrides, Parser, Parsers, add_command, add_group, whole
+
+PART = "write the Ith of N parts only, as a job of an array; when all are written, run once without"
 
 
 def add(parsers: Parsers) -> None:
@@ -19,6 +21,7 @@ def add(parsers: Parsers) -> None:
     _add_imagenet(datasets)
     _add_synthetic(datasets)
     _add_index(datasets)
+    _add_tile(datasets)
 
 
 def _add_dataset(datasets: Parsers, name: str, run: Command, summary: str) -> Parser:
@@ -40,6 +43,17 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
         choices=["jpg", "raw"],
         default="jpg",
         help="what .beton files hold: the original JPEGs (default), or pixels, which take far more room",
+    )
+
+
+def _add_tiles(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    parser.add_argument(
+        "--tiles",
+        required=required,
+        type=whole(1, 64),
+        metavar="N",
+        help="rewrite JPEGs without loss, with a restart marker every N units of 16x16 pixels or so (4 is good): the"
+        " parts that a random crop needs can be decoded alone then; needs a C++ compiler",
     )
 
 
@@ -74,8 +88,9 @@ def _add_imagenet(datasets: Parsers) -> None:
         metavar="PIXELS",
         help="scale larger images down to this longer side, and encode anew",
     )
-    add_part(imagenet, "write the Ith of N parts only, as a job of an array; when all are written, run once without")
+    add_part(imagenet, PART)
     _add_format(imagenet)
+    _add_tiles(imagenet)
     add_processes(imagenet)
 
 
@@ -83,21 +98,18 @@ def prepare_imagenet(args: argparse.Namespace, _: Overrides) -> int:
     """`convneur prepare imagenet`: all of it, or the part of one job of an array."""
     from convneur.data.prepare.imagenet import prepare_imagenet
 
-    part = asked_part(args)
     with disk_errors():
         written = prepare_imagenet(
             args.source,
             args.out,
             processes=asked_processes(args),
             max_side=args.max_side,
-            part=part,
+            part=asked_part(args),
             format=args.format,
             pixels=args.beton_pixels,
+            tiles=args.tiles or 0,
         )
-    if part is None or not written:
-        return _tell(args.out, written)
-    print(f"{args.out}: part {args.part} written; when all parts are, run the same command without --part")
-    return 0
+    return _tell(args.out, written, args.part)
 
 
 def _add_synthetic(datasets: Parsers) -> None:
@@ -106,6 +118,7 @@ def _add_synthetic(datasets: Parsers) -> None:
     synthetic.add_argument("--images", type=COUNT, default=10000, metavar="N", help="training images (default: 10000)")
     synthetic.add_argument("--size", default="375x500", metavar="HxW", help="pixels (default: 375x500)")
     _add_format(synthetic)
+    _add_tiles(synthetic)
     add_processes(synthetic)
 
 
@@ -124,6 +137,7 @@ def prepare_synthetic(args: argparse.Namespace, _: Overrides) -> int:
             processes=asked_processes(args),
             format=args.format,
             pixels=args.beton_pixels,
+            tiles=args.tiles or 0,
         )
     return _tell(args.out, written)
 
@@ -158,7 +172,36 @@ def prepare_index(args: argparse.Namespace, _: Overrides) -> int:
     return 0
 
 
-def _tell(out: Path, written: bool) -> int:
+def _add_tile(datasets: Parsers) -> None:
+    tile = _add_dataset(datasets, "tile", prepare_tile, "A copy of a prepared dataset, with tiled JPEGs.")
+    tile.add_argument("folder", type=Path, metavar="DIR", help="prepared dataset; it stays as it is")
+    _add_tiles(tile, required=True)
+    add_part(tile, PART)
+    _add_format(tile)
+    add_processes(tile)
+
+
+def prepare_tile(args: argparse.Namespace, _: Overrides) -> int:
+    """`convneur prepare tile`: all of it, or the part of one job of an array."""
+    from convneur.data.prepare.tile import prepare_tile
+
+    with disk_errors():
+        written = prepare_tile(
+            args.folder,
+            args.out,
+            tiles=args.tiles,
+            processes=asked_processes(args),
+            part=asked_part(args),
+            format=args.format,
+            pixels=args.beton_pixels,
+        )
+    return _tell(args.out, written, args.part)
+
+
+def _tell(out: Path, written: bool, part: str | None = None) -> int:
+    if part and written:
+        print(f"{out}: part {part} written; when all parts are, run the same command without --part")
+        return 0
     print(f"{out}: {'written' if written else f'already there; `convneur data verify {out}` checks every byte'}")
     return 0
 

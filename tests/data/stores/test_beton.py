@@ -25,9 +25,11 @@ from convneur.data.format.beton import JPG, RAW
 from convneur.data.format.manifest import Manifest
 from convneur.data.format.shards import Sample, write_split
 from convneur.data.inspect.verify import verify_dataset
+from convneur.data.native import library
 from convneur.data.prepare.betons import Pixels, add_betons
 from convneur.data.prepare.digits import prepare_digits
 from convneur.data.prepare.synthetic import SyntheticImages
+from convneur.data.prepare.tile import prepare_tile
 from convneur.data.stores.beton import BetonStore
 from convneur.data.stores.choose import open_store
 from convneur.data.stores.store import Store
@@ -153,6 +155,23 @@ def test_ffcv_reads_it(jpg: Path) -> None:
     for number, theirs in enumerate(pixels):
         ours = decode(store.read(number).image)[:, 8:48]
         assert np.abs(theirs.astype(int) - ours).mean() < 2, number
+
+
+@pytest.mark.skipif(library() is None, reason="THERE IS NO C++ COMPILER HERE")
+def test_it_holds_tiled_jpegs_and_ffcv_decodes_them(jpg: Path, tmp_path: Path) -> None:
+    from ffcv.libffcv import imdecode
+
+    prepare_tile(jpg, tmp_path / "out", tiles=2, processes=1, format="ffcv", say=len)
+    tiled, original = BetonStore(tmp_path / "out", "train"), BetonStore(jpg, "train")
+    for number in range(len(tiled)):
+        ours, theirs = tiled.read(number), original.read(number)
+        is_jpeg = tiled.images["mode"][number] == JPG == original.images["mode"][number]
+        changed = number <= PLAIN  # the rest is progressive, or no JPEG
+        assert (ours.image != theirs.image, ours.proven, theirs.proven) == (changed, is_jpeg, False)
+        made = np.zeros((2 * is_jpeg, 40, 56, 3), np.uint8)
+        for sample, pixels in zip((ours, theirs), made, strict=False):
+            assert imdecode(np.frombuffer(sample.image, np.uint8), pixels, 40, 56, 40, 56) == 0
+        assert not is_jpeg or np.array_equal(*made)
 
 
 def stream(config: DataConfig, store: Store, world_size: int = 1) -> Iterator[list[tuple[object, ...]]]:
