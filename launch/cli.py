@@ -13,6 +13,7 @@ from convneur.data.stores.addresses import redact
 from convneur.errors import TrainingError
 from convneur.launch.commands import (
     ablate,
+    bench,
     data,
     doctor,
     evaluate,
@@ -35,7 +36,23 @@ DENIED = {errno.EACCES, errno.EPERM}
 ENVIRONMENT = DENIED | {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """What anything that reads and writes may meet: another user's files, a disk that is full or read-only, a quota."""
 
-COMMANDS = (prepare, data, train, submit, runs, evaluate, export, explain, plot, ablate, study, plan, info, doctor)
+COMMANDS = (
+    prepare,
+    data,
+    train,
+    submit,
+    runs,
+    evaluate,
+    export,
+    explain,
+    plot,
+    ablate,
+    study,
+    plan,
+    bench,
+    info,
+    doctor,
+)
 """The commands, in the order of the help."""
 
 

@@ -21,6 +21,7 @@ from convneur.data.format.manifest import MANIFEST
 from convneur.data.stores.choose import open_store
 from convneur.models.convneur.config import ModelConfig
 from convneur.planning.footprint import FLOAT, HALF, Footprint, Layout, host_bytes, largest_micro_batch, layout, peak
+from convneur.planning.rates import images_per_core
 from convneur.planning.step_trace import Group, Kernel, Precision, Trace, trace_step
 from convneur.system.gpu import Gpu
 
@@ -37,10 +38,6 @@ LAUNCH_SECONDS = 5e-6  # the least between two kernels of an eager step, at the 
 
 AVERAGE_BYTES = 3 * FLOAT
 NORM_BYTES = FLOAT
-
-# Images a second that a core decodes and augments: docs/data.md, with RandAugment and without.
-PER_CORE = {True: {"bicubic": 157, "fast-bicubic": 197}, False: {"bilinear": 324, "fast-bilinear": 496, "linear": 500}}
-PER_CORE_ELSE = {True: 157, False: 387}
 
 # ILSVRC2012_img_train.tar holds 1,281,167 images in 147,897,477,120 bytes; 50,000 others are for evaluation.
 IMAGENET = (1_281_167, 50_000)
@@ -191,6 +188,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     seconds = _seconds(trace, accumulation, sent, layouts[stage], cluster)
     step = total(seconds.values())
     images, eval_images, assumed = _images(config.data)
+    per_core, how_known = images_per_core(config.data)
     batch = config.data.global_batch_size
     steps = images // batch * config.schedule.epochs
     per_image = total(_kernel_seconds(kernel, gpu) for kernel in trace.kernels if kernel.forward).times(1 / micro_batch)
@@ -218,13 +216,13 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         mfu=step.rate(flops / (gpu.half_tflops * 1e12)),
         binds=max(seconds, key=lambda part: seconds[part].high),
         read_bytes_per_second=rate.times(IMAGE_BYTES / config.data.repeats),
-        cores_per_gpu=rate.times(1 / ranks / _images_per_core(config.data)),
+        cores_per_gpu=rate.times(1 / ranks / per_core),
         steps=steps,
         hours=step.times(steps / 3600) + per_image.times(evaluations * eval_images / ranks / 3600),
         checkpoint_bytes=(1 + layouts[stage].moments + averages) * FLOAT * params,
         kept_checkpoints=run.keep_checkpoints + run.keep_best,
         warnings=(),
-        assumed=(*assumed, "the fractions of the data sheet's rates at the slow end are guesses"),
+        assumed=(*assumed, how_known, "the fractions of the data sheet's rates at the slow end are guesses"),
     )
     return _with_warnings(plan, config)
 
@@ -245,12 +243,6 @@ def _seconds(trace: Trace, accumulation: int, sent: int, how: Layout, cluster: C
     seconds["optimizer"] = Range(moving, moving / SLOW_BANDWIDTH)
     seconds["communication"] = _communication(sent, cluster, overlaps=how.stage == 3)
     return seconds
-
-
-def _images_per_core(data: DataConfig) -> int:
-    """What a core decodes and augments in a second."""
-    heavy = bool(data.augment.randaugment)
-    return PER_CORE[heavy].get(data.interpolation, PER_CORE_ELSE[heavy])
 
 
 def total(spans: Iterable[Range]) -> Range:
