@@ -67,12 +67,18 @@ def write_index(folder: Path, split: str, scans: Sequence[Scan]) -> Split:
     Returns:
         The split's entry in the manifest.
     """
-    key_type = max((scan.rows.dtype["key"] for scan in scans), key=lambda dtype: dtype.itemsize)
-    index = np.concatenate([scan.rows.astype([*INDEX_FIELDS, ("key", key_type)]) for scan in scans])
-    index["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans])
+    index = joined(scans)
     with atomic_write(index_path(folder, split)) as file:
         np.save(file, index)
     return Split(tuple(scan.shard for scan in scans), file_crc32c(index_path(folder, split)), content_hash(index))
+
+
+def joined(scans: Sequence[Scan]) -> np.ndarray:
+    """The index of the shards that were scanned, (samples,) of `INDEX_FIELDS` and "key"."""
+    key_type = max((scan.rows.dtype["key"] for scan in scans), key=lambda dtype: dtype.itemsize)
+    index = np.concatenate([scan.rows.astype([*INDEX_FIELDS, ("key", key_type)]) for scan in scans])
+    index["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans])
+    return index
 
 
 def read_index(folder: Path, name: str, split: Split) -> np.ndarray:

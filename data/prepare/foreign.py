@@ -14,11 +14,15 @@ import numpy as np
 from braceexpand import braceexpand
 
 from convneur.data.errors import InputError
-from convneur.data.format.index import Scan, scan_shard, write_index
-from convneur.data.format.manifest import Manifest
+from convneur.data.files import TEMPORARY, atomic_write
+from convneur.data.format.index import Scan, content_hash, joined, scan_shard, write_index
+from convneur.data.format.manifest import Manifest, Split
 from convneur.data.format.selection import Tally
 from convneur.data.prepare.claim import claimed, discarded_on_failure
 from convneur.data.prepare.parallel import in_parallel
+from convneur.data.prepare.tile import Copies
+from convneur.data.prepare.tiling import forget_parts, require_tiling
+from convneur.data.prepare.writing import Task, write_shards
 from convneur.data.stores.addresses import is_remote, public
 from convneur.data.stores.remote import download, list_bucket
 from convneur.data.stores.retry import retrying
@@ -27,8 +31,10 @@ SOURCE = "index"
 SPLIT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
-def prepare_index(pattern: str, out: Path, *, split: str, processes: int, say: Callable[[str], object] = print) -> int:
-    """Writes a dataset to `out` that consists of an index only: the shards stay where they are.
+def prepare_index(
+    pattern: str, out: Path, *, split: str, processes: int, tiles: int = 0, say: Callable[[str], object] = print
+) -> int:
+    """Writes a dataset to `out` that consists of an index only: the shards stay where they are. Or of tiled copies.
 
     Call it once for each split. Labels become class names as they are: "0", "1", ...
 
@@ -39,14 +45,18 @@ def prepare_index(pattern: str, out: Path, *, split: str, processes: int, say: C
         out: the dataset's folder.
         split: the split to add, or to replace.
         processes: how many shards are read at a time.
-        say: takes a line for what is left out, and for what is odd.
+        tiles: coding units between the restart markers of the copies' JPEGs; 0 for no copies.
+        say: takes a line for what is left out, and for what is odd, and about tiling.
 
     Returns:
         Samples in the split.
 
     Raises:
-        InputError: there is no such shard, or one is damaged; or `out` holds something else.
+        InputError: there is no such shard, or one is damaged; or `out` holds something else; or copies are asked for,
+            and `out` has the split already, or there is no compiler.
     """
+    if tiles:
+        require_tiling(tiles)
     if not SPLIT.fullmatch(split):
         raise InputError(f"--split is {split!r}, expected a name of letters, digits, - and _, such as val")
     names = expand(pattern)
@@ -62,13 +72,46 @@ def prepare_index(pattern: str, out: Path, *, split: str, processes: int, say: C
         _require_different(scans)
         with claimed(out, SOURCE) as fresh:  # another process may have added another split meanwhile
             manifest = Manifest(SOURCE, (), {}) if fresh else Manifest.read(out)
-            entry = write_index(out, split, scans)
+            if tiles:
+                entry = _write_tiled(Task(out, processes, tiles=tiles, say=say), split, scans, manifest)
+            else:
+                entry = write_index(out, split, scans)
             classes = max(len(manifest.classes), 1 + max(int(np.max(scan.rows["label"])) for scan in scans))
             labels = tuple(map(str, range(classes)))
             replace(manifest, classes=labels, splits=manifest.splits | {split: entry}).write(out)
+            forget_parts(out)
+            _begun(out, split).unlink(missing_ok=True)
     for line in (*Tally().add(scan.tally for scan in scans).lines(split), *_twice(scans, split, manifest)):
         say(line)
     return sum(len(scan.rows) for scan in scans)
+
+
+def _write_tiled(task: Task, split: str, scans: Sequence[Scan], manifest: Manifest) -> Split:
+    """Writes tiled copies of the shards that were scanned into a folder that is claimed, or what is missing of them."""
+    index, marker = joined(scans), _begun(task.out, split)
+    source = Split(tuple(scan.shard for scan in scans), 0, content_hash(index))
+    plan = f"{source.index_hash} tiles {task.tiles}"
+    if split in manifest.splits:
+        raise InputError(f"{task.out} holds split {split} already: give --out another folder")
+    if marker.exists() or any(task.out.glob(f"{split}-*.tar")):
+        if not marker.exists() or marker.read_bytes() != plan.encode():
+            raise InputError(
+                f"{task.out} holds the beginnings of split {split} from other shards or with other --tiles: repeat the "
+                "command that began it, or give --out another folder"
+            )
+    else:
+        with atomic_write(marker) as file:
+            file.write(plan.encode())
+    for leftover in task.out.glob(TEMPORARY):
+        leftover.unlink()
+    entry = write_shards(task, split, Copies(task.out, source, index, None))
+    assert entry is not None  # as they aren't a part
+    return entry
+
+
+def _begun(out: Path, split: str) -> Path:
+    """Says, while tiled copies of a split are being written, what of."""
+    return out / f"{split}.preparing"
 
 
 def _require_different(scans: Sequence[Scan]) -> None:

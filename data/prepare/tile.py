@@ -21,17 +21,22 @@ from convneur.data.stores.on_disk import shard_on_disk
 SOURCE = "tile"
 
 
-class _Copies:
-    """The shards of a split of a dataset, read as they lie there."""
+class Copies:
+    """The shards of a split of the dataset in `folder`, read as they lie there.
 
-    def __init__(self, folder: Path, name: str, split: Split):
+    Args:
+        folder: the dataset's.
+        split: its entry in the manifest.
+        index: its index.
+        originals: what became of its own originals; None where it isn't tiled.
+    """
+
+    def __init__(self, folder: Path, split: Split, index: np.ndarray, originals: np.ndarray | None):
         self.copied = split
         self.sizes = [shard.samples for shard in split.shards]
-        self._folder, self._name = folder, name
-        self._index = read_index(folder, name, split)
+        self._folder, self._index, self._originals = folder, index, originals
         self._edges = np.concatenate([[0], np.cumsum(self.sizes)])
         self._denied = np.array([denied.row for denied in split.denied], np.int64)
-        self._originals = read_originals(folder, name, split)
 
     def samples(self, number: int) -> Iterator[Sample]:
         """Samples of a shard, those that are denied as well.
@@ -104,5 +109,8 @@ def prepare_tile(
         SOURCE,
         digest.hexdigest(),
         manifest.classes,
-        {name: _Copies(source, name, split) for name, split in manifest.splits.items()},
+        {
+            name: Copies(source, split, read_index(source, name, split), read_originals(source, name, split))
+            for name, split in manifest.splits.items()
+        },
     )

@@ -142,7 +142,7 @@ def prepare(task: Task, source: str, plan: str, classes: tuple[str, ...], splits
             check_files(out, task.format)
             forget_parts(out)
             return part is None and add_betons(out, task.format, task.pixels, task.processes)
-        entries = {split: _write_split(task, split, shards) for split, shards in splits.items()}
+        entries = {split: write_shards(task, split, shards) for split, shards in splits.items()}
         if part is None:
             complete = {split: entry for split, entry in entries.items() if entry}
             Manifest(source, classes, complete, has_shards=task.format != "ffcv").write(out)
@@ -168,8 +168,20 @@ def _check_same(task: Task, splits: Mapping[str, Shards]) -> None:
             raise InputError(f"{task.out}, split {split}, was written {found}, not {wanted}: give --out another folder")
 
 
-def _write_split(task: Task, split: str, shards: Shards) -> Split | None:
-    """Writes a part of the shards; or what is missing of all, and their index, whose entry is returned then."""
+def write_shards(task: Task, split: str, shards: Shards) -> Split | None:
+    """Writes a split's shards into a folder that is claimed.
+
+    Args:
+        task: where and how; of the formats, shards alone are written.
+        split: its name.
+        shards: what they hold.
+
+    Returns:
+        Its entry in the manifest, where there are all shards and an index; None for a part.
+
+    Raises:
+        InputError: a sample can't be read; the disk is full; what is there belongs to something else.
+    """
     paths = [shard_path(task.out, split, number) for number in range(len(shards.sizes))]
     mine = range(len(paths)) if task.part is None else range(task.part.number - 1, len(paths), task.part.of)
     missing = [number for number in mine if not paths[number].exists()]

@@ -151,7 +151,10 @@ def _size(text: str) -> tuple[int, int]:
 
 def _add_index(datasets: Parsers) -> None:
     index = _add_dataset(
-        datasets, "index", prepare_index, "An index for shards that somebody else wrote; they stay there."
+        datasets,
+        "index",
+        prepare_index,
+        "An index for shards that somebody else wrote, which stay there; or tiled copies of them.",
     )
     index.add_argument(
         "shards",
@@ -159,6 +162,7 @@ def _add_index(datasets: Parsers) -> None:
         help="WebDataset tars with jpg, jpeg, png or webp and cls: paths, http(s):// or s3://; {000..099}, * and ?",
     )
     index.add_argument("--split", default="train", help="split that they make up (default: train)")
+    _add_tiles(index)
     add_processes(index)
 
 
@@ -167,7 +171,9 @@ def prepare_index(args: argparse.Namespace, _: Overrides) -> int:
     from convneur.data.prepare.foreign import prepare_index
 
     with disk_errors():
-        samples = prepare_index(args.shards, args.out, split=args.split, processes=asked_processes(args))
+        samples = prepare_index(
+            args.shards, args.out, split=args.split, processes=asked_processes(args), tiles=args.tiles or 0
+        )
     print(f"{args.out}: split {args.split} has {samples:,} samples")
     return 0
 

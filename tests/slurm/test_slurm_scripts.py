@@ -192,6 +192,7 @@ def test_all_scripts_find_the_checkout_alike() -> None:
         "study.sh",
         "eval.sh",
         "prepare_imagenet.sh",
+        "tile.sh",
     }
     found = {
         path.read_text().partition("# Slurm runs a copy")[2].partition('\n. "$home/common.sh"\n')[0] for path in scripts

@@ -25,7 +25,7 @@ from convneur.data.format.shards import Sample, write_split
 from convneur.data.format.tiled import DENIED, OUTCOMES, read_originals
 from convneur.data.inspect.verify import verify_dataset
 from convneur.data.native import SOURCES, library
-from convneur.data.prepare import tiling
+from convneur.data.prepare import tiling, writing
 from convneur.data.prepare.claim import LOCK
 from convneur.data.prepare.foreign import prepare_index
 from convneur.data.prepare.synthetic import SyntheticImages, prepare_synthetic
@@ -243,10 +243,33 @@ def test_tiling_while_preparing_gives_the_same_shards_as_afterwards(tmp_path: Pa
     assert splits["train"].index_hash == TarStore(tmp_path / "0", "train").index_hash
 
 
-def test_shards_of_others_get_a_copy_with_the_same_order(source: Path, tmp_path: Path) -> None:
-    prepare_index(str(source / "train-*.tar"), tmp_path / "index", split="train", processes=1)
-    prepare_tile(tmp_path / "index", tmp_path / "out", tiles=2, processes=1)
-    assert TarStore(tmp_path / "out", "train").index_hash == TarStore(tmp_path / "index", "train").index_hash
+def test_shards_of_others_get_copies_with_the_same_order(
+    source: Path, tiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, out, again = tmp_path / "index", tmp_path / "out", tmp_path / "again"
+    shards = {split: str(source / f"{split}-*.tar") for split in ("train", "val")}
+    for split, names in shards.items():
+        prepare_index(names, index, split=split, processes=1)
+    with monkeypatch.context() as failing:
+        failing.setattr(writing, "scan_tiled_shard", int)  # after the shards are written
+        with pytest.raises(TypeError):
+            prepare_index(shards["train"], out, split="train", processes=1, tiles=2)
+    assert "holds the beginnings of split train" in input_error(
+        prepare_index, shards["train"], out, split="train", processes=1, tiles=4
+    )
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    for split, names in shards.items():
+        prepare_index(names, out, split=split, processes=1, tiles=2)
+    assert times.items() <= {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}.items()
+    prepare_tile(index, again, tiles=2, processes=1)
+    assert Manifest.read(out).splits == Manifest.read(again).splits == Manifest.read(tiled).splits
+    expected = contents(tiled)
+    assert all(found == expected[name] for name, found in contents(out).items() if name != "manifest.json")
+    assert contents(out).keys() == expected.keys()
+    assert TarStore(out, "train").index_hash == TarStore(index, "train").index_hash
+    assert "holds split val already" in input_error(
+        prepare_index, shards["val"], out, split="val", processes=1, tiles=2
+    )
 
 
 def test_what_is_denied_stays_so_and_other_damage_is_refused(copy: Path, tmp_path: Path) -> None:
