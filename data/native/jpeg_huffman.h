@@ -1,116 +1,129 @@
-// Huffman-coded blocks of a JPEG. Codes and the values that follow them are looked up together; two restart segments
-// are read in lock step, so that the processor has something to do while it waits for a look-up.
+// Huffman codes of a JPEG as tables that give one or two coefficients a look-up, and the bits to look up.
 
 #pragma once
 
+#include <algorithm>
 #include <cstring>
-#include <memory>
-#include <vector>
 
 #include "jpeg_header.h"
 
 namespace convneur::jpeg {
 
-constexpr int LOOK = 11;                   // bits that are looked up at once
-constexpr int END = 128, WRONG = 64;       // what is added to k at a block's end, and where there is no such code
+constexpr int LOOK = 10;                   // bits that are looked up at once
 constexpr int MOST_DC = 11, MOST_AC = 10;  // bits of a value
-constexpr size_t SLACK = 512;              // bytes: a block has 63 * 26 + 27 bits at most, and 8 bytes are read at once
 
-// A Huffman code as tables.
+// k is the last place in the zigzag that is known. It becomes END or more at a block's end, and has the bit of WRONG set
+// where there is no such symbol, or none that fits, or one that must be read by itself.
+constexpr int WRONG = 64, END = 129;
+
 struct Table {
-    // Of a symbol: `bits` to drop; `ahead` for k, the place in the zigzag; its value. Where that takes longer than a
-    // look-up, `bits` is 0, and `value` has the code's bits and, from bit 8, how many follow; or 0, for a long code.
+    // Of one or two symbols: their bits, the first one's; how they move k, the first one; their values. DC: the bits of
+    // a code, and in `ahead` how many follow. `ahead` is WRONG where nothing can be looked up; then one_value has the
+    // code's bits and, from bit 8, how many follow, or 0 for a code that is longer than LOOK.
     struct Entry {
-        uint8_t bits, ahead;
-        int16_t value;
-
-        int all_bits() const { return bits ? bits : (value & 255) + (value >> 8); }
+        uint8_t bits, one_bits, ahead, one_ahead;
+        int16_t value, one_value;
     };
     Entry entries[1 << LOOK];
-    uint16_t several[1 << LOOK];  // AC: of as many symbols as are known: bits | ahead << 8; 0: none is
-    int ends[17], starts[17];     // of the codes of so many bits: the first that is longer, and where symbols start
+    int ends[17], starts[17];  // of the codes of so many bits: the first that is longer; what takes a code to its symbol
     HuffmanCode code;
-    bool of_dc = false;
 
-    // False if libjpeg finds the code wrong.
+    // False if libjpeg finds the code wrong. Tables stay from image to image while codes do.
     bool set(const HuffmanCode& wanted, bool dc) {
-        if (code.given && of_dc == dc && std::memcmp(&code, &wanted, sizeof code) == 0)
+        if (code.given && std::memcmp(&code, &wanted, sizeof code) == 0)
             return true;
         code.given = false;
-        std::memset(entries, 0, sizeof entries);
         int next = 0, symbol = 0;
         for (int bits = 1; bits <= 16; bits++, next <<= 1) {
             starts[bits] = symbol - next;
+            if (next + wanted.counts[bits] >= 1 << bits && wanted.counts[bits])
+                return false;
             for (int i = 0; i < wanted.counts[bits]; i++, next++, symbol++) {
                 if (dc && wanted.symbols[symbol] > 15)
                     return false;
-                if (bits <= LOOK && next < 1 << bits)
-                    fill(next << (LOOK - bits), bits, dc, wanted.symbols[symbol]);
+                if (bits <= LOOK)
+                    fill(next << (LOOK - bits), bits, wanted.symbols[symbol], dc);
             }
-            if (next >= 1 << bits && wanted.counts[bits])
-                return false;
             ends[bits] = next;
+            if (bits == LOOK)
+                std::fill(entries + next, entries + (1 << LOOK), Entry{0, 0, WRONG, WRONG, 0, 0});
         }
-        if (!dc)
-            for (int i = 0; i < 1 << LOOK; i++)
-                several[i] = combined(i);
+        for (int i = (1 << LOOK) - 1; i >= 0 && !dc; i--)  // what comes second has been looked at less
+            add_second(i);
         code = wanted;
-        of_dc = dc;
         return true;
     }
 
-    // An entry for what is at the buffer's top, however long.
-    __attribute__((noinline)) Entry long_entry(Entry entry, uint64_t buffer) const {
-        int bits = entry.value & 255, of_value = entry.value >> 8, ahead = entry.ahead;
+    // What is at the buffer's top, however long.
+    __attribute__((noinline)) Entry long_entry(Entry entry, uint64_t buffer, bool dc) const {
+        int bits = entry.one_value & 255, of_value = entry.one_value >> 8, ahead = entry.one_ahead;
         if (bits == 0) {
             for (bits = LOOK + 1; bits <= 16 && static_cast<int>(buffer >> (64 - bits)) >= ends[bits];)
                 bits++;
             const int symbol = bits > 16 ? 0xff : code.symbols[starts[bits] + (buffer >> (64 - bits))];
-            ahead = ahead_of(of_dc, symbol);
-            of_value = ahead == WRONG ? 0 : symbol & 15;
+            ahead = dc ? dc_ahead_of(symbol) : ahead_of(symbol);
+            of_value = dc || ahead == WRONG ? 0 : symbol & 15;
         }
-        const int value = of_value ? extended(buffer << bits >> (64 - of_value), of_value) : 0;
-        return {static_cast<uint8_t>(bits + of_value), static_cast<uint8_t>(ahead), static_cast<int16_t>(value)};
+        const auto value = static_cast<int16_t>(extended(buffer << bits, of_value));
+        const auto all = static_cast<uint8_t>(bits + of_value);
+        return {all, all, static_cast<uint8_t>(ahead), static_cast<uint8_t>(ahead), value, value};
     }
 
-    static int ahead_of(bool dc, int symbol) {
+    static int extended(uint64_t buffer, int bits) {  // the value of so many bits at the buffer's top
+        const int negative = static_cast<int>(buffer >> 63) - 1;
+        return static_cast<int>(buffer >> 1 >> (63 - bits)) - (negative & ((1 << bits) - 1));
+    }
+
+  private:
+    static int dc_ahead_of(int symbol) { return symbol > MOST_DC ? WRONG : symbol; }
+
+    static int ahead_of(int symbol) {
         const int bits = symbol & 15, run = symbol >> 4;
-        if (dc)
-            return symbol > MOST_DC ? WRONG : 0;
         if (bits > MOST_AC || (bits == 0 && run != 0 && run != 15))
             return WRONG;
         return symbol == 0 ? END : run + 1;
     }
 
-    static int extended(uint64_t bits, int count) {  // a value of so many bits
-        return static_cast<int>(bits) - (bits >> (count - 1) ? 0 : (1 << count) - 1);
-    }
-
-  private:
-    void fill(int first, int bits, bool dc, int symbol) {
-        const uint8_t ahead = ahead_of(dc, symbol);
-        const int of_value = ahead == WRONG ? 0 : symbol & 15, rest = LOOK - bits - of_value;
-        for (int i = 0; i < 1 << (LOOK - bits); i++) {
-            const int value = rest < 0 ? bits | of_value << 8 : of_value ? extended(i >> rest, of_value) : 0;
-            entries[first + i] = {static_cast<uint8_t>(rest < 0 ? 0 : bits + of_value), ahead,
-                                  static_cast<int16_t>(value)};
+    // Sets what begins with a code.
+    void fill(int first, int bits, int symbol, bool dc) {
+        const auto ahead = static_cast<uint8_t>(dc ? dc_ahead_of(symbol) : ahead_of(symbol));
+        const int of_value = dc || ahead == WRONG ? 0 : symbol & 15, spare = LOOK - bits - of_value;
+        const auto all = static_cast<uint8_t>(bits + of_value);
+        if (spare < 0) {
+            std::fill_n(entries + first, 1 << (LOOK - bits), Entry{0, 0, WRONG, ahead, 0, int16_t(bits | of_value << 8)});
+            return;
+        }
+        for (uint64_t i = 0; i < uint64_t{1} << of_value; i++) {
+            const auto value = static_cast<int16_t>(extended(i << (63 - of_value) << 1, of_value));
+            std::fill_n(entries + first + (i << spare), 1 << spare, Entry{all, all, ahead, ahead, value, value});
         }
     }
 
-    uint16_t combined(int known) const {
-        int used = 0, ahead = 0;
-        while (used < LOOK && ahead < 63) {
-            const Entry& entry = entries[known << used & ((1 << LOOK) - 1)];
-            const int bits = entry.all_bits();
-            // The first symbol's value needn't be looked up whole; what follows must be known.
-            if (bits == 0 || entry.ahead == WRONG || (used && used + bits > LOOK))
-                break;
-            used += bits;
-            ahead += entry.ahead;
-        }
-        return used | ahead << 8;
+    void add_second(int known) {
+        Entry& entry = entries[known];
+        const Entry& second = entries[known << entry.one_bits & ((1 << LOOK) - 1)];
+        if (entry.one_bits == 0 || entry.one_ahead >= WRONG || second.one_bits == 0 || second.one_ahead == WRONG ||
+            entry.one_bits + second.one_bits > LOOK)
+            return;
+        entry.bits = entry.one_bits + second.one_bits;
+        entry.ahead = entry.one_ahead + second.one_ahead;
+        entry.value = second.one_value;
     }
 };
+
+// Where the k-th coefficient goes: rows are PITCH apart, for two blocks to lie beside each other. What is past the end
+// goes to a row of its own.
+constexpr int PITCH = 16, ROOM = 9 * PITCH;
+
+struct Places {
+    uint8_t of[256];
+
+    constexpr Places() : of() {
+        for (int k = 0; k < 256; k++)
+            of[k] = k < 64 ? NATURAL[k] / 8 * PITCH + NATURAL[k] % 8 : 8 * PITCH;
+    }
+};
+constexpr Places PLACES;
 
 // Bits from a segment whose stuffing is gone; reads up to 8 bytes past what is asked for.
 struct Bits {
@@ -133,14 +146,37 @@ struct Bits {
         count -= bits;
     }
 
-    // Reads a symbol and its value, of 27 bits at most; moves k on.
-    __attribute__((always_inline)) int read(const Table& table, int& k) {
+    // The difference of a first coefficient; k becomes 0, or WRONG.
+    __attribute__((always_inline)) int first(const Table& table, int& k) {
+        refill();
         Table::Entry entry = table.entries[buffer >> (64 - LOOK)];
         if (__builtin_expect(entry.bits == 0, 0))
-            entry = table.long_entry(entry, buffer);
+            entry = table.long_entry(entry, buffer, true);
         drop(entry.bits);
-        k += entry.ahead;
-        return entry.value;
+        const int of_value = entry.ahead & (WRONG - 1);
+        const int value = Table::extended(buffer, of_value);
+        drop(of_value);
+        k = entry.ahead & WRONG;
+        return value;
+    }
+
+    // One or two coefficients, which take 11 bits at most, after which there are as many as before; or 26, and a refill.
+    __attribute__((always_inline)) void next_ones(const Table& table, int& k, int16_t* coefficients) {
+        const Table::Entry& entry = table.entries[buffer >> (64 - LOOK)];
+        const int at = k + entry.ahead, one_at = k + entry.one_ahead;
+        if (__builtin_expect(at & WRONG, 0)) {
+            refill();
+            const Table::Entry one = entry.one_bits ? entry : table.long_entry(entry, buffer, false);
+            drop(one.one_bits);
+            k += one.one_ahead;
+            coefficients[PLACES.of[k]] = one.one_value;
+            refill();
+            return;
+        }
+        drop(entry.bits);
+        coefficients[PLACES.of[one_at]] = entry.one_value;
+        coefficients[PLACES.of[at]] = entry.value;
+        k = at;
     }
 };
 

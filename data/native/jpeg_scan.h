@@ -3,10 +3,14 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <vector>
 
 #include "jpeg_huffman.h"
 
 namespace convneur::jpeg {
+
+constexpr size_t SLACK = 4096;  // bytes past a segment that may be read: an MCU has 6 * 64 * 26 bits at most
 
 // Memory that isn't zeroed, and stays for the next image unless it is large.
 template <typename T>
@@ -115,116 +119,117 @@ struct Scan {
     bool failed = false;
 };
 
-// Where the k-th coefficient goes; what is past the end goes to place 64.
-struct Places {
-    uint8_t of[256];
-
-    constexpr Places() : of() {
-        for (int k = 0; k < 256; k++)
-            of[k] = k < 64 ? NATURAL[k] : 64;
-    }
-};
-constexpr Places PLACES;
-
-// Reads segments block by block. A sink has room for a block's coefficients, whose places are row by row, and takes it.
+// Reads segments, and hands their blocks to a sink: it is told of an MCU, has room for a block's coefficients, and takes
+// them.
 template <typename Sink>
 class Lane {
   public:
     Lane(Scan& scan, Sink& sink) : scan_(scan), sink_(sink) {
-        for (int c = 0; c < scan.header.components; c++) {
-            const Component& component = scan.header.component[c];
-            for (int i = 0; i < component.across * component.down; i++)
-                blocks_[count_++] = {c, i % component.across, i / component.across, &scan.tables.dc[component.dc],
-                                     &scan.tables.ac[component.ac]};
-        }
-        going_ = next_segment() && skip() && begin();
+        for (int c = 0; c < scan.header.components; c++)
+            for (int i = 0; i < scan.header.component[c].across * scan.header.component[c].down; i++)
+                blocks_[count_++] = {&scan.tables.dc[scan.header.component[c].dc],
+                                     &scan.tables.ac[scan.header.component[c].ac], &dc_[c]};
+        going_ = next_segment() && skip();
     }
 
-    static void run(Lane& lane) {
-        while (lane.going_) {
-            State state = lane.state_;
-            while (state.k < 63) {
-                state.bits.refill();
-                state.step();
-                if (state.k < 63)
-                    state.step();
+    // Reads all that there is, in two lanes side by side while both have something.
+    static void run(Lane& a, Lane& b) {
+        while (a.going_ && b.going_) {
+            Bits a_bits = a.bits_, b_bits = b.bits_;
+            a.sink_.start(a.column_, a.row_);
+            b.sink_.start(b.column_, b.row_);
+            for (int i = 0; i < a.count_; i++) {
+                int a_k, b_k;
+                int16_t *const a_room = a.sink_.room(), *const b_room = b.sink_.room();
+                a.begin(i, a_bits, a_k, a_room);
+                b.begin(i, b_bits, b_k, b_room);
+                const Table& table = *a.blocks_[i].ac;
+                while (a_k < 63 && b_k < 63) {
+                    a_bits.refill();
+                    b_bits.refill();
+                    for (int j = 0; j < 3; j++) {
+                        a_bits.next_ones(table, a_k, a_room);
+                        b_bits.next_ones(table, b_k, b_room);
+                        if (a_k >= 63 || b_k >= 63)
+                            break;
+                    }
+                }
+                a.end(i, a_bits, a_k, a_room);
+                b.end(i, b_bits, b_k, b_room);
+                a.sink_.take(i, a_k == END);
+                b.sink_.take(i, b_k == END);
             }
-            lane.next(state);
+            a.move_on(a_bits);
+            b.move_on(b_bits);
         }
-    }
-
-    static void run(Lane& one, Lane& other) {
-        State a = one.state_, b = other.state_;
-        while (one.going_ && other.going_) {
-            while (a.k < 63 && b.k < 63) {
-                a.bits.refill();
-                b.bits.refill();
-                a.step();
-                b.step();
+        for (Lane* lane : {&a, &b})
+            while (lane->going_) {
+                lane->sink_.start(lane->column_, lane->row_);
+                Bits bits = lane->bits_;
+                for (int i = 0; i < lane->count_; i++) {
+                    int k;
+                    int16_t* const room = lane->sink_.room();
+                    lane->begin(i, bits, k, room);
+                    lane->end(i, bits, k, room);
+                    lane->sink_.take(i, k == END);
+                }
+                lane->move_on(bits);
             }
-            if (a.k >= 63) {
-                one.next(a);
-                a = one.state_;
-            }
-            if (b.k >= 63) {
-                other.next(b);
-                b = other.state_;
-            }
-        }
-        one.state_ = a;
-        other.state_ = b;
-        run(one);
-        run(other);
     }
 
   private:
     struct Block {
-        int component, x, y;
         const Table *dc, *ac;
+        int* first;  // the component's last first coefficient
     };
 
-    // What is in registers while a block is read. k: the last place in the zigzag that is known.
-    struct State {
-        Bits bits;
-        int k = 63;
-        const Table* ac = nullptr;
-        int16_t* coefficients = nullptr;
-
-        __attribute__((always_inline)) void step() {
-            const int value = bits.read(*ac, k);
-            coefficients[PLACES.of[k]] = static_cast<int16_t>(value);
-        }
-    };
-
-    // Hands a block on that has been read, and begins the next one.
-    void next(const State& state) {
-        state_ = state;
-        const Block& block = blocks_[block_];
-        going_ = is_sound(state.bits, state.k, block.component);
-        if (!going_)
-            return;
-        if (wanted_)
-            sink_.take(block.component, x_, y_, state.k == END);
-        if (++block_ == count_) {
-            block_ = 0;
-            going_ = (move() || next_segment()) && skip();
-        }
-        going_ = going_ && begin();
+    // Begins block i of an MCU.
+    __attribute__((always_inline)) void begin(int i, Bits& bits, int& k, int16_t* room) {
+        const int first = *blocks_[i].first += bits.first(*blocks_[i].dc, k);
+        room[0] = static_cast<int16_t>(first);
+        odd_ |= (first + 2048) & ~4095;
     }
 
-    bool begin() {
-        const Block& block = blocks_[block_];
-        const Component& component = scan_.header.component[block.component];
-        x_ = column_ * component.across + block.x;
-        y_ = row_ * component.down + block.y;
-        wanted_ = sink_.wants(block.component, x_, y_);
-        state_.coefficients = wanted_ ? sink_.room() : unwanted_;
-        state_.bits.refill();
-        state_.k = 0;
-        state_.ac = block.ac;
-        state_.coefficients[0] = static_cast<int16_t>(dc_[block.component] += state_.bits.read(*block.dc, state_.k));
+    // Reads what is left of a block.
+    __attribute__((always_inline)) void end(int i, Bits& bits, int& k, int16_t* room) {
+        const Table& table = *blocks_[i].ac;
+        while (k < 63) {
+            bits.refill();
+            for (int j = 0; j < 4 && k < 63; j++)
+                bits.next_ones(table, k, room);
+        }
+        odd_ |= k & WRONG;
+    }
+
+    // Moves on after an MCU to the next one that is needed.
+    void move_on(const Bits& bits) {
+        going_ = is_sound(bits) && (move() || next_segment()) && skip();
+    }
+
+    // Past MCUs that aren't needed; false where none is left.
+    bool skip() {
+        while (!scan_.needed.has(column_, row_)) {
+            Bits bits = bits_;
+            for (int i = 0; i < count_; i++) {
+                int k;
+                begin(i, bits, k, unwanted_);
+                end(i, bits, k, unwanted_);
+            }
+            if (!is_sound(bits) || (!move() && !next_segment()))
+                return false;
+        }
         return true;
     }
+
+    // Whether an MCU was sound, and its segment has not ended before it.
+    bool is_sound(const Bits& bits) {
+        bits_ = bits;
+        const bool sound = odd_ == 0 && left() >= 0;
+        scan_.failed |= !sound;
+        return sound;
+    }
+
+    ptrdiff_t left() const { return (segment_.end - bits_.next) * 8 + bits_.count; }  // bits
 
     // To the segment's next MCU; false at its end.
     bool move() {
@@ -236,14 +241,12 @@ class Lane {
     }
 
     bool next_segment() {
-        const bool whole = segment_.stop == segment_.all;
-        if (whole && (segment_.end - state_.bits.next) * 8 + state_.bits.count >= 8)  // bytes are left
-            scan_.failed = true;
+        scan_.failed |= segment_.stop == segment_.all && left() >= 8;  // bytes are left
         if (scan_.failed || scan_.next_segment == scan_.segments.size())
             return false;
         segment_ = scan_.segments[scan_.next_segment++];
-        state_.bits = {};
-        state_.bits.next = segment_.begin;
+        bits_ = {};
+        bits_.next = segment_.begin;
         std::fill_n(dc_, 3, 0);
         mcu_ = segment_.first;
         row_ = mcu_ / scan_.header.mcus_across;
@@ -251,59 +254,14 @@ class Lane {
         return true;
     }
 
-    // Past MCUs that aren't needed; false where none is left.
-    bool skip() {
-        while (!scan_.needed.has(column_, row_)) {
-            Bits bits = state_.bits;
-            for (int i = 0; i < count_; i++) {
-                const Block& block = blocks_[i];
-                int k = 0;
-                bits.refill();
-                dc_[block.component] += bits.read(*block.dc, k);
-                while (k < 63) {
-                    bits.refill();
-                    skip_some(bits, *block.ac, k);
-                    if (k < 63)
-                        skip_some(bits, *block.ac, k);
-                }
-                if (!is_sound(bits, k, block.component))
-                    return false;
-            }
-            state_.bits = bits;
-            if (!move() && !next_segment())
-                return false;
-        }
-        return true;
-    }
-
-    __attribute__((always_inline)) static void skip_some(Bits& bits, const Table& ac, int& k) {
-        const int several = ac.several[bits.buffer >> (64 - LOOK)], to = k + (several >> 8);
-        // Symbols past the block's end are the next one's.
-        if (__builtin_expect(several == 0 || (to >= 64 && to < END) || to >= END + 63, 0)) {
-            bits.read(ac, k);
-        } else {
-            bits.drop(several & 255);
-            k = to;
-        }
-    }
-
-    // Whether a block was sound that ended at k, before its segment did.
-    bool is_sound(const Bits& bits, int k, int component) {
-        const bool sound = (k == 63 || k >= END) && (segment_.end - bits.next) * 8 + bits.count >= 0 &&
-                           dc_[component] >= -2048 && dc_[component] < 2048;
-        scan_.failed |= !sound;
-        return sound;
-    }
-
     Scan& scan_;
     Sink& sink_;
     Block blocks_[MOST_BLOCKS];
-    int count_ = 0;
     Segment segment_ = {nullptr, nullptr, 0, 0, 1};
-    State state_;
-    int mcu_ = 0, row_ = 0, column_ = 0, block_ = 0, x_ = 0, y_ = 0, dc_[3] = {};
-    bool wanted_ = false, going_ = false;
-    int16_t unwanted_[80];
+    Bits bits_;
+    int count_ = 0, mcu_ = 0, row_ = 0, column_ = 0, dc_[3] = {}, odd_ = 0;
+    bool going_ = false;
+    int16_t unwanted_[ROOM];
 };
 
 }  // namespace convneur::jpeg
