@@ -94,25 +94,9 @@ struct Plane {
     }
 };
 
-// Where the blocks of an MCU lie: block i is (x, y) among those of its component.
-struct Layout {
-    struct Place {
-        int component, x, y;
-    };
-    Place of[MOST_BLOCKS];
-
-    explicit Layout(const Header& header) {
-        Place* place = of;
-        for (int c = 0; c < header.components; c++)
-            for (int i = 0; i < header.component[c].across * header.component[c].down; i++)
-                *place++ = {c, i % header.component[c].across, i / header.component[c].across};
-    }
-};
-
 struct Pixels {
     const Header& header;
     const Plane* planes;
-    const Layout layout{header};
     int column = 0, row = 0, count = 0;
     bool inside = false;            // all blocks of the MCU are wanted
     uint8_t* samples[3] = {};       // of its first blocks
@@ -132,12 +116,12 @@ struct Pixels {
         }
     }
     int16_t* room() { return blocks + 8 * count; }
-    void take(int i, bool flat) {
-        const Layout::Place place = layout.of[i];
-        const Plane& plane = planes[place.component];
-        targets[count] = {plane.quantiser, samples[place.component] + 8 * (place.y * plane.stride + place.x), plane.stride};
-        if (!inside && !plane.has(column * header.component[place.component].across + place.x,
-                                  row * header.component[place.component].down + place.y)) {
+    void take(const Block& block, bool flat) {
+        const Plane& plane = planes[block.component];
+        const Component& component = header.component[block.component];
+        targets[count] = {plane.quantiser, samples[block.component] + 8 * (block.y * plane.stride + block.x),
+                          plane.stride};
+        if (!inside && !plane.has(column * component.across + block.x, row * component.down + block.y)) {
             for (int y = 0; y < 8; y++)
                 std::memset(room() + PITCH * y, 0, 16);
         } else if (flat) {
@@ -175,7 +159,6 @@ void colour_row(int width, const uint8_t* luma, const uint8_t* blue, const uint8
 struct Coefficients {
     const Header& header;
     std::vector<int16_t>* blocks;
-    const Layout layout{header};
     int column = 0, row = 0;
     int16_t block[ROOM] = {};
 
@@ -184,11 +167,10 @@ struct Coefficients {
         row = new_row;
     }
     int16_t* room() { return block; }
-    void take(int i, bool) {
-        const Layout::Place place = layout.of[i];
-        const Component& component = header.component[place.component];
-        const size_t y = row * component.down + place.y, x = column * component.across + place.x;
-        int16_t* const out = &blocks[place.component][64 * (y * header.mcus_across * component.across + x)];
+    void take(const Block& from, bool) {
+        const Component& component = header.component[from.component];
+        const size_t y = row * component.down + from.y, x = column * component.across + from.x;
+        int16_t* const out = &blocks[from.component][64 * (y * header.mcus_across * component.across + x)];
         for (int k = 0; k < 64; k++)
             out[k] = block[PLACES.of[k]];
         std::fill_n(block, ROOM, 0);

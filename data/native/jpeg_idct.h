@@ -20,7 +20,7 @@ typedef int32_t SignedHalf __attribute__((vector_size(32)));
 
 // Numbers of a and b by turns, from the lower or upper half of each block.
 template <bool UPPER>
-inline Row interleaved(Row a, Row b) {
+inline Row interleaved(const Row& a, const Row& b) {
 #ifdef __AVX2__
     const __m256i x = (__m256i)a, y = (__m256i)b;
     return (Row)(UPPER ? _mm256_unpackhi_epi16(x, y) : _mm256_unpacklo_epi16(x, y));
@@ -35,7 +35,7 @@ inline Row interleaved(Row a, Row b) {
 }
 
 // Of pairs of numbers, x0 * first + x1 * second.
-inline Half weighted(Row pairs, int first, int second) {
+inline Half weighted(const Row& pairs, int first, int second) {
 #ifdef __AVX2__
     return (Half)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi32((first & 0xffff) | second * 65536));
 #else
@@ -45,7 +45,7 @@ inline Half weighted(Row pairs, int first, int second) {
 }
 
 // Both halves of a row, brought into 16 bits.
-inline Row saturated(SignedHalf lower, SignedHalf upper) {
+inline Row saturated(const SignedHalf& lower, const SignedHalf& upper) {
 #ifdef __AVX2__
     return (Row)_mm256_packs_epi32((__m256i)lower, (__m256i)upper);
 #else
@@ -98,13 +98,14 @@ inline void pass(Row (&rows)[8]) {
 }
 
 // The first block of a, the second one of b.
-inline Row joined(Row a, Row b) {
+inline Row joined(const Row& a, const Row& b) {
 #ifdef __AVX2__
     return (Row)_mm256_blend_epi32((__m256i)a, (__m256i)b, 0xf0);
 #else
+    Row result = a;
     for (int i = 8; i < 16; i++)
-        a[i] = b[i];
-    return a;
+        result[i] = b[i];
+    return result;
 #endif
 }
 

@@ -119,84 +119,90 @@ struct Scan {
     bool failed = false;
 };
 
-// Reads segments, and hands their blocks to a sink: it is told of an MCU, has room for a block's coefficients, and takes
+// Block (x, y) of those that a component has in an MCU.
+struct Block {
+    int component, x, y;
+    const Table *dc, *ac;
+    int* first;  // the component's last first coefficient
+};
+
+// Reads segments, and hands their blocks to a sink. It has start(column, row), which tells it of an MCU; room(), ROOM
+// zeros for a block's coefficients, of which the k-th goes to PLACES.of[k]; and take(block, only_first), which takes
 // them.
 template <typename Sink>
 class Lane {
   public:
     Lane(Scan& scan, Sink& sink) : scan_(scan), sink_(sink) {
-        for (int c = 0; c < scan.header.components; c++)
-            for (int i = 0; i < scan.header.component[c].across * scan.header.component[c].down; i++)
-                blocks_[count_++] = {&scan.tables.dc[scan.header.component[c].dc],
-                                     &scan.tables.ac[scan.header.component[c].ac], &dc_[c]};
+        for (int c = 0; c < scan.header.components; c++) {
+            const Component& component = scan.header.component[c];
+            for (int i = 0; i < component.across * component.down; i++)
+                blocks_[count_++] = {c, i % component.across, i / component.across, &scan.tables.dc[component.dc],
+                                     &scan.tables.ac[component.ac], &dc_[c]};
+        }
         going_ = next_segment() && skip();
     }
 
-    // Reads all that there is, in two lanes side by side while both have something.
+    static void run(Lane& lane) {
+        while (lane.going_) {
+            Bits bits = lane.bits_;
+            lane.sink_.start(lane.column_, lane.row_);
+            for (int i = 0; i < lane.count_; i++) {
+                const Block& block = lane.blocks_[i];
+                int k;
+                int16_t* const room = lane.sink_.room();
+                lane.begin(block, bits, k, room);
+                lane.end(block, bits, k, room);
+                lane.sink_.take(block, k == END);
+            }
+            lane.move_on(bits);
+        }
+    }
+
+    // Two lanes side by side while both have something to read.
     static void run(Lane& a, Lane& b) {
         while (a.going_ && b.going_) {
             Bits a_bits = a.bits_, b_bits = b.bits_;
             a.sink_.start(a.column_, a.row_);
             b.sink_.start(b.column_, b.row_);
             for (int i = 0; i < a.count_; i++) {
+                const Table& table = *a.blocks_[i].ac;
                 int a_k, b_k;
                 int16_t *const a_room = a.sink_.room(), *const b_room = b.sink_.room();
-                a.begin(i, a_bits, a_k, a_room);
-                b.begin(i, b_bits, b_k, b_room);
-                const Table& table = *a.blocks_[i].ac;
+                a.begin(a.blocks_[i], a_bits, a_k, a_room);
+                b.begin(b.blocks_[i], b_bits, b_k, b_room);
                 while (a_k < 63 && b_k < 63) {
                     a_bits.refill();
                     b_bits.refill();
-                    for (int j = 0; j < 3; j++) {
+                    for (int j = 0; j < 3 && a_k < 63 && b_k < 63; j++) {
                         a_bits.next_ones(table, a_k, a_room);
                         b_bits.next_ones(table, b_k, b_room);
-                        if (a_k >= 63 || b_k >= 63)
-                            break;
                     }
                 }
-                a.end(i, a_bits, a_k, a_room);
-                b.end(i, b_bits, b_k, b_room);
-                a.sink_.take(i, a_k == END);
-                b.sink_.take(i, b_k == END);
+                a.end(a.blocks_[i], a_bits, a_k, a_room);
+                b.end(b.blocks_[i], b_bits, b_k, b_room);
+                a.sink_.take(a.blocks_[i], a_k == END);
+                b.sink_.take(b.blocks_[i], b_k == END);
             }
             a.move_on(a_bits);
             b.move_on(b_bits);
         }
-        for (Lane* lane : {&a, &b})
-            while (lane->going_) {
-                lane->sink_.start(lane->column_, lane->row_);
-                Bits bits = lane->bits_;
-                for (int i = 0; i < lane->count_; i++) {
-                    int k;
-                    int16_t* const room = lane->sink_.room();
-                    lane->begin(i, bits, k, room);
-                    lane->end(i, bits, k, room);
-                    lane->sink_.take(i, k == END);
-                }
-                lane->move_on(bits);
-            }
+        run(a);
+        run(b);
     }
 
   private:
-    struct Block {
-        const Table *dc, *ac;
-        int* first;  // the component's last first coefficient
-    };
-
-    // Begins block i of an MCU.
-    __attribute__((always_inline)) void begin(int i, Bits& bits, int& k, int16_t* room) {
-        const int first = *blocks_[i].first += bits.first(*blocks_[i].dc, k);
+    __attribute__((always_inline)) void begin(const Block& block, Bits& bits, int& k, int16_t* room) {
+        const int first = *block.first += bits.first(*block.dc, k);
         room[0] = static_cast<int16_t>(first);
         odd_ |= (first + 2048) & ~4095;
     }
 
     // Reads what is left of a block.
-    __attribute__((always_inline)) void end(int i, Bits& bits, int& k, int16_t* room) {
-        const Table& table = *blocks_[i].ac;
+    __attribute__((always_inline)) void end(const Block& block, Bits& bits, int& k, int16_t* room) {
         while (k < 63) {
             bits.refill();
             for (int j = 0; j < 4 && k < 63; j++)
-                bits.next_ones(table, k, room);
+                bits.next_ones(*block.ac, k, room);
         }
         odd_ |= k & WRONG;
     }
@@ -212,8 +218,8 @@ class Lane {
             Bits bits = bits_;
             for (int i = 0; i < count_; i++) {
                 int k;
-                begin(i, bits, k, unwanted_);
-                end(i, bits, k, unwanted_);
+                begin(blocks_[i], bits, k, unwanted_);
+                end(blocks_[i], bits, k, unwanted_);
             }
             if (!is_sound(bits) || (!move() && !next_segment()))
                 return false;
