@@ -13,7 +13,7 @@ from convneur.data.native import SOURCES, pixels
 FLAGS = {"x86-64": "sse2", "x86-64-v2": "ssse3", "haswell": "avx2", "skylake-avx512": "avx512bw"}
 """What -march names, and a flag of the processors that run it."""
 
-PARTS = ["area", "passes", "resize", "weights"]
+PARTS = ["area", "jpeg", "passes", "resize", "weights"]
 
 
 @pytest.fixture(scope="session")
