@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import signal
+import subprocess
 import tarfile
 import time
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from places import SLURM
 from refusals import input_error
 
 from convneur.data.config import AugmentConfig, DataConfig
@@ -192,6 +194,19 @@ def test_all_ways_of_dividing_the_work_give_the_same_bytes(source: Path, tiled: 
     assert prepare_tile(source, tmp_path / "parts", tiles=2, processes=1) is False
     assert prepare_tile(source, tmp_path / "parts", tiles=2, processes=1, part=Part(1, 3)) is False
     assert contents(source) == before
+
+
+@pytest.mark.slow
+def test_an_array_job_and_a_job_after_it_do_the_same(source: Path, tiled: Path, tmp_path: Path) -> None:
+    """The batch script, as Slurm runs it."""
+    script = SLURM / "tile.sh"
+    if not (script.parents[1] / ".venv/bin/convneur").exists():
+        pytest.skip("the batch scripts run the checkout's .venv/bin/convneur")
+    array = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
+    for job in (array | {"SLURM_ARRAY_TASK_ID": "2"}, array | {"SLURM_ARRAY_TASK_ID": "1"}, {}):
+        words = ["bash", script, source, tmp_path / "out", "--tiles", "2"]
+        subprocess.run(words, env=os.environ | {"SLURM_CPUS_PER_TASK": "1"} | job, cwd=tmp_path, check=True)
+    assert contents(tmp_path / "out") == contents(tiled)
 
 
 def test_killed_and_repeated_it_goes_on(
