@@ -42,14 +42,15 @@ class Tokens {
   public:
     Tokens(const Header& header, int64_t blocks) : header_(header), blocks_to_marker_(blocks) {}
 
-    bool wants(int, int, int) const { return true; }
+    void start(int, int) {}
 
     int16_t* room() {
         std::memset(block_, 0, sizeof block_);
         return block_;
     }
 
-    void take(int c, int, int, bool) {
+    void take(const Block& block, bool) {
+        const int c = block.component;
         if (blocks && blocks % blocks_to_marker_ == 0) {
             std::fill_n(dc_, 3, 0);
             tokens.push_back({RESTART, 0, 0});
@@ -60,7 +61,7 @@ class Tokens {
         dc_[c] = block_[0];
         int run = 0;
         for (int k = 1; k < 64; k++) {
-            const int value = block_[NATURAL[k]];
+            const int value = block_[PLACES.of[k]];
             if (value == 0) {
                 run++;
                 continue;
@@ -91,7 +92,7 @@ class Tokens {
     const Header& header_;
     const int64_t blocks_to_marker_;
     int dc_[3] = {};
-    int16_t block_[80];
+    int16_t block_[ROOM];
 };
 
 // The best Huffman code of at most 16 bits for symbols that occur so often: annex K.2 of the standard. A 257th symbol,
