@@ -40,28 +40,28 @@ struct Token {
 // Takes blocks in the order of the scan.
 class Tokens {
   public:
-    Tokens(const Header& header, int64_t blocks) : header_(header), blocks_to_marker_(blocks) {}
+    Tokens(const Header& header, int interval) : header_(header), interval_(interval) {}
 
-    void start(int, int) {}
-
-    int16_t* room() {
-        std::memset(block_, 0, sizeof block_);
-        return block_;
-    }
-
-    void take(const Block& block, bool) {
-        const int c = block.component;
-        if (blocks && blocks % blocks_to_marker_ == 0) {
+    void start(int, int) {
+        if (mcus && mcus % interval_ == 0) {
             std::fill_n(dc_, 3, 0);
             tokens.push_back({RESTART, 0, 0});
         }
-        blocks++;
-        const Component& component = header_.component[c];
-        add(component.dc, 0, block_[0] - dc_[c]);
-        dc_[c] = block_[0];
+        mcus++;
+    }
+
+    int16_t* room() {
+        std::memset(room_, 0, sizeof room_);
+        return room_;
+    }
+
+    void take(const Block& block, bool only_first) {
+        const Component& component = header_.component[block.component];
+        add(component.dc, 0, room_[0] - dc_[block.component]);
+        dc_[block.component] = room_[0];
         int run = 0;
-        for (int k = 1; k < 64; k++) {
-            const int value = block_[PLACES.of[k]];
+        for (int k = 1; k < 64 && !only_first; k++) {
+            const int value = room_[PLACES.of[k]];
             if (value == 0) {
                 run++;
                 continue;
@@ -71,12 +71,13 @@ class Tokens {
             add(4 + component.ac, run << 4, value);
             run = 0;
         }
-        if (run)
+        if (run || only_first)
             add(4 + component.ac, 0, 0);
     }
 
     std::vector<Token> tokens;
-    int64_t counts[8][256] = {}, blocks = 0;
+    int64_t counts[8][256] = {};
+    int mcus = 0;
     bool failed = false;  // a value is too large
 
   private:
@@ -90,9 +91,9 @@ class Tokens {
     }
 
     const Header& header_;
-    const int64_t blocks_to_marker_;
+    const int interval_;
     int dc_[3] = {};
-    int16_t block_[ROOM];
+    int16_t room_[ROOM];
 };
 
 // The best Huffman code of at most 16 bits for symbols that occur so often: annex K.2 of the standard. A 257th symbol,
@@ -133,7 +134,7 @@ HuffmanCode best_code(const int64_t* counts) {
     while (!of_size[longest])
         longest--;
     of_size[longest]--;  // the one that isn't written
-    HuffmanCode code;
+    HuffmanCode code = {};
     int symbols = 0;
     std::copy_n(of_size + 1, 16, code.counts + 1);
     for (int size = 1; size <= 257; size++)
@@ -203,16 +204,12 @@ class Writer {
 };
 
 bool rewrite(const uint8_t* bytes, size_t size, int wanted, std::string& out) {
-    Header header;
+    Header header = {};
     if (!read_header(bytes, size, header))
         return false;
     int blocks = 0;  // in an MCU
     for (int c = 0; c < header.components; c++)
         blocks += header.component[c].across * header.component[c].down;
-    // A block has two bits or more, so this bounds all that is to come by the file's own size.
-    const int64_t all_blocks = static_cast<int64_t>(header.mcus()) * blocks;
-    if (all_blocks > static_cast<int64_t>(size) * 4)
-        return false;
     const auto tables = std::make_unique<Tables>();
     std::vector<uint8_t> copy(size - header.scan + SLACK);
     std::vector<Segment> segments;
@@ -221,11 +218,11 @@ bool rewrite(const uint8_t* bytes, size_t size, int wanted, std::string& out) {
         !find_segments(bytes + header.scan, bytes + size, header, nullptr, copy.data(), segments))
         return false;
     const int interval = interval_of(header.mcus_across, blocks, wanted);
-    Tokens tokens(header, static_cast<int64_t>(interval) * blocks);
+    Tokens tokens(header, interval);
     Scan scan = {header, *tables, all, segments};
     Lane<Tokens> lane(scan, tokens);
     Lane<Tokens>::run(lane);
-    if (scan.failed || tokens.failed || tokens.blocks != all_blocks)
+    if (scan.failed || tokens.failed || tokens.mcus != header.mcus())
         return false;
 
     out.assign("\xff\xd8", 2);
