@@ -14,7 +14,8 @@ namespace convneur::jpeg {
 constexpr int WIDE = 32;  // pixels that are coloured at once
 
 // Three quarters of a row and a quarter of the other, times 4; or, without another, the row.
-inline void add_up(const uint8_t* __restrict row, const uint8_t* __restrict other, int count, uint16_t* __restrict sums) {
+inline void add_up(const uint8_t* __restrict row, const uint8_t* __restrict other, int count,
+                   uint16_t* __restrict sums) {
     if (other)
         for (int i = 0; i < count; i++)
             sums[i] = 3 * row[i] + other[i];

@@ -12,20 +12,21 @@ namespace convneur::jpeg {
 constexpr int LOOK = 10;                   // bits that are looked up at once
 constexpr int MOST_DC = 11, MOST_AC = 10;  // bits of a value
 
-// k is the last place in the zigzag that is known. It becomes END or more at a block's end, and has the bit of WRONG set
-// where there is no such symbol, or none that fits, or one that must be read by itself.
+// k is the last place in the zigzag that is known. At a block's end it is 63, or END and more; where a symbol is wrong,
+// it has the bit of WRONG.
 constexpr int WRONG = 64, END = 129;
 
 struct Table {
-    // Of one or two symbols: their bits, the first one's; how they move k, the first one; their values. DC: the bits of
-    // a code, and in `ahead` how many follow. `ahead` is WRONG where nothing can be looked up; then one_value has the
-    // code's bits and, from bit 8, how many follow, or 0 for a code that is longer than LOOK.
+    // Of one or two symbols with their values: the bits of all, and of the first; how far they move k, and the first
+    // does; the last one's value, and the first one's. Where a value is too long, bits is 0, ahead is WRONG, and
+    // one_value has the code's bits and, from bit 8, the value's; it is 0 where the code is too long. A first
+    // coefficient's value isn't looked up: ahead has its bits.
     struct Entry {
         uint8_t bits, one_bits, ahead, one_ahead;
         int16_t value, one_value;
     };
     Entry entries[1 << LOOK];
-    int ends[17], starts[17];  // of the codes of so many bits: the first that is longer; what takes a code to its symbol
+    int ends[17], starts[17];  // of codes of so many bits: the last one + 1; what is added for its symbol's place
     HuffmanCode code;
 
     // False if libjpeg finds the code wrong. Tables stay from image to image while codes do.
@@ -90,7 +91,8 @@ struct Table {
         const int of_value = dc || ahead == WRONG ? 0 : symbol & 15, spare = LOOK - bits - of_value;
         const auto all = static_cast<uint8_t>(bits + of_value);
         if (spare < 0) {
-            std::fill_n(entries + first, 1 << (LOOK - bits), Entry{0, 0, WRONG, ahead, 0, int16_t(bits | of_value << 8)});
+            const auto lengths = static_cast<int16_t>(bits | of_value << 8);
+            std::fill_n(entries + first, 1 << (LOOK - bits), Entry{0, 0, WRONG, ahead, 0, lengths});
             return;
         }
         for (uint64_t i = 0; i < uint64_t{1} << of_value; i++) {
@@ -160,7 +162,7 @@ struct Bits {
         return value;
     }
 
-    // One or two coefficients, which take 11 bits at most, after which there are as many as before; or 26, and a refill.
+    // One or two coefficients, of LOOK bits at most; or one that is longer, and a refill. It needs LOOK bits.
     __attribute__((always_inline)) void next_ones(const Table& table, int& k, int16_t* coefficients) {
         const Table::Entry& entry = table.entries[buffer >> (64 - LOOK)];
         const int at = k + entry.ahead, one_at = k + entry.one_ahead;

@@ -1,5 +1,5 @@
-// libjpeg's slow inverse DCT, of two blocks at a time, to the bits that libjpeg-turbo's SSE2 and AVX2 code gives: 16-bit
-// numbers wrap around where those do, also in files that no camera makes.
+// libjpeg's slow inverse DCT, of two blocks at a time, to the bits that libjpeg-turbo's SSE2 and AVX2 code gives:
+// 16-bit numbers wrap around where those do, also in files that no camera makes.
 
 #pragma once
 
