@@ -55,9 +55,10 @@ class DataConfig:
             Of one subset_seed a smaller subset is part of every larger one.
         subset_seed: which of the subsets it is, whatever the run's seed.
         image_size: side in pixels of the square that the model sees.
-        interpolation: resampling of resized images. "bilinear" and "bicubic" are Pillow's, to the bit. The "fast-" ones
-            are torch's of the same filters: nearly the same pixels in a quarter of the time. "area" is OpenCV's, as
-            FFCV uses it; "linear" is OpenCV's too, the fastest, but aliased where an image is made much smaller.
+        interpolation: resampling of resized images. "bilinear" and "bicubic" are Pillow's, to the bit, and "area" is
+            OpenCV's, as FFCV uses it: in C++ where there is a compiler. The "fast-" ones are torch's of Pillow's
+            filters, nearly the same pixels, for machines without one. "linear" is OpenCV's too, but aliased where an
+            image is made much smaller.
         mean: per-channel mean of pixels scaled to 0..1, taken off them.
         std: per-channel standard deviation they are then divided by.
         global_batch_size: images an optimizer step, over all ranks and accumulated micro-batches.
@@ -87,7 +88,7 @@ class DataConfig:
     subset: int = 0
     subset_seed: int = 0
     image_size: int = 224
-    interpolation: Interpolation = "fast-bicubic"
+    interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     global_batch_size: int = 1024

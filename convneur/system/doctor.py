@@ -40,6 +40,7 @@ REQUIRED_PACKAGES = (
     Package("submitit", "submitit", "no jobs for Slurm"),
     Package("tensorboard", "torch.utils.tensorboard", "no training: it writes TensorBoard events"),
     Package("matplotlib", "matplotlib", "no training: it draws its curves"),
+    Package("psutil", "psutil", "`convneur bench` doesn't work"),
     Package("jsonargparse", "jsonargparse", "no configuration can be loaded"),
     Package("pyyaml", "yaml", "no configuration can be loaded"),
     Package("rich", "rich", "no output"),
@@ -48,7 +49,8 @@ REQUIRED_PACKAGES = (
 
 _FFCV = Package("ffcv", "ffcv", "no data.engine ffcv, no .beton files; data come from WebDataset shards")
 _COMPILERS = {
-    "g++": "the neural memory is slower on CPUs; FFCV and DeepSpeed's CPU extensions can't be built",
+    "g++": "images are decoded several times slower, and the neural memory computes slower on CPUs; FFCV and"
+    " DeepSpeed's CPU extensions can't be built",
     "nvcc": "apex and DeepSpeed's CUDA extensions can't be built; PyTorch's own kernels are used",
     "ninja": "DeepSpeed can't build its extensions",
 }
@@ -68,6 +70,7 @@ def examine() -> list[Finding]:
         *(examine_package(package, required=True) for package in REQUIRED_PACKAGES[1:]),
         examine_package(_FFCV, required=False),
         _survived("packages", "apex", examine_apex),
+        _survived("data", "native input path", examine_input),
         *(_examine_accelerators() if torch.status == "ok" else ()),
         _survived("cluster", "slurm", examine_slurm),
         *(_examine_tool("compilers", name, cost) for name, cost in _COMPILERS.items()),
@@ -138,6 +141,25 @@ def _examine_gpu(index: int) -> Finding:
     device = torch.cuda.get_device_properties(index)
     version = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute {device.major}.{device.minor}"
     return Finding("accelerators", f"cuda:{index}", "ok", version)
+
+
+def examine_input() -> Finding:
+    """Compiles the input path unless it has been, and compares it with the libraries whose pixels it is to have."""
+    from convneur.data.native import library
+    from convneur.data.native.view import can_show
+
+    cost = "images are decoded and augmented several times slower, to the same bits"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if library() is None:
+            reason = str(said[-1].message).partition(": ")[2] if said else "it could not be compiled before"
+            return Finding("data", "native input path", "missing", None, f"{cost}: {reason}")
+    others = [f"data.interpolation {name}" for name in ("bicubic", "bilinear", "area") if not can_show(name)]
+    if others:
+        versions = f"Pillow {metadata.version('pillow')}, OpenCV {metadata.version('opencv-python')}"
+        note = f"{cost}, with {', '.join(others)}: {versions} make other pixels than it was written after"
+        return Finding("data", "native input path", "wrong", None, note)
+    return Finding("data", "native input path", "ok", "to the bits of Pillow and OpenCV")
 
 
 def examine_slurm() -> Finding:

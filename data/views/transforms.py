@@ -1,7 +1,7 @@
 """From an image to the square that the model sees, on the CPU: cropped, resized, flipped and changed."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import cv2
 import numpy as np
@@ -10,6 +10,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from convneur.data.config import DataConfig, Interpolation
+from convneur.data.native.pixels import FILTERS, Filter
+from convneur.data.native.view import can_show, show_jpeg, show_pixels
 from convneur.data.views.decode import decode, plain_jpeg_size
 from convneur.data.views.draws import Draws
 from convneur.data.views.view import View, central_view
@@ -33,26 +35,43 @@ class Transform:
 
     def __init__(self, config: DataConfig, choose: Callable[[int, int], View]):
         self._size, self._resize, self.choose = config.image_size, RESIZES[config.interpolation], choose
+        self._filter = native_filter(config.interpolation)
 
-    def show(self, image: bytes, seen: torch.Tensor, view: View | None = None) -> None:
+    @property
+    def is_native(self) -> bool:
+        """Whether it is done in C++, where the file allows."""
+        return self._filter is not None
+
+    def show(self, image: bytes, seen: torch.Tensor, view: View | None = None, proven: bool = False) -> None:
         """Shows an image file.
 
         Args:
             image: the file.
             seen: takes what the model sees, (3, H, W) uint8 in channels_last memory format.
             view: what is shown of it; None to choose that now.
+            proven: whether the file was decoded whole before, and its checksum is right.
 
         Raises:
             ValueError, MemoryError: what `decode` raises.
         """
         if view is None and (size := plain_jpeg_size(image)):
             view = self.choose(*size)
+        if view and self._filter:
+            numbers, target = _numbers(view), seen.permute(1, 2, 0)
+            if show_jpeg(image, proven, numbers, self._filter, self._size, target.data_ptr()):
+                self._change(view, target)
+                return
         self.show_pixels(decode(image), seen, view)
 
     def show_pixels(self, pixels: np.ndarray, seen: torch.Tensor, view: View | None = None) -> None:
         """Shows an image that is decoded already, (height, width, 3) uint8; see `show`."""
         view = view or self.choose(*pixels.shape[:2])
         target = seen.permute(1, 2, 0)
+        if not self._filter or not show_pixels(pixels, _numbers(view), self._filter, self._size, target.data_ptr()):
+            self._resize_by_library(pixels, view, target)
+        self._change(view, target)
+
+    def _resize_by_library(self, pixels: np.ndarray, view: View, target: torch.Tensor) -> None:
         part = np.require(pixels, requirements="W")  # as torch takes them; copied only where they can't be written to
         part = part[view.top : view.top + view.height, view.left : view.left + view.width]
         top, left = view.window
@@ -61,6 +80,8 @@ class Transform:
             cv2.flip(resized.numpy(), FLIP_CODES[view.flips], dst=target.numpy())
         else:
             target.copy_(resized)
+
+    def _change(self, view: View, target: torch.Tensor) -> None:
         if view.operations:
             image = Image.fromarray(target.numpy())
             for operation in view.operations:
@@ -72,6 +93,16 @@ class Transform:
         seen = torch.empty(self._size, self._size, 3, dtype=torch.uint8).permute(2, 0, 1)
         self.show_pixels(np.asarray(image), seen)
         return seen
+
+
+def _numbers(view: View) -> tuple[int, ...]:
+    return (*view[:4], *view.resized, *view.window, *view.flips)
+
+
+@cache
+def native_filter(interpolation: Interpolation) -> Filter | None:
+    """The filter by which C++ resizes to the same bits; None where it doesn't."""
+    return interpolation if interpolation in FILTERS and can_show(interpolation) else None
 
 
 class TrainTransform(Transform):

@@ -12,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from places import ROOT
 
+from convneur.data import native
 from convneur.launch.cli import main
 from convneur.system.apex import examine_apex
 from convneur.system.doctor import (
@@ -19,6 +20,7 @@ from convneur.system.doctor import (
     Package,
     _examine_tool,
     _survived,
+    examine_input,
     examine_package,
     examine_slurm,
     is_healthy,
@@ -53,6 +55,28 @@ def test_table_names_every_component(capsys: pytest.CaptureFixture[str]) -> None
     output = capsys.readouterr().out
     assert all(package.distribution in output for package in REQUIRED_PACKAGES)
     assert output.endswith("all that is required works\n")
+
+
+def test_without_a_compiler_the_input_path_says_what_that_costs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        found = examine_input()
+    finally:
+        native.library.cache_clear()
+    assert found.status == "missing"
+    assert "several times slower, to the same bits: there is no C++ compiler 'no-such-compiler'" in found.note
+    assert not found.required
+
+
+def test_other_libraries_than_it_was_written_after_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convneur.data.native.view.can_show", lambda how: how == "area")
+    found = examine_input()
+    assert found.status == "wrong"
+    assert "data.interpolation bicubic, data.interpolation bilinear: Pillow" in found.note
 
 
 def test_every_requirement_is_looked_at() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from convneur.data.config import AugmentConfig, DataConfig
+from convneur.data.config import AugmentConfig, DataConfig, Interpolation
 from convneur.data.keys import key, libraries_restored, seed_libraries
+from convneur.data.prepare.synthetic import SyntheticImages
 from convneur.data.views.decode import decode
 from convneur.data.views.draws import mend_posterize
 from convneur.data.views.transforms import RESIZES, EvalTransform, TrainTransform
@@ -119,6 +121,60 @@ def test_evaluation_is_timms_for_any_size(size: tuple[int, int], crop: float) ->
     theirs = create_transform(32, interpolation="bilinear", crop_pct=crop, use_prefetcher=True)
     ours = EvalTransform(DataConfig(image_size=32, interpolation="bilinear", eval_crop=crop))
     assert torch.equal(ours(image), torch.as_tensor(theirs(image)))
+
+
+LIKE_A_PHOTO = SyntheticImages("x", 8, 1, 75, 100)
+
+
+def encoded(number: int, kind: str) -> bytes:
+    """An image file of some kind; "damaged": a JPEG whose data end too early, which Pillow refuses."""
+    if kind == "damaged":
+        return LIKE_A_PHOTO[number].image[:-900]
+    picture, buffer = Image.open(io.BytesIO(LIKE_A_PHOTO[number].image)), io.BytesIO()
+    options: dict[str, dict[str, Any]] = {
+        "444": {"subsampling": 0},
+        "422": {"subsampling": 1},
+        "progressive": {"progressive": True},
+        "restart": {"restart_marker_blocks": 3, "optimize": True},
+    }
+    mode = {"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB")
+    picture.convert(mode).save(buffer, "png" if kind == "png" else "jpeg", **options.get(kind, {}))
+    return buffer.getvalue()
+
+
+KINDS = ["420", "444", "422", "grey", "restart", "progressive", "cmyk", "png", "damaged"]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "area"])
+@pytest.mark.parametrize("transform", [TrainTransform, EvalTransform])
+def test_the_native_path_shows_the_libraries_pixels(
+    transform: type[TrainTransform | EvalTransform], interpolation: Interpolation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(
+        image_size=48, interpolation=interpolation, augment=AugmentConfig(vflip=0.5, randaugment="rand-m9-n3-p1-inc1")
+    )
+    native = transform(config)
+    assert native.is_native
+    with monkeypatch.context() as without:
+        without.setattr("convneur.data.views.transforms.native_filter", lambda _: None)
+        libraries = transform(config)
+    for kind in KINDS:
+        for number in range(8):
+            image, views = encoded(number, kind), []
+            for one in (native, libraries):
+                seen = torch.zeros(48, 48, 3, dtype=torch.uint8).permute(2, 0, 1)
+                with libraries_restored():
+                    seed_libraries(key(0, number))
+                    try:
+                        one.show(image, seen)
+                    except ValueError as error:
+                        seen = str(error)
+                views.append(seen)
+            if kind == "damaged":
+                assert isinstance(views[0], str)
+                assert views[0] == views[1]
+            else:
+                assert torch.equal(*views), (kind, number)
 
 
 @pytest.fixture

@@ -1,0 +1,57 @@
+// From an image to the square that the model sees, in one call: what the view needs is decoded, resized, flipped.
+#include <vector>
+
+#include "jpeg.h"
+#include "resize.h"
+
+namespace {
+
+// A view as Python hands it over: `View` of data/views/view.py, the filter, and the side of the square.
+struct View {
+    int top, left, height, width;        // the rectangle of the image
+    int resized_height, resized_width;   // that it gets
+    int window_top, window_left;         // of the square within that
+    int hflip, vflip, filter, size;
+};
+
+convneur::Resize resize_of(const View& view) {
+    return {view.height,
+            view.width,
+            static_cast<convneur::Filter>(view.filter),
+            view.resized_height,
+            view.resized_width,
+            {view.window_top, view.window_left, view.size, view.size},
+            view.hflip != 0,
+            view.vflip != 0};
+}
+
+}  // namespace
+
+extern "C" {
+
+// Shows a JPEG, whose `image_height` and `image_width` the view was chosen for, in `out`, size x size x 3 bytes.
+// Returns 0, or 1 where it isn't taken: see `convneur::jpeg::decode`.
+int convneur_show_jpeg(const uint8_t* bytes, size_t size, int proven, const View* view, uint8_t* out) try {
+    static thread_local std::vector<uint8_t> pixels;
+    const convneur::Resize resize = resize_of(*view);
+    if (!convneur::is_sound(resize)) return 1;
+    const convneur::Box needed = convneur::support(resize);
+    const ptrdiff_t stride = 3 * static_cast<ptrdiff_t>(needed.width);
+    const size_t room = static_cast<size_t>(stride) * needed.height;
+    if (pixels.size() < room) pixels.resize(room);
+    const convneur::jpeg::Box box{view->top + needed.top, view->left + needed.left, needed.height, needed.width};
+    if (!convneur::jpeg::decode(bytes, size, proven != 0, box, pixels.data(), stride)) return 1;
+    return !convneur::make_resized(resize, pixels.data(), stride, needed, out, 3 * static_cast<ptrdiff_t>(view->size));
+} catch (...) {
+    return 1;  // no memory
+}
+
+// Shows an image that is decoded already; `pixels` is the first one of the view's rectangle, rows `stride` bytes apart.
+int convneur_show_pixels(const uint8_t* pixels, ptrdiff_t stride, const View* view, uint8_t* out) try {
+    const convneur::Box whole{0, 0, view->height, view->width};
+    return !convneur::make_resized(resize_of(*view), pixels, stride, whole, out,
+                                   3 * static_cast<ptrdiff_t>(view->size));
+} catch (...) {
+    return 1;  // no memory
+}
+}

@@ -1,0 +1,54 @@
+"""Views of images in one call of C++: decoded, resized, flipped."""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+
+from convneur.data.native.pixels import FILTERS, Filter, bound, resizes_as_opencv, resizes_as_pillow
+
+NUMBERS = ctypes.c_int * 12
+
+
+def can_show(how: str) -> bool:
+    """Whether there is a library that resizes so to the bits of the library whose filter it is."""
+    if how not in FILTERS:
+        return False
+    return resizes_as_opencv() if how == "area" else resizes_as_pillow()
+
+
+def show_jpeg(image: bytes, proven: bool, view: Sequence[int], how: Filter, size: int, seen: int) -> bool:
+    """Shows a view of a JPEG file.
+
+    Args:
+        image: the file.
+        proven: whether it was decoded whole before, and has been found unchanged: then only what the view needs is
+            looked at.
+        view: top, left, height, width, resized height and width, the window's top and left, flips.
+        how: the filter.
+        size: side of the square that the view shows.
+        seen: address of size x size x 3 bytes, which take it.
+
+    Returns:
+        Whether it is done; else the file is odd, or no baseline JPEG, and the libraries may judge it.
+    """
+    library = bound()
+    assert library
+    numbers = NUMBERS(*view, FILTERS[how], size)
+    done: int = library.convneur_show_jpeg(image, ctypes.c_size_t(len(image)), proven, numbers, ctypes.c_void_p(seen))
+    return done == 0
+
+
+def show_pixels(pixels: np.ndarray, view: Sequence[int], how: Filter, size: int, seen: int) -> bool:
+    """Shows a view of an image that is decoded already, (height, width, 3) uint8; see `show_jpeg`."""
+    library = bound()
+    assert library
+    top, left, height, width = view[:4]
+    inside = 0 <= top < top + height <= pixels.shape[0] and 0 <= left < left + width <= pixels.shape[1]
+    if not inside or pixels.strides[1:] != (3, 1):
+        return False
+    first = ctypes.c_void_p(pixels[top:, left:].ctypes.data)
+    numbers = NUMBERS(*view, FILTERS[how], size)
+    stride = ctypes.c_ssize_t(pixels.strides[0])
+    done: int = library.convneur_show_pixels(first, stride, numbers, ctypes.c_void_p(seen))
+    return done == 0
