@@ -2,6 +2,7 @@
 
     python benchmarks/data.py [--images 2000] [--rounds 3] [--epochs 1] [--workers 2] [--data datasets/benchmark]
                               [--only NAME,...] [--streaming-python VENV/bin/python]
+                              [--of photographs --quality 95 --subsampling 444]
 
 Every round runs every reader once, each in a process of its own, so that a busy spell of the machine hits all alike.
 Several epochs, by one set of workers, show what is left when starting those no longer counts.
@@ -11,7 +12,8 @@ Processor time counts the reader's process and its workers or threads, and neith
 Readers that crop and flip, 224 pixels, from the same JPEGs:
     decode              simplejpeg alone, through a DataLoader: the bound
     ours-KIND           TrainLoader over shards with data.interpolation KIND
-    ours-beton-jpg      TrainLoader over a .beton, fast-bilinear
+    tiled-KIND          the same over tiled shards
+    ours-beton-jpg      TrainLoader over a .beton, bilinear
     ours-beton-raw      the same, of stored pixels
     ours-engine-ffcv    data.engine ffcv, area
     ffcv-jpg, ffcv-raw  FFCV's own loader, decoder, crop and flip on the same .beton; it resizes as "area" does
@@ -19,9 +21,9 @@ Readers that crop and flip, 224 pixels, from the same JPEGs:
     wds-simplejpeg      the same, decoding with simplejpeg
     streaming-pil       MosaicML Streaming, decoding and resizing with Pillow: in an environment of its own, as it
                         needs numpy < 2.2; make one with `pip install mosaicml-streaming torchvision`
-Readers with DeiT's augmentation (RandAugment, erasing, mixup, cutmix, normalised), bicubic:
-    ours-deit           TrainLoader and DeviceTransform, resizing with Pillow
-    ours-deit-fast      the same with fast-bicubic
+Readers with DeiT's augmentation (RandAugment, erasing, mixup, cutmix, normalised), which is ConvNeXt's, bicubic:
+    ours-deit           TrainLoader and DeviceTransform
+    tiled-deit          the same over tiled shards
     timm-deit           timm's own loader over a folder of the same files
 """
 
@@ -41,6 +43,7 @@ import timm.data
 import torch
 import webdataset
 from common import command_line, processor_seconds
+from photographs import KINDS, SUBSAMPLING
 from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -51,7 +54,8 @@ from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, R
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.format.beton import beton_path
 from convneur.data.prepare.parallel import processors
-from convneur.data.prepare.synthetic import prepare_synthetic
+from convneur.data.prepare.tile import prepare_tile
+from convneur.data.prepare.writing import Chunks, Task, prepare
 from convneur.data.stores.choose import open_store
 from convneur.data.stores.tar import TarStore
 from convneur.data.stream.choose import build_train_loader
@@ -59,7 +63,7 @@ from convneur.data.views.draws import mend_posterize
 from convneur.data.views.transforms import RESIZES
 from convneur.tasks.mixing import DeviceTransform
 
-CLASSES, BATCH, SHARD_SAMPLES = 100, 64, 100
+CLASSES, BATCH, SHARD_SAMPLES, TILES = 100, 64, 100, 4
 STREAMING = "streaming-pil"
 Reader = Callable[[], Iterable[torch.Tensor]]  # makes what has an epoch's batches
 CROP_AND_FLIP = AugmentConfig(randaugment="", erase_prob=0, mixup=0, cutmix=0)
@@ -230,22 +234,30 @@ def streaming(python: str, root: Path, workers: int) -> Rate:
     return Rate(wall, processor)
 
 
-def prepare(data: Path, images: int) -> tuple[Path, Path, Path]:
-    """Folders of the same images: shards with a .beton of JPEGs, a .beton of pixels, and files; made if need be."""
-    root, raw, folder = (data / f"{kind}-{images}" for kind in ("shards", "raw", "files"))
-    for where, options in ((root, {"format": "both"}), (raw, {"format": "ffcv", "pixels": "raw"})):
-        prepare_synthetic(
-            where,
-            classes=CLASSES,
-            images=images,
-            height=375,
-            width=500,
-            processes=processors(),
-            shard_samples=SHARD_SAMPLES,
-            **options,
-        )
-    unpack(root, folder)
-    return root, raw, folder
+class Folders(NamedTuple):
+    """The same images: shards with a .beton of JPEGs, tiled shards, a .beton of pixels, and files."""
+
+    root: Path
+    tiled: Path
+    raw: Path
+    files: Path
+
+
+def make_folders(data: Path, images: int, kind: str, quality: int, subsampling: str) -> Folders:
+    """Makes them, unless they are there."""
+    name = f"{kind}-{quality}-{subsampling}-{images}"
+    folders = Folders(*(data / f"{field}-{name}" for field in Folders._fields))
+    counts = {"train": images, "val": SHARD_SAMPLES}
+    splits = {
+        split: Chunks(KINDS[kind](split, count, CLASSES, quality, subsampling), SHARD_SAMPLES)
+        for split, count in counts.items()
+    }
+    classes = tuple(f"c{label:04d}" for label in range(CLASSES))
+    prepare(Task(folders.root, processors(), format="both"), "benchmark", name, classes, splits)
+    prepare(Task(folders.raw, processors(), format="ffcv", pixels="raw"), "benchmark", name, classes, splits)
+    prepare_tile(folders.root, folders.tiled, tiles=TILES, processes=processors())
+    unpack(folders.root, folders.files)
+    return folders
 
 
 def pil(image: bytes) -> Image.Image:
@@ -259,25 +271,30 @@ def turbo(image: bytes) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def readers(root: Path, raw: Path, folder: Path, workers: int, epochs: int) -> dict[str, Reader]:
-    """All that run in this environment, by name, over the folders that `prepare` returns."""
+def readers(folders: Folders, workers: int, epochs: int) -> dict[str, Reader]:
+    """All that run in this environment, by name."""
+    root, tiled, raw, files = folders
 
     def cropped(where: Path, kind: str, **settings: Any) -> Reader:
         return lambda: Ours(where, workers, epochs, CROP_AND_FLIP, kind, **settings)
 
+    def deit(where: Path) -> Reader:
+        return lambda: Ours(where, workers, epochs, AugmentConfig(), "bicubic")
+
     return {
         "decode": lambda: decode(root, workers, epochs),
         **{f"ours-{kind}": cropped(root, kind) for kind in RESIZES},
-        "ours-beton-jpg": cropped(root, "fast-bilinear", format="ffcv"),
-        "ours-beton-raw": cropped(raw, "fast-bilinear", format="ffcv"),
+        **{f"tiled-{kind}": cropped(tiled, kind) for kind in ("bicubic", "bilinear", "area")},
+        "ours-beton-jpg": cropped(root, "bilinear", format="ffcv"),
+        "ours-beton-raw": cropped(raw, "bilinear", format="ffcv"),
         "ours-engine-ffcv": cropped(root, "area", engine="ffcv"),
         "ffcv-jpg": lambda: stock_ffcv(root, workers, epochs),
         "ffcv-raw": lambda: stock_ffcv(raw, workers, epochs),
         "wds-pil": lambda: wds(root, workers, epochs, pil),
         "wds-simplejpeg": lambda: wds(root, workers, epochs, turbo),
-        "ours-deit": lambda: Ours(root, workers, epochs, AugmentConfig(), "bicubic"),
-        "ours-deit-fast": lambda: Ours(root, workers, epochs, AugmentConfig(), "fast-bicubic"),
-        "timm-deit": lambda: timm_deit(folder, workers, epochs),
+        "ours-deit": deit(root),
+        "tiled-deit": deit(tiled),
+        "timm-deit": lambda: timm_deit(files, workers, epochs),
     }
 
 
@@ -302,12 +319,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("datasets/benchmark"))
+    parser.add_argument("--of", choices=KINDS, default="generated", help="what the images show")
+    parser.add_argument("--quality", type=int, default=90, help="of their encoder (default: 90)")
+    parser.add_argument("--subsampling", choices=SUBSAMPLING, default="420", help="of their colours (default: 420)")
     parser.add_argument("--only", type=lambda text: text.split(","), help="readers to run, with commas between")
     parser.add_argument("--streaming-python", help="Python that has mosaicml-streaming; it reads one epoch")
     args = parser.parse_args()
 
-    root, raw, folder = prepare(args.data, args.images)
-    here = readers(root, raw, folder, args.workers, args.epochs)
+    folders = make_folders(args.data, args.images, args.of, args.quality, args.subsampling)
+    here = readers(folders, args.workers, args.epochs)
     known = [*here, STREAMING]
     if unknown := sorted({*(args.only or ())} - {*known}):
         parser.error(f"--only names {', '.join(unknown)}, expected some of {', '.join(known)}")
@@ -319,12 +339,13 @@ def main() -> None:
         for name in names:
             print(f"round {number + 1}: {name}", file=sys.stderr)
             if name == STREAMING:
-                rates[name].append(streaming(args.streaming_python, root, args.workers))
+                rates[name].append(streaming(args.streaming_python, folders.root, args.workers))
             else:
                 rates[name].append(measure(here[name], compiles="ffcv" in name))
 
     load = os.getloadavg()[0]
-    print(f"{args.images} JPEGs of 500 x 375, {args.workers} workers, load average {load:.1f},", end=" ")
+    what = f"{args.of}, quality {args.quality}, 4:{':'.join(args.subsampling[1:])}"
+    print(f"{args.images} JPEGs of 500 x 375, {what}, {args.workers} workers, load average {load:.1f},", end=" ")
     print(f"{args.rounds} rounds of {args.epochs} epochs")
     show(rates)
 

@@ -86,7 +86,7 @@ class _EvalDataset(Dataset[_EvalMade | InputError]):
             try:
                 sample = self._store.read(index)
                 with blamed_on_sample(self._store, index):
-                    self._transform.show(sample.image, images[position])
+                    self._transform.show(sample.image, images[position], proven=sample.proven)
                 labels[position], mask[position] = sample.label, True
             except SampleError as error:
                 bad.append(BadSample(index, str(error)))

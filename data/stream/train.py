@@ -211,7 +211,7 @@ class _TrainDataset(Dataset[_Made | InputError]):
             if view is None:
                 self._seed_view(epoch, index, drawn.repetition)
             if pixels is None:
-                self._transform.show(sample.image, seen, view)
+                self._transform.show(sample.image, seen, view, sample.proven)
             else:
                 self._transform.show_pixels(pixels, seen, view)
         return sample.label
