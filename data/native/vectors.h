@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "weights.h"
+
 namespace convneur {
 
 #if defined(__AVX512BW__)

@@ -1,0 +1,192 @@
+#include "tones.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace convneur {
+namespace {
+
+using Table = std::array<std::array<uint8_t, 256>, 3>;  // of each colour
+
+void look_up(const Picture& picture, const Table& table) {
+    uint8_t* end = picture.pixels + picture.bytes();
+    for (uint8_t* at = picture.pixels; at < end; at += 3)
+        for (int c = 0; c < 3; c++) at[c] = table[c][at[c]];
+}
+
+uint8_t clip(float value) { return static_cast<uint8_t>(std::min(std::max(value, 0.f), 255.f)); }
+
+// What Pillow's `Image.blend` makes of two values. Between them nothing has to be clipped, and nothing is changed by it.
+inline uint8_t blend(int first, int second, float factor) {
+    return clip(static_cast<float>(first) + factor * static_cast<float>(second - first));
+}
+
+// A block of values that are blended with others; with a factor of 0 or 1 Pillow copies one of them.
+void blend_block(const uint8_t* __restrict first, uint8_t* __restrict second, int count, float factor) {
+    for (int i = 0; i < count; i++) second[i] = blend(first[i], second[i], factor);
+}
+
+void blend_with(const Picture& picture, int value, float factor) {
+    Table table;
+    for (int i = 0; i < 256; i++) table[0][i] = blend(value, i, factor);
+    uint8_t* pixels = picture.pixels;
+    const int64_t bytes = picture.bytes();
+    const auto grey = static_cast<float>(value);
+    for (int64_t i = 0; i < bytes; i++)
+        pixels[i] = clip(grey + factor * static_cast<float>(static_cast<int>(pixels[i]) - value));
+}
+
+int luma(const uint8_t* pixel) { return (pixel[0] * 19595 + pixel[1] * 38470 + pixel[2] * 7471 + 0x8000) >> 16; }
+
+// Writes each pixel's grey three times. Returns their sum.
+uint64_t greys(const uint8_t* pixels, int count, uint8_t* out) {
+    uint64_t sum = 0;
+    for (int i = 0; i < count; i++, pixels += 3, out += 3) {
+        const int grey = luma(pixels);
+        sum += grey;
+        std::memset(out, grey, 3);
+    }
+    return sum;
+}
+
+constexpr int kBlock = 1024;  // pixels
+
+}  // namespace
+
+void invert(const Picture& picture) {
+    const int64_t bytes = picture.bytes();
+    for (int64_t i = 0; i < bytes; i++) picture.pixels[i] = 255 - picture.pixels[i];
+}
+
+void posterize(const Picture& picture, int bits) {
+    const auto mask = static_cast<uint8_t>(~((1 << (8 - bits)) - 1));
+    uint8_t* pixels = picture.pixels;
+    const int64_t bytes = picture.bytes();
+    for (int64_t i = 0; i < bytes; i++) pixels[i] &= mask;
+}
+
+void solarize(const Picture& picture, double threshold) {
+    uint8_t* pixels = picture.pixels;
+    const int64_t bytes = picture.bytes();
+    if (threshold > 255) return;
+    const auto least = static_cast<uint8_t>(std::max(std::ceil(threshold), 0.));  // that is inverted
+    for (int64_t i = 0; i < bytes; i++) pixels[i] = pixels[i] < least ? pixels[i] : 255 - pixels[i];
+}
+
+void solarize_add(const Picture& picture, int added, double threshold) {
+    uint8_t* pixels = picture.pixels;
+    const int64_t bytes = picture.bytes();
+    for (int64_t i = 0; i < bytes; i++) {
+        const int value = pixels[i];
+        pixels[i] = static_cast<uint8_t>(value < threshold ? std::min(255, value + added) : value);
+    }
+}
+
+void auto_contrast(const Picture& picture) {
+    constexpr int kStep = 192;  // bytes: whole pixels, and whole registers
+    uint8_t least[kStep], most[kStep];
+    std::fill_n(least, kStep, 255);
+    std::fill_n(most, kStep, 0);
+    const int64_t bytes = picture.bytes();
+    for (int64_t start = 0; start < bytes; start += kStep) {
+        const uint8_t* at = picture.pixels + start;
+        const int count = static_cast<int>(std::min<int64_t>(kStep, bytes - start));
+        for (int i = 0; i < count; i++) {
+            least[i] = std::min(least[i], at[i]);
+            most[i] = std::max(most[i], at[i]);
+        }
+    }
+    Table table;
+    for (int c = 0; c < 3; c++) {
+        int low = 255, high = 0;
+        for (int i = c; i < kStep; i += 3) low = std::min<int>(low, least[i]), high = std::max<int>(high, most[i]);
+        const double scale = 255.0 / std::max(high - low, 1), offset = -low * scale;
+        for (int i = 0; i < 256; i++)
+            table[c][i] = static_cast<uint8_t>(high <= low ? i : std::clamp(static_cast<int>(i * scale + offset), 0, 255));
+    }
+    look_up(picture, table);
+}
+
+void equalize(const Picture& picture) {
+    // Two tables, as neighbours are often equal and would wait for each other.
+    std::vector<uint32_t> counts(2 * 3 * 256);
+    const int64_t pixels = picture.bytes() / 3;
+    const uint8_t* at = picture.pixels;
+    for (int64_t i = 0; i < pixels; i++, at += 3)
+        for (int c = 0; c < 3; c++) counts[((i & 1) * 3 + c) * 256 + at[c]]++;
+    Table table;
+    for (int c = 0; c < 3; c++) {
+        int64_t of[256], last = 0;
+        int kinds = 0;
+        for (int i = 0; i < 256; i++) {
+            of[i] = counts[c * 256 + i] + counts[(3 + c) * 256 + i];
+            if (of[i]) kinds++, last = of[i];
+        }
+        const int64_t step = kinds > 1 ? (pixels - last) / 255 : 0;
+        int64_t n = step / 2;
+        for (int i = 0; i < 256; i++) {
+            table[c][i] = static_cast<uint8_t>(step ? std::min<int64_t>(n / step, 255) : i);
+            n += of[i];
+        }
+    }
+    look_up(picture, table);
+}
+
+void color(const Picture& picture, float factor) {
+    if (factor == 1.f) return;
+    uint8_t grey[3 * kBlock];
+    const int64_t pixels = picture.bytes() / 3;
+    for (int64_t start = 0; start < pixels; start += kBlock) {
+        const int count = static_cast<int>(std::min<int64_t>(kBlock, pixels - start));
+        uint8_t* at = picture.pixels + 3 * start;
+        greys(at, count, grey);
+        if (factor == 0.f)
+            std::memcpy(at, grey, 3 * static_cast<size_t>(count));
+        else
+            blend_block(grey, at, 3 * count, factor);
+    }
+}
+
+void contrast(const Picture& picture, float factor) {
+    if (factor == 1.f) return;
+    uint8_t grey[3 * kBlock];
+    uint64_t sum = 0;
+    const int64_t pixels = picture.bytes() / 3;
+    for (int64_t start = 0; start < pixels; start += kBlock)
+        sum += greys(picture.pixels + 3 * start, static_cast<int>(std::min<int64_t>(kBlock, pixels - start)), grey);
+    const int mean = static_cast<int>(static_cast<double>(sum) / static_cast<double>(pixels) + 0.5);
+    blend_with(picture, mean, factor);
+}
+
+void brightness(const Picture& picture, float factor) {
+    if (factor != 1.f) blend_with(picture, 0, factor);
+}
+
+void sharpness(const Picture& picture, float factor) {
+    const int height = picture.height, bytes = 3 * picture.width;
+    if (factor == 1.f || height < 3 || picture.width < 3) return;
+    const float side = 1.f / 13.f, middle = 5.f / 13.f;
+    std::vector<uint8_t> before(picture.row(0), picture.row(0) + bytes), at(bytes), smooth(bytes);
+    for (int y = 1; y < height - 1; y++) {
+        uint8_t* row = picture.row(y);
+        std::copy_n(row, bytes, at.begin());
+        const uint8_t *a = picture.row(y + 1), *b = at.data(), *c = before.data();
+        for (int x = 3; x < bytes - 3; x++) {
+            float sum = 0.5f;
+            sum += a[x - 3] * side + a[x] * side + a[x + 3] * side;
+            sum += b[x - 3] * side + b[x] * middle + b[x + 3] * side;
+            sum += c[x - 3] * side + c[x] * side + c[x + 3] * side;
+            smooth[x] = clip(sum);
+        }
+        if (factor == 0.f)
+            std::copy(smooth.begin() + 3, smooth.end() - 3, row + 3);
+        else
+            blend_block(&smooth[3], row + 3, bytes - 6, factor);
+        before.swap(at);
+    }
+}
+
+}  // namespace convneur
