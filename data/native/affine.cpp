@@ -14,7 +14,8 @@
 namespace convneur {
 namespace {
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define CONVNEUR_PAIRS 1
 constexpr int kPixels = 2;  // at a time, in a register of their reds, greens, blues and fourths as doubles
 #else
 constexpr int kPixels = 1;
@@ -24,6 +25,8 @@ typedef double Doubles __attribute__((vector_size(32 * kPixels)));
 typedef int32_t Ints __attribute__((vector_size(16 * kPixels)));
 
 constexpr int kEdge = 2;  // pixels by which the first and the last of a row are repeated, beyond what is interpolated
+
+constexpr int64_t kOutside = INT64_MIN;
 
 // A copy of the picture with repeated edges, and the fill colour as if it were pixels.
 class Source {
@@ -43,43 +46,62 @@ public:
             }
         }
         for (int y = -kEdge; y < height + kEdge; y++)
-            rows_[y + kEdge] = &pixels_[std::clamp(y, 0, height - 1) * stride];
-        for (int i = 0; i < 16; i++) across_[i] = fill[i % 3], down_[i] = fill[i % 4 % 3];
+            rows_[y + kEdge] = &pixels_[std::clamp(y, 0, height - 1) * stride + 3 * kEdge];
+        for (int i = 0; i < 16; i++) fill_[i] = fill[i % 3];
+        std::fill_n(fill_rows_, 4, fill_);
     }
 
-    // Pixel (x, y) and those to its right.
-    const uint8_t* at(int x, int y) const { return rows_[y + kEdge] + 3 * (static_cast<ptrdiff_t>(x) + kEdge); }
+    // Rows from `y` on: their first pixels' bytes, and those of the edges before them.
+    const uint8_t* const* rows(int64_t y) const { return &rows_[y + kEdge]; }
 
-    const uint8_t* fill_across() const { return across_; }
-    const uint8_t* fill_down() const { return down_; }
+    // Rows of the fill colour.
+    const uint8_t* const* fill_rows() const { return fill_rows_; }
 
 private:
     std::vector<uint8_t> pixels_;
     std::vector<const uint8_t*> rows_;
-    uint8_t across_[16], down_[16];
+    uint8_t fill_[16];
+    const uint8_t* fill_rows_[4];
 };
 
-// Where a row's outputs are taken from.
+// Where a row's outputs are taken from, along an axis.
 struct Places {
-    std::vector<int32_t> xs, ys;      // the pixel to the upper left of each, or kOutside
-    std::vector<double> across, down;  // how far from there
+    std::vector<int64_t> firsts;    // the pixel before each, or kOutside
+    std::vector<double> distances;  // from that one's middle
+
+    explicit Places(size_t count) : firsts(count, kOutside), distances(count) {}
 };
 
-constexpr int kOutside = INT32_MIN;
+#if defined(__AVX512F__)
+constexpr int kWide = 8;
+#else
+constexpr int kWide = 4;
+#endif
 
-void locate(const Matrix& m, int y, const Picture& picture, Places& places) {
-    const double row = y + 0.5, b = m.b * row, e = m.e * row;
-    for (int x = 0; x < picture.width; x++) {
-        const double column = x + 0.5;
-        double u = m.a * column + b + m.c, v = m.d * column + e + m.f;
-        const bool is_inside = u >= 0.0 && u < picture.width && v >= 0.0 && v < picture.height;
-        u = is_inside ? u - 0.5 : 0.0;
-        v = is_inside ? v - 0.5 : 0.0;
-        const int left = static_cast<int>(u) - (u < 0.0), top = static_cast<int>(v) - (v < 0.0);
-        places.xs[x] = is_inside ? left : kOutside;
-        places.ys[x] = top;
-        places.across[x] = u - left;
-        places.down[x] = v - top;
+typedef double Exacts __attribute__((vector_size(8 * kWide)));
+typedef int64_t Wholes __attribute__((vector_size(8 * kWide)));
+
+// Finds outputs' places, slope x (x + 0.5) + offset + shift, on an axis of `size` pixels; and some more, up to a
+// multiple of kWide.
+void locate(double slope, double offset, double shift, int size, int count, Places& places) {
+    // Added to a number, it leaves the nearest whole one in the last bits.
+    constexpr double kWhole = 6755399441055744.0;  // 1.5 x 2^52
+    const Exacts none{};
+    Exacts middles{};
+    for (int i = 0; i < kWide; i++) middles[i] = i + 0.5;
+    for (int x = 0; x < count; x += kWide) {
+        const Exacts exact = slope * (middles + x) + offset + shift;
+        const Wholes is_inside = (exact >= none) & (exact < none + size);
+        const Exacts at = is_inside ? exact - 0.5 : none;
+        Exacts first = (at + kWhole) - kWhole;
+        first = first > at ? first - 1.0 : first;
+        const Exacts distance = at - first, marked = first + kWhole, origin = none + kWhole;
+        Wholes bits, origin_bits;
+        std::memcpy(&bits, &marked, sizeof bits);
+        std::memcpy(&origin_bits, &origin, sizeof bits);
+        const Wholes firsts = is_inside ? bits - origin_bits : Wholes{} + kOutside;
+        std::memcpy(&places.distances[x], &distance, sizeof distance);
+        std::memcpy(&places.firsts[x], &firsts, sizeof firsts);
     }
 }
 
@@ -93,7 +115,7 @@ struct Coefficients {
 
 #if defined(CONVNEUR_VECTORS)
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(CONVNEUR_PAIRS)
 INLINE Ints products(__m256i bytes, int32_t weights) {
 #if defined(__AVX512VNNI__)
     return reinterpret_cast<Ints>(_mm256_dpbusd_epi32(_mm256_setzero_si256(), bytes, _mm256_set1_epi32(weights)));
@@ -113,17 +135,23 @@ constexpr int32_t weights_of(int a, int b, int c, int d) {
     return static_cast<int32_t>((a & 255u) | (b & 255u) << 8 | (c & 255u) << 16 | (d & 255u) << 24);
 }
 
-template <bool kCubic, Way way>
-INLINE Coefficients coefficients(const uint8_t* const* from) {
+INLINE __m128i gather(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+
+INLINE __m128i gather(const uint8_t* const (&from)[4]) {
+    int32_t pixels[4];
+    for (int k = 0; k < 4; k++) std::memcpy(&pixels[k], from[k], 4);
+    return _mm_setr_epi32(pixels[0], pixels[1], pixels[2], pixels[3]);
+}
+
+template <bool kCubic, Way way, class From>
+INLINE Coefficients coefficients(const From* from) {
     const __m128i order = way == Way::kAcross ? _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1)
                                               : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, -1, -1, -1, -1);
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-    const __m256i loaded = _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from[0]))),
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[1])), 1);
+#if defined(CONVNEUR_PAIRS)
+    const __m256i loaded = _mm256_inserti128_si256(_mm256_castsi128_si256(gather(from[0])), gather(from[1]), 1);
     const __m256i bytes = _mm256_shuffle_epi8(loaded, _mm256_broadcastsi128_si256(order));
 #else
-    const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from[0])), order);
+    const __m128i bytes = _mm_shuffle_epi8(gather(from[0]), order);
 #endif
     if (!kCubic)
         return {products(bytes, weights_of(1, 0, 0, 0)), products(bytes, weights_of(-1, 1, 0, 0)), Ints{}, Ints{}};
@@ -133,12 +161,15 @@ INLINE Coefficients coefficients(const uint8_t* const* from) {
 
 #else
 
-template <bool kCubic, Way way>
-INLINE Coefficients coefficients(const uint8_t* const* from) {
+INLINE int value(const uint8_t* from, int k, int c) { return from[3 * k + c]; }
+INLINE int value(const uint8_t* const (&from)[4], int k, int c) { return from[k][c]; }
+
+template <bool kCubic, Way, class From>
+INLINE Coefficients coefficients(const From* from) {
     Coefficients made{};
     for (int c = 0; c < 3; c++) {
         int v[4];
-        for (int k = 0; k < 4; k++) v[k] = from[0][(way == Way::kAcross ? 3 : 4) * k + c];
+        for (int k = 0; k < 4; k++) v[k] = value(from[0], k, c);
         made.a[c] = kCubic ? v[1] : v[0];
         made.b[c] = kCubic ? v[2] - v[0] : v[1] - v[0];
         made.c[c] = 2 * (v[0] - v[1]) + v[2] - v[3];
@@ -149,93 +180,99 @@ INLINE Coefficients coefficients(const uint8_t* const* from) {
 
 #endif
 
+#if defined(CONVNEUR_PAIRS)
+INLINE Doubles exact(Ints values) { return _mm512_cvtepi32_pd(reinterpret_cast<__m256i>(values)); }
+INLINE Doubles spread(const double* distances) {
+    return _mm512_permutexvar_pd(_mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1),
+                                 _mm512_castpd128_pd512(_mm_loadu_pd(distances)));
+}
+// Writes pixels of four bytes.
+INLINE void write(Doubles values, uint8_t* out) {
+    const __m512d clipped = _mm512_min_pd(_mm512_max_pd(values, _mm512_setzero_pd()), _mm512_set1_pd(255.0));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm256_cvtepi32_epi8(_mm512_cvttpd_epi32(clipped)));
+}
+#elif defined(__AVX2__)
+INLINE Doubles exact(Ints values) { return _mm256_cvtepi32_pd(reinterpret_cast<__m128i>(values)); }
+INLINE Doubles spread(const double* distances) { return _mm256_set1_pd(distances[0]); }
+INLINE void write(Doubles values, uint8_t* out) {
+    const __m256d clipped = _mm256_min_pd(_mm256_max_pd(values, _mm256_setzero_pd()), _mm256_set1_pd(255.0));
+    const __m128i low = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const int bytes = _mm_cvtsi128_si32(_mm_shuffle_epi8(_mm256_cvttpd_epi32(clipped), low));
+    std::memcpy(out, &bytes, 4);
+}
+#else
 INLINE Doubles exact(Ints values) { return __builtin_convertvector(values, Doubles); }
+INLINE Doubles spread(const double* distances) { return Doubles{} + distances[0]; }
+INLINE void write(Doubles values, uint8_t* out) {
+    for (int i = 0; i < 4; i++) out[i] = static_cast<uint8_t>(std::min(std::max(values[i], 0.0), 255.0));
+}
+#endif
 
-template <bool kCubic, Way way>
-INLINE Doubles along(const uint8_t* const* from, Doubles distance) {
+template <bool kCubic, Way way, class From>
+INLINE Doubles along(const From* from, Doubles distance) {
     const Coefficients k = coefficients<kCubic, way>(from);
     if (!kCubic) return exact(k.a) + exact(k.b) * distance;
     return exact(k.a) + distance * (exact(k.b) + distance * (exact(k.c) + distance * exact(k.e)));
 }
 
-INLINE Doubles spread(const double* distances) {
-    if (kPixels == 1) return Doubles{} + distances[0];
-    Doubles made{};
-    for (int i = 0; i < 4 * kPixels; i++) made[i] = distances[i / 4];
-    return made;
-}
-
-// Writes pixels of four bytes.
-INLINE void write(Doubles values, uint8_t* out) {
-    const Doubles none{}, most = none + 255.0;
-    values = values > none ? values : none;
-    values = values < most ? values : most;
-    const Ints whole = __builtin_convertvector(values, Ints);
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm256_cvtepi32_epi8(reinterpret_cast<__m256i>(whole)));
-#else
-    for (int i = 0; i < 4; i++) out[i] = static_cast<uint8_t>(whole[i]);
-#endif
-}
+// Interpolates a row of outputs across, down, or across and then down the results.
+struct Row {
+    const Source& source;
+    Places across, down;
+    int y, width;
+    std::vector<uint8_t> made;  // pixels of four bytes
+};
 
 template <bool kCubic>
-void row_across(const Source& source, const Places& places, int y, int width, uint8_t* out) {
-    for (int x = 0; x < width; x += kPixels) {
+void row_across(Row& row) {
+    for (int x = 0; x < row.width; x += kPixels) {
         const uint8_t* from[kPixels];
         for (int i = 0; i < kPixels; i++) {
-            const int left = places.xs[x + i];
-            from[i] = left == kOutside ? source.fill_across() : source.at(left - kCubic, y);
+            const int64_t left = row.across.firsts[x + i];
+            from[i] = left == kOutside ? row.source.fill_rows()[0] : row.source.rows(row.y)[0] + 3 * (left - kCubic);
         }
-        write(along<kCubic, Way::kAcross>(from, spread(&places.across[x])), out + 4 * x);
+        write(along<kCubic, Way::kAcross>(from, spread(&row.across.distances[x])), &row.made[4 * x]);
     }
 }
 
 template <bool kCubic>
-void row_down(const Source& source, const Places& places, int, int width, uint8_t* out) {
-    for (int x = 0; x < width; x += kPixels) {
-        const uint8_t* from[kPixels];
-        uint8_t columns[kPixels][16] = {};
+void row_down(Row& row) {
+    for (int x = 0; x < row.width; x += kPixels) {
+        const uint8_t* from[kPixels][4];
         for (int i = 0; i < kPixels; i++) {
-            from[i] = source.fill_down();
-            if (places.xs[x + i] == kOutside) continue;
-            for (int k = 0; k < (kCubic ? 4 : 2); k++)
-                std::memcpy(columns[i] + 4 * k, source.at(x + i, places.ys[x + i] - kCubic + k), 4);
-            from[i] = columns[i];
+            const int64_t top = row.down.firsts[x + i], column = top == kOutside ? 0 : 3 * (x + i);
+            const uint8_t* const* rows = top == kOutside ? row.source.fill_rows() : row.source.rows(top - kCubic);
+            for (int k = 0; k < 4; k++) from[i][k] = rows[kCubic ? k : std::min(k, 1)] + column;
         }
-        write(along<kCubic, Way::kDown>(from, spread(&places.down[x])), out + 4 * x);
+        write(along<kCubic, Way::kDown>(from, spread(&row.down.distances[x])), &row.made[4 * x]);
     }
 }
 
 template <bool kCubic>
-void row_both(const Source& source, const Places& places, int, int width, uint8_t* out) {
-    for (int x = 0; x < width; x += kPixels) {
-        const Doubles d = spread(&places.down[x]), distance = spread(&places.across[x]);
+void row_both(Row& row) {
+    for (int x = 0; x < row.width; x += kPixels) {
+        const Doubles d = spread(&row.down.distances[x]), distance = spread(&row.across.distances[x]);
+        const uint8_t* const* rows[kPixels];
+        int64_t columns[kPixels];
+        for (int i = 0; i < kPixels; i++) {
+            const int64_t left = row.across.firsts[x + i], top = row.down.firsts[x + i];
+            const bool is_fill = (left == kOutside) | (top == kOutside);
+            rows[i] = is_fill ? row.source.fill_rows() : row.source.rows(top - kCubic);
+            columns[i] = is_fill ? 0 : 3 * (left - kCubic);
+        }
         Doubles v[4];
         for (int k = 0; k < (kCubic ? 4 : 2); k++) {
             const uint8_t* from[kPixels];
-            for (int i = 0; i < kPixels; i++) {
-                const int left = places.xs[x + i];
-                from[i] = left == kOutside ? source.fill_across() : source.at(left - kCubic, places.ys[x + i] - kCubic + k);
-            }
+            for (int i = 0; i < kPixels; i++) from[i] = rows[i][k] + columns[i];
             v[k] = along<kCubic, Way::kAcross>(from, distance);
         }
         if (!kCubic) {
-            write(v[0] + (v[1] - v[0]) * d, out + 4 * x);
+            write(v[0] + (v[1] - v[0]) * d, &row.made[4 * x]);
             continue;
         }
         const Doubles p2 = -v[0] + v[2], p3 = 2 * (v[0] - v[1]) + v[2] - v[3], p4 = -v[0] + v[1] - v[2] + v[3];
-        write(v[1] + d * (p2 + d * (p3 + d * p4)), out + 4 * x);
+        write(v[1] + d * (p2 + d * (p3 + d * p4)), &row.made[4 * x]);
     }
-}
-
-using MakeRow = void (*)(const Source&, const Places&, int, int, uint8_t*);
-
-// Where the other way's distances are all 0, its polynomial gives the middle sample, to the bit.
-template <bool kCubic>
-MakeRow row_maker(const Matrix& m) {
-    if (m.d == 0 && m.e == 1 && m.f == 0) return row_across<kCubic>;
-    if (m.a == 1 && m.b == 0 && m.c == 0) return row_down<kCubic>;
-    return row_both<kCubic>;
 }
 
 void turn_by_90(const Picture& picture, bool is_back) {
@@ -255,17 +292,21 @@ void turn_by_180(const Picture& picture) {
 
 }  // namespace
 
-void transform(const Picture& picture, const Matrix& matrix, bool is_cubic, const uint8_t* fill) {
+void transform(const Picture& picture, const Matrix& m, bool is_cubic, const uint8_t* fill) {
     const Source source(picture, fill);
-    const size_t room = picture.width + kPixels;
-    Places places{std::vector<int32_t>(room, kOutside), std::vector<int32_t>(room), std::vector<double>(room),
-                  std::vector<double>(room)};
-    std::vector<uint8_t> made(4 * room);
-    const MakeRow make_row = is_cubic ? row_maker<true>(matrix) : row_maker<false>(matrix);
-    for (int y = 0; y < picture.height; y++) {
-        locate(matrix, y, picture, places);
-        make_row(source, places, y, picture.width, made.data());
-        write_pixels(made.data(), picture.width, picture.row(y));
+    const size_t room = picture.width + kWide;
+    Row row{source, Places(room), Places(room), 0, picture.width, std::vector<uint8_t>(4 * room)};
+    // Where the other way's distances are all 0, its polynomial gives the middle sample, to the bit.
+    const bool is_across = m.d == 0 && m.e == 1 && m.f == 0, is_down = m.a == 1 && m.b == 0 && m.c == 0;
+    const auto make = is_across ? (is_cubic ? row_across<true> : row_across<false>)
+                      : is_down ? (is_cubic ? row_down<true> : row_down<false>)
+                                : (is_cubic ? row_both<true> : row_both<false>);
+    for (row.y = 0; row.y < picture.height; row.y++) {
+        const double middle = row.y + 0.5;
+        if (is_across || !is_down) locate(m.a, m.b * middle, m.c, picture.width, picture.width, row.across);
+        if (!is_across) locate(m.d, m.e * middle, m.f, picture.height, picture.width, row.down);
+        make(row);
+        write_pixels(row.made.data(), picture.width, picture.row(row.y));
     }
 }
 
