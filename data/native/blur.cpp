@@ -34,34 +34,50 @@ float box_radius(float sigma, int passes) {
     return whole + part;
 }
 
-// A row of `width` pixels, from a copy with repeated ends.
-void along_row(uint8_t* row, int width, const BoxFilter& box, std::vector<uint8_t>& padded,
-               std::vector<uint32_t>& sums) {
+// The sums of boxes along a row, from the copy with repeated ends.
+template <int kRadius>
+void sum_boxes(const uint8_t* __restrict from, int bytes, int radius, uint32_t* __restrict sums) {
+    for (int x = 0; x < bytes; x++) {
+        uint32_t sum = from[x];
+        for (int k = 1; k <= 2 * kRadius; k++) sum += from[3 * k + x];
+        sums[x] = sum;
+    }
+    for (int k = 2 * kRadius + 1; k <= 2 * radius; k++)
+        for (int x = 0; x < bytes; x++) sums[x] += from[3 * k + x];
+}
+
+// A row of `width` pixels.
+void along_row(uint8_t* __restrict row, int width, const BoxFilter& filter, std::vector<uint8_t>& padded,
+               std::vector<uint32_t>& room) {
+    const BoxFilter box = filter;
     const int edge = 3 * (box.radius + 1), bytes = 3 * width;
     padded.resize(bytes + 2 * edge);
-    sums.resize(bytes);
-    std::memcpy(&padded[edge], row, bytes);
+    room.resize(bytes);
+    uint8_t* __restrict copy = padded.data();
+    uint32_t* __restrict sums = room.data();
+    std::memcpy(copy + edge, row, bytes);
     for (int i = 0; i < edge; i += 3) {
-        std::memcpy(&padded[i], row, 3);
-        std::memcpy(&padded[edge + bytes + i], row + bytes - 3, 3);
+        std::memcpy(copy + i, row, 3);
+        std::memcpy(copy + edge + bytes + i, row + bytes - 3, 3);
     }
-    const uint8_t* from = padded.data() + 3;
-    for (int x = 0; x < bytes; x++) sums[x] = from[x];
-    for (int k = 1; k <= 2 * box.radius; k++)
-        for (int x = 0; x < bytes; x++) sums[x] += from[3 * k + x];
-    for (int x = 0; x < bytes; x++) row[x] = box.value(sums[x], padded[x] + padded[2 * edge + x]);
+    (box.radius == 0 ? sum_boxes<0> : sum_boxes<1>)(copy + 3, bytes, box.radius, sums);
+    for (int x = 0; x < bytes; x++) row[x] = box.value(sums[x], copy[x] + copy[2 * edge + x]);
 }
 
 // All columns, of a picture into another.
-void down_columns(const Picture& from, const Picture& to, const BoxFilter& box, std::vector<uint32_t>& sums) {
+void down_columns(const Picture& from, const Picture& to, const BoxFilter& filter, std::vector<uint32_t>& room) {
+    const BoxFilter box = filter;
     const int bytes = 3 * from.width, last = from.height - 1;
     const auto row = [&](int y) { return from.row(std::clamp(y, 0, last)); };
-    sums.assign(bytes, 0);
-    for (int k = -box.radius - 1; k < box.radius; k++)
-        for (int x = 0; x < bytes; x++) sums[x] += row(k)[x];
+    room.assign(bytes, 0);
+    uint32_t* __restrict sums = room.data();
+    for (int k = -box.radius - 1; k < box.radius; k++) {
+        const uint8_t* first = row(k);
+        for (int x = 0; x < bytes; x++) sums[x] += first[x];
+    }
     for (int y = 0; y <= last; y++) {
         const uint8_t *old = row(y - box.radius - 1), *added = row(y + box.radius), *next = row(y + box.radius + 1);
-        uint8_t* out = to.row(y);
+        uint8_t* __restrict out = to.row(y);
         for (int x = 0; x < bytes; x++) {
             sums[x] += added[x] - old[x];
             out[x] = box.value(sums[x], old[x] + next[x]);
