@@ -8,7 +8,6 @@
 #include "padded.h"
 #include "vectors.h"
 
-// Where there are no registers of their size, nothing of theirs may be passed from function to function.
 #define INLINE __attribute__((always_inline)) inline
 
 namespace convneur {
@@ -21,8 +20,32 @@ constexpr int kPixels = 2;  // at a time, in a register of their reds, greens, b
 constexpr int kPixels = 1;
 #endif
 
-typedef double Doubles __attribute__((vector_size(32 * kPixels)));
 typedef int32_t Ints __attribute__((vector_size(16 * kPixels)));
+
+#if defined(CONVNEUR_PAIRS) || defined(__AVX2__)
+typedef double Doubles __attribute__((vector_size(32 * kPixels)));
+#else
+struct Doubles {
+    double values[4];
+};
+inline Doubles operator+(Doubles a, Doubles b) {
+    for (int i = 0; i < 4; i++) a.values[i] += b.values[i];
+    return a;
+}
+inline Doubles operator-(Doubles a, Doubles b) {
+    for (int i = 0; i < 4; i++) a.values[i] -= b.values[i];
+    return a;
+}
+inline Doubles operator*(Doubles a, Doubles b) {
+    for (int i = 0; i < 4; i++) a.values[i] *= b.values[i];
+    return a;
+}
+inline Doubles operator*(double a, Doubles b) { return Doubles{{a, a, a, a}} * b; }
+inline Doubles operator-(Doubles a) {
+    for (double& value : a.values) value = -value;
+    return a;
+}
+#endif
 
 constexpr int kEdge = 2;  // pixels by which the first and the last of a row are repeated, beyond what is interpolated
 
@@ -137,6 +160,12 @@ constexpr int32_t weights_of(int a, int b, int c, int d) {
 
 INLINE __m128i gather(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 
+INLINE __m128i gather(const uint8_t* const (&from)[2]) {
+    int32_t pixels[2];
+    for (int k = 0; k < 2; k++) std::memcpy(&pixels[k], from[k], 4);
+    return _mm_unpacklo_epi32(_mm_cvtsi32_si128(pixels[0]), _mm_cvtsi32_si128(pixels[1]));
+}
+
 INLINE __m128i gather(const uint8_t* const (&from)[4]) {
     int32_t pixels[4];
     for (int k = 0; k < 4; k++) std::memcpy(&pixels[k], from[k], 4);
@@ -162,14 +191,17 @@ INLINE Coefficients coefficients(const From* from) {
 #else
 
 INLINE int value(const uint8_t* from, int k, int c) { return from[3 * k + c]; }
-INLINE int value(const uint8_t* const (&from)[4], int k, int c) { return from[k][c]; }
+template <int n>
+INLINE int value(const uint8_t* const (&from)[n], int k, int c) {
+    return from[k][c];
+}
 
 template <bool kCubic, Way, class From>
 INLINE Coefficients coefficients(const From* from) {
     Coefficients made{};
     for (int c = 0; c < 3; c++) {
         int v[4];
-        for (int k = 0; k < 4; k++) v[k] = value(from[0], k, c);
+        for (int k = 0; k < 4; k++) v[k] = kCubic || k < 2 ? value(from[0], k, c) : 0;
         made.a[c] = kCubic ? v[1] : v[0];
         made.b[c] = kCubic ? v[2] - v[0] : v[1] - v[0];
         made.c[c] = 2 * (v[0] - v[1]) + v[2] - v[3];
@@ -201,10 +233,14 @@ INLINE void write(Doubles values, uint8_t* out) {
     std::memcpy(out, &bytes, 4);
 }
 #else
-INLINE Doubles exact(Ints values) { return __builtin_convertvector(values, Doubles); }
-INLINE Doubles spread(const double* distances) { return Doubles{} + distances[0]; }
+INLINE Doubles exact(Ints values) {
+    return {{double(values[0]), double(values[1]), double(values[2]), double(values[3])}};
+}
+INLINE Doubles spread(const double* distances) {
+    return {{distances[0], distances[0], distances[0], distances[0]}};
+}
 INLINE void write(Doubles values, uint8_t* out) {
-    for (int i = 0; i < 4; i++) out[i] = static_cast<uint8_t>(std::min(std::max(values[i], 0.0), 255.0));
+    for (int i = 0; i < 4; i++) out[i] = static_cast<uint8_t>(std::min(std::max(values.values[i], 0.0), 255.0));
 }
 #endif
 
@@ -238,11 +274,11 @@ void row_across(Row& row) {
 template <bool kCubic>
 void row_down(Row& row) {
     for (int x = 0; x < row.width; x += kPixels) {
-        const uint8_t* from[kPixels][4];
+        const uint8_t* from[kPixels][kCubic ? 4 : 2];
         for (int i = 0; i < kPixels; i++) {
             const int64_t top = row.down.firsts[x + i], column = top == kOutside ? 0 : 3 * (x + i);
             const uint8_t* const* rows = top == kOutside ? row.source.fill_rows() : row.source.rows(top - kCubic);
-            for (int k = 0; k < 4; k++) from[i][k] = rows[kCubic ? k : std::min(k, 1)] + column;
+            for (int k = 0; k < (kCubic ? 4 : 2); k++) from[i][k] = rows[k] + column;
         }
         write(along<kCubic, Way::kDown>(from, spread(&row.down.distances[x])), &row.made[4 * x]);
     }

@@ -14,9 +14,15 @@ namespace {
 using Table = std::array<std::array<uint8_t, 256>, 3>;  // of each colour
 
 void look_up(const Picture& picture, const Table& table) {
-    uint8_t* end = picture.pixels + picture.bytes();
-    for (uint8_t* at = picture.pixels; at < end; at += 3)
-        for (int c = 0; c < 3; c++) at[c] = table[c][at[c]];
+    const uint8_t* __restrict red = table[0].data();
+    const uint8_t* __restrict green = table[1].data();
+    const uint8_t* __restrict blue = table[2].data();
+    uint8_t* __restrict end = picture.pixels + picture.bytes();
+    for (uint8_t* __restrict at = picture.pixels; at < end; at += 3) {
+        at[0] = red[at[0]];
+        at[1] = green[at[1]];
+        at[2] = blue[at[2]];
+    }
 }
 
 uint8_t clip(float value) { return static_cast<uint8_t>(std::min(std::max(value, 0.f), 255.f)); }
@@ -78,6 +84,16 @@ uint64_t greys(const uint8_t* pixels, int count, uint8_t* out) {
     return sum;
 }
 
+constexpr int kStep = 192;  // bytes: whole pixels, and whole registers
+
+// Takes values into the least and the most there were at their places.
+void widen(const uint8_t* __restrict values, uint8_t* __restrict least, uint8_t* __restrict most) {
+    for (int i = 0; i < kStep; i++) {
+        least[i] = std::min(least[i], values[i]);
+        most[i] = std::max(most[i], values[i]);
+    }
+}
+
 constexpr int kBlock = 1024, kPast = 4;  // pixels, and bytes behind them
 
 }  // namespace
@@ -117,18 +133,14 @@ void solarize_add(const Picture& picture, int added, double threshold) {
 }
 
 void auto_contrast(const Picture& picture) {
-    constexpr int kStep = 192;  // bytes: whole pixels, and whole registers
     uint8_t least[kStep], most[kStep];
     std::fill_n(least, kStep, 255);
     std::fill_n(most, kStep, 0);
-    const int64_t bytes = picture.bytes();
-    for (int64_t start = 0; start < bytes; start += kStep) {
-        const uint8_t* at = picture.pixels + start;
-        const int count = static_cast<int>(std::min<int64_t>(kStep, bytes - start));
-        for (int i = 0; i < count; i++) {
-            least[i] = std::min(least[i], at[i]);
-            most[i] = std::max(most[i], at[i]);
-        }
+    const int64_t bytes = picture.bytes(), whole = bytes - bytes % kStep;
+    for (int64_t start = 0; start < whole; start += kStep) widen(picture.pixels + start, least, most);
+    for (int64_t i = whole; i < bytes; i++) {
+        least[i - whole] = std::min(least[i - whole], picture.pixels[i]);
+        most[i - whole] = std::max(most[i - whole], picture.pixels[i]);
     }
     Table table;
     for (int c = 0; c < 3; c++) {
@@ -143,14 +155,18 @@ void auto_contrast(const Picture& picture) {
 
 void equalize(const Picture& picture) {
     // Two tables, as neighbours are often equal and would wait for each other.
-    std::vector<uint32_t> counts(2 * 3 * 256);
+    uint32_t counts[2 * 3 * 256] = {};
     const int64_t pixels = picture.bytes() / 3;
     const uint8_t* at = picture.pixels;
-    for (int64_t i = 0; i < pixels; i++, at += 3)
-        for (int c = 0; c < 3; c++) counts[((i & 1) * 3 + c) * 256 + at[c]]++;
+    for (int64_t i = 0; i < pixels; i++, at += 3) {
+        uint32_t* of = counts + (i & 1) * 3 * 256;
+        of[at[0]]++;
+        of[256 + at[1]]++;
+        of[512 + at[2]]++;
+    }
     Table table;
     for (int c = 0; c < 3; c++) {
-        int64_t of[256], last = 0;
+        int64_t of[256] = {}, last = 0;
         int kinds = 0;
         for (int i = 0; i < 256; i++) {
             of[i] = counts[c * 256 + i] + counts[(3 + c) * 256 + i];
