@@ -36,6 +36,7 @@ def bind(compiled: ctypes.CDLL) -> ctypes.CDLL:
     compiled.convneur_resize_part.argtypes = [pointer, ctypes.c_ssize_t, number * 4, *[number] * 11, pointer]
     compiled.convneur_resize_support.argtypes = [*[number] * 9, number * 4]
     compiled.convneur_resize_support.restype = None
+    compiled.convneur_operate.argtypes = [pointer, number, number, pointer, number]
     return compiled
 
 
