@@ -13,7 +13,7 @@ from convneur.data.native import SOURCES, pixels
 FLAGS = {"x86-64": "sse2", "x86-64-v2": "ssse3", "haswell": "avx2", "skylake-avx512": "avx512bw"}
 """What -march names, and a flag of the processors that run it."""
 
-PARTS = ["area", "jpeg", "passes", "resize", "weights"]
+PARTS = ["affine", "area", "blur", "jpeg", "operations", "passes", "resize", "tones", "weights"]
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,24 @@
 """Resizing in C++ gives the bits of Pillow and OpenCV."""
 
 import random
+import subprocess
+from pathlib import Path
 from typing import get_args
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from places import ROOT
 
-from convneur.data.native import pixels
+from convneur.data.compiled import compiler
+from convneur.data.native import FOLDER, SOURCES, pixels
 from convneur.data.native.pixels import Box, Filter, resize, resize_support
 
 cv2.setNumThreads(0)
+
+PARTS = ["affine", "area", "blur", "operations", "passes", "resize", "tones", "weights"]
+"""What the harness of the sanitizers is linked with."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +65,7 @@ def some_window(height: int, width: int) -> Box:
 @pytest.mark.usefixtures("each_build")
 @pytest.mark.parametrize("how", get_args(Filter))
 def test_windows_of_all_sizes_are_the_reference(how: Filter) -> None:
-    for _ in range(120):
+    for _ in range(80):
         rows, columns, height, width = some_sizes(how)
         image, window = noise(rows, columns), some_window(height, width)
         flips = (random.random() < 0.5, random.random() < 0.5)
@@ -118,6 +125,17 @@ def test_pixels_of_another_kind_are_refused() -> None:
     for wrong in (np.zeros((4, 4, 3), np.int8), np.zeros((4, 4, 4), np.uint8), np.zeros((3, 4, 4), np.uint8).T):
         with pytest.raises(ValueError, match="expected uint8"):
             resize(wrong, 2, 2, "bilinear")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("march", ["native", "haswell", "x86-64-v2", "x86-64"])
+def test_sanitizers_find_nothing(march: str, tmp_path: Path) -> None:
+    files = [path for path in SOURCES.files if path.stem in PARTS]
+    harness = ROOT / "tests" / "support" / "native" / "random_pixels.cpp"
+    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off"]
+    command = [*compiler(), "-std=c++17", f"-march={march}", *flags, f"-I{FOLDER}", *files, harness]
+    subprocess.run([*command, "-o", tmp_path / "harness"], check=True)
+    subprocess.run([tmp_path / "harness", "3000"], check=True)
 
 
 def test_the_installed_libraries_agree() -> None:
