@@ -101,7 +101,7 @@ struct Pixels {
     bool inside = false;            // all blocks of the MCU are wanted
     uint8_t* samples[3] = {};       // of its first blocks
     Target targets[2] = {};
-    alignas(Row) int16_t blocks[ROOM] = {};
+    alignas(Row) int16_t blocks[ROOM] = {};  // of two, beside each other
 
     void start(int new_column, int new_row) {
         column = new_column;
@@ -136,7 +136,7 @@ struct Pixels {
         if (count == 1)
             targets[1] = {targets[0].quantiser, spare, 8};
         if (count > 0)
-            idct(reinterpret_cast<const Row*>(blocks), targets[0], targets[1]);
+            idct(blocks, targets[0], targets[1]);
         std::memset(blocks, 0, sizeof blocks);
         count = 0;
     }

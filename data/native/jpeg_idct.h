@@ -116,13 +116,14 @@ struct Target {
     ptrdiff_t stride;
 };
 
-// Makes samples of two blocks, whose coefficients lie beside each other.
-inline void idct(const Row* coefficients, const Target& one, const Target& other) {
+// Makes samples of two blocks, whose coefficients lie beside each other, 16 in a row.
+inline void idct(const int16_t* coefficients, const Target& one, const Target& other) {
     Row rows[8], below = {};
     for (int i = 0; i < 8; i++) {
-        rows[i] = coefficients[i] * joined(one.quantiser[i], other.quantiser[i]);
+        std::memcpy(&rows[i], coefficients + 16 * i, sizeof(Row));
         if (i > 0)
-            below |= coefficients[i];
+            below |= rows[i];
+        rows[i] *= joined(one.quantiser[i], other.quantiser[i]);
     }
     const Row first = rows[0] << 2;
     pass<11>(rows);
