@@ -219,12 +219,14 @@ bool rewrite(const uint8_t* bytes, size_t size, int wanted, std::string& out) {
         return false;
     const int interval = interval_of(header.mcus_across, blocks, wanted);
     Tokens tokens(header, interval);
+    tokens.tokens.reserve(size);  // about what there are
     Scan scan = {header, *tables, all, segments};
     Lane<Tokens> lane(scan, tokens);
     Lane<Tokens>::run(lane);
     if (scan.failed || tokens.failed || tokens.mcus != header.mcus())
         return false;
 
+    out.reserve(size + size / 16);
     out.assign("\xff\xd8", 2);
     for (size_t at = 2; at < header.sos;) {
         size_t code = at;
