@@ -146,6 +146,7 @@ def _examine_gpu(index: int) -> Finding:
 def examine_input() -> Finding:
     """Compiles the input path unless it has been, and compares it with the libraries whose pixels it is to have."""
     from convneur.data.native import library
+    from convneur.data.native.operations import augments_as_timm
     from convneur.data.native.view import can_show
 
     cost = "images are decoded and augmented several times slower, to the same bits"
@@ -155,6 +156,7 @@ def examine_input() -> Finding:
             reason = str(said[-1].message).partition(": ")[2] if said else "it could not be compiled before"
             return Finding("data", "native input path", "missing", None, f"{cost}: {reason}")
     others = [f"data.interpolation {name}" for name in ("bicubic", "bilinear", "area") if not can_show(name)]
+    others += [] if augments_as_timm() else ["RandAugment"]
     if others:
         versions = f"Pillow {metadata.version('pillow')}, OpenCV {metadata.version('opencv-python')}"
         note = f"{cost}, with {', '.join(others)}: {versions} make other pixels than it was written after"

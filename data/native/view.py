@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from convneur.data.native.operations import Operation
 from convneur.data.native.pixels import FILTERS, Filter, bound, resizes_as_opencv, resizes_as_pillow
 
 NUMBERS = ctypes.c_int * 12
@@ -17,7 +18,9 @@ def can_show(how: str) -> bool:
     return resizes_as_opencv() if how == "area" else resizes_as_pillow()
 
 
-def show_jpeg(image: bytes, proven: bool, view: Sequence[int], how: Filter, size: int, seen: int) -> bool:
+def show_jpeg(
+    image: bytes, proven: bool, view: Sequence[int], how: Filter, size: int, operations: Sequence[Operation], seen: int
+) -> bool:
     """Shows a view of a JPEG file.
 
     Args:
@@ -27,6 +30,7 @@ def show_jpeg(image: bytes, proven: bool, view: Sequence[int], how: Filter, size
         view: top, left, height, width, resized height and width, the window's top and left, flips.
         how: the filter.
         size: side of the square that the view shows.
+        operations: what then becomes of it, see `encode_operation`.
         seen: address of size x size x 3 bytes, which take it.
 
     Returns:
@@ -35,11 +39,16 @@ def show_jpeg(image: bytes, proven: bool, view: Sequence[int], how: Filter, size
     library = bound()
     assert library
     numbers = NUMBERS(*view, FILTERS[how], size)
-    done: int = library.convneur_show_jpeg(image, ctypes.c_size_t(len(image)), proven, numbers, ctypes.c_void_p(seen))
+    length, count = ctypes.c_size_t(len(image)), len(operations)
+    done: int = library.convneur_show_jpeg(
+        image, length, proven, numbers, _flat(operations), count, ctypes.c_void_p(seen)
+    )
     return done == 0
 
 
-def show_pixels(pixels: np.ndarray, view: Sequence[int], how: Filter, size: int, seen: int) -> bool:
+def show_pixels(
+    pixels: np.ndarray, view: Sequence[int], how: Filter, size: int, operations: Sequence[Operation], seen: int
+) -> bool:
     """Shows a view of an image that is decoded already, (height, width, 3) uint8; see `show_jpeg`."""
     library = bound()
     assert library
@@ -50,5 +59,12 @@ def show_pixels(pixels: np.ndarray, view: Sequence[int], how: Filter, size: int,
     first = ctypes.c_void_p(pixels[top:, left:].ctypes.data)
     numbers = NUMBERS(*view, FILTERS[how], size)
     stride = ctypes.c_ssize_t(pixels.strides[0])
-    done: int = library.convneur_show_pixels(first, stride, numbers, ctypes.c_void_p(seen))
+    done: int = library.convneur_show_pixels(
+        first, stride, numbers, _flat(operations), len(operations), ctypes.c_void_p(seen)
+    )
     return done == 0
+
+
+def _flat(operations: Sequence[Operation]) -> ctypes.Array[ctypes.c_double]:
+    values = [value for operation in operations for value in operation]
+    return (ctypes.c_double * len(values))(*values)

@@ -11,6 +11,7 @@ from timm.data.transforms_factory import create_transform
 from torchvision.transforms import ColorJitter, Compose
 
 from convneur.data.config import DataConfig
+from convneur.data.native.operations import encode_operation
 from convneur.data.views.view import Operation, View
 
 
@@ -33,7 +34,6 @@ class Draws:
             use_prefetcher=True,
             separate=True,
         )
-        mend_posterize(secondary)
         self._parts = [_noting(part) for part in secondary.transforms]
 
     def draw(self, height: int, width: int) -> View:
@@ -62,14 +62,16 @@ def _noting(part: Callable[..., Any]) -> Callable[[list[Operation]], Any]:
         order, *factors = ColorJitter.get_params(part.brightness, part.contrast, part.saturation, part.hue)
         for number in order.tolist():
             if factors[number] is not None:
-                operations.append(Operation((brightness, contrast, color)[number], (factors[number],), {}))
+                function, args = (brightness, contrast, color)[number], (factors[number],)
+                operations.append(Operation(function, args, {}, encode_operation(function, args, {})))
 
     return jitter
 
 
 def _noted(function: Callable[..., Image.Image]) -> Callable[..., list[Operation]]:
     def note(operations: list[Operation], *args: float, **options: Any) -> list[Operation]:
-        operations.append(Operation(function, args, options))
+        code = encode_operation(function, args, options)
+        operations.append(Operation(keep_bits if function is posterize else function, args, options, code))
         return operations
 
     return note

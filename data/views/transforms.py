@@ -10,11 +10,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from convneur.data.config import DataConfig, Interpolation
+from convneur.data.native.operations import Operation as Code
+from convneur.data.native.operations import augments_as_timm
 from convneur.data.native.pixels import FILTERS, Filter
 from convneur.data.native.view import can_show, show_jpeg, show_pixels
 from convneur.data.views.decode import decode, plain_jpeg_size
 from convneur.data.views.draws import Draws
-from convneur.data.views.view import View, central_view
+from convneur.data.views.view import Operation, View, central_view
 
 cv2.setNumThreads(0)  # workers are processes, and OpenCV's threads don't outlive a fork
 
@@ -36,6 +38,7 @@ class Transform:
     def __init__(self, config: DataConfig, choose: Callable[[int, int], View]):
         self._size, self._resize, self.choose = config.image_size, RESIZES[config.interpolation], choose
         self._filter = native_filter(config.interpolation)
+        self._augments = self._filter is not None and augments_as_timm()
 
     @property
     def is_native(self) -> bool:
@@ -57,19 +60,28 @@ class Transform:
         if view is None and (size := plain_jpeg_size(image)):
             view = self.choose(*size)
         if view and self._filter:
-            numbers, target = _numbers(view), seen.permute(1, 2, 0)
-            if show_jpeg(image, proven, numbers, self._filter, self._size, target.data_ptr()):
-                self._change(view, target)
+            target, (codes, others) = seen.permute(1, 2, 0), self._split(view)
+            if show_jpeg(image, proven, _numbers(view), self._filter, self._size, codes, target.data_ptr()):
+                _change(target, others)
                 return
         self.show_pixels(decode(image), seen, view)
 
     def show_pixels(self, pixels: np.ndarray, seen: torch.Tensor, view: View | None = None) -> None:
         """Shows an image that is decoded already, (height, width, 3) uint8; see `show`."""
         view = view or self.choose(*pixels.shape[:2])
-        target = seen.permute(1, 2, 0)
-        if not self._filter or not show_pixels(pixels, _numbers(view), self._filter, self._size, target.data_ptr()):
+        target, (codes, others) = seen.permute(1, 2, 0), self._split(view)
+        address = target.data_ptr()
+        if not self._filter or not show_pixels(pixels, _numbers(view), self._filter, self._size, codes, address):
             self._resize_by_library(pixels, view, target)
-        self._change(view, target)
+            others = view.operations
+        _change(target, others)
+
+    def _split(self, view: View) -> tuple[list[Code], tuple[Operation, ...]]:
+        """Those of a view's operations that are made in C++, in numbers, and those that Pillow makes."""
+        codes = [operation.code for operation in view.operations if operation.code] if self._augments else []
+        if len(codes) < len(view.operations):  # their order counts
+            return [], view.operations
+        return codes, ()
 
     def _resize_by_library(self, pixels: np.ndarray, view: View, target: torch.Tensor) -> None:
         part = np.require(pixels, requirements="W")  # as torch takes them; copied only where they can't be written to
@@ -81,18 +93,19 @@ class Transform:
         else:
             target.copy_(resized)
 
-    def _change(self, view: View, target: torch.Tensor) -> None:
-        if view.operations:
-            image = Image.fromarray(target.numpy())
-            for operation in view.operations:
-                image = operation(image)
-            target.copy_(torch.from_numpy(np.array(image)))
-
     def __call__(self, image: np.ndarray | Image.Image) -> torch.Tensor:
         """Shows an RGB image, (height, width, 3) uint8 or Pillow's; returns (3, H, W) uint8, channels_last."""
         seen = torch.empty(self._size, self._size, 3, dtype=torch.uint8).permute(2, 0, 1)
         self.show_pixels(np.asarray(image), seen)
         return seen
+
+
+def _change(target: torch.Tensor, operations: tuple[Operation, ...]) -> None:
+    if operations:
+        image = Image.fromarray(target.numpy())
+        for operation in operations:
+            image = operation(image)
+        target.copy_(torch.from_numpy(np.array(image)))
 
 
 def _numbers(view: View) -> tuple[int, ...]:

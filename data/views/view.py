@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from convneur.data.config import DataConfig
+from convneur.data.native.operations import Operation as Code
 
 LONGEST = 64
 """How many times its shorter side evaluation sees of an image's longer side; its centre crop shows far less."""
@@ -19,11 +20,13 @@ class Operation(NamedTuple):
         function: takes an image and what follows.
         args: what was drawn.
         options: the rest.
+        code: the same in numbers, see `convneur.data.native.operations`; None where C++ doesn't know it.
     """
 
     function: Callable[..., Image.Image]
     args: tuple[float, ...]
     options: dict[str, Any]
+    code: Code | None = None
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The image, changed."""

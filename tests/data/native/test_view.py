@@ -19,10 +19,10 @@ def room() -> np.ndarray:
 
 
 def test_writes_the_square_and_nothing_else(room: np.ndarray) -> None:
-    assert show_jpeg(JPEG, False, VIEW, "bicubic", SIZE, room[1].ctypes.data)
+    assert show_jpeg(JPEG, False, VIEW, "bicubic", SIZE, (), room[1].ctypes.data)
     assert (room[[0, 2]] == 77).all()
     other = np.empty((SIZE, SIZE, 3), np.uint8)
-    assert show_pixels(simplejpeg.decode_jpeg(JPEG), VIEW, "bicubic", SIZE, other.ctypes.data)
+    assert show_pixels(simplejpeg.decode_jpeg(JPEG), VIEW, "bicubic", SIZE, (), other.ctypes.data)
     assert np.array_equal(room[1], other)
 
 
@@ -34,12 +34,12 @@ def test_writes_the_square_and_nothing_else(room: np.ndarray) -> None:
 def test_a_view_that_cannot_be_is_not_shown(room: np.ndarray, how: str, place: int, value: int) -> None:
     view = VIEW.copy()
     view[place] = value
-    assert not show_jpeg(JPEG, False, view, how, SIZE, room[1].ctypes.data)
-    assert not show_pixels(PIXELS, view, how, SIZE, room[1].ctypes.data)
+    assert not show_jpeg(JPEG, False, view, how, SIZE, (), room[1].ctypes.data)
+    assert not show_pixels(PIXELS, view, how, SIZE, (), room[1].ctypes.data)
     assert (room == 77).all()
 
 
 def test_what_is_no_jpeg_is_not_shown(room: np.ndarray) -> None:
     for image in (b"", b"\xff", JPEG[:100], JPEG[:-30], b"\x89PNG" + JPEG):
-        assert not show_jpeg(image, False, VIEW, "bilinear", SIZE, room[1].ctypes.data)
+        assert not show_jpeg(image, False, VIEW, "bilinear", SIZE, (), room[1].ctypes.data)
     assert (room == 77).all()
