@@ -75,6 +75,7 @@ def resize(
         `out`.
 
     Raises:
+        MemoryError: there isn't room for what is made on the way.
         ValueError: a side is shorter than a pixel or longer than 65536, the window doesn't lie within the resized
             image, or the part doesn't have what it is made of.
     """
@@ -92,7 +93,10 @@ def resize(
         raise ValueError(f"out of shape {out.shape}, {out.dtype}: expected uint8 of {window.height, window.width, 3}")
     sizes = (rows, columns, FILTERS[how], height, width, *window)
     at = (ctypes.c_int * 4)(*held)
-    if compiled.convneur_resize_part(pixels.ctypes.data, pixels.strides[0], at, *sizes, *flips, out.ctypes.data):
+    outcome = compiled.convneur_resize_part(pixels.ctypes.data, pixels.strides[0], at, *sizes, *flips, out.ctypes.data)
+    if outcome == 2:
+        raise MemoryError(f"no room to resize {rows} x {columns} pixels to {height} x {width}")
+    if outcome:
         raise ValueError(f"a window {window} of {rows} x {columns} pixels resized to {height} x {width}, of {held}")
     return out
 

@@ -169,6 +169,6 @@ int convneur_resize_part(const uint8_t* pixels, ptrdiff_t stride, const int* hel
     const Box part{held[0], held[1], held[2], held[3]};
     return !convneur::make_resized(resize, pixels, stride, part, out, 3 * static_cast<ptrdiff_t>(window_width));
 } catch (...) {
-    return 1;  // no memory
+    return 2;
 }
 }

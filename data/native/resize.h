@@ -40,7 +40,8 @@ bool make_resized(const Resize& resize, const uint8_t* pixels, ptrdiff_t stride,
 extern "C" {
 
 // Makes a window of a resized image, as `make_resized` does, of the whole image. filter: 0 bilinear, 1 bicubic,
-// 2 area. `out` takes window_height x window_width x 3 bytes. Returns 0, or 1 where it isn't done.
+// 2 area. `out` takes window_height x window_width x 3 bytes. Returns 0, 1 where it isn't
+// done, or 2 where there was too little memory.
 int convneur_resize(const uint8_t* pixels, ptrdiff_t stride, int height, int width, int filter, int out_height,
                     int out_width, int top, int left, int window_height, int window_width, int hflip, int vflip,
                     uint8_t* out);
