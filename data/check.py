@@ -25,6 +25,8 @@ def check_data(config: DataConfig, *, num_classes: int, world_size: int, accumul
     check_values(config)
     if config.engine == "ffcv":
         _check_ffcv(config)
+    elif config.decode == "nvjpeg":
+        _require_able(config, "data.decode nvjpeg", interpolations=("bilinear", "bicubic"))
     _check_batches(config, world_size, accumulation)
     train = open_store(config, config.train_split)
     open_store(config, config.val_split)
@@ -81,14 +83,20 @@ def _check_randaugment(text: str) -> None:
 
 def _check_ffcv(config: DataConfig) -> None:
     """Refuses what FFCV's loader would leave out or do otherwise."""
+    _require_able(config, "data.engine ffcv", interpolations=("area",))
+    _require(config.format in ("auto", "ffcv"), "data.format", config.format, "'auto' or 'ffcv' with data.engine ffcv")
+    _require(config.decode == "cpu", "data.decode", config.decode, "'cpu' with data.engine ffcv, which decodes there")
+
+
+def _require_able(config: DataConfig, what: str, interpolations: tuple[str, ...]) -> None:
+    """Refuses settings that a loader of few abilities would leave out."""
     for name, value, able in (
-        ("data.format", config.format, ("auto", "ffcv")),
-        ("data.interpolation", config.interpolation, ("area",)),
+        ("data.interpolation", config.interpolation, interpolations),
         ("data.augment.randaugment", config.augment.randaugment, ("",)),
         ("data.augment.color_jitter", config.augment.color_jitter, (0,)),
     ):
         expected = " or ".join(repr(one) for one in able)
-        _require(value in able, name, value, f"{expected} with data.engine ffcv, whose loader can do nothing else")
+        _require(value in able, name, value, f"{expected} with {what}, which can do nothing else")
 
 
 def _check_batches(config: DataConfig, world_size: int, accumulation: int) -> None:

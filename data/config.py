@@ -47,6 +47,8 @@ class DataConfig:
         root: folder that `convneur prepare` wrote.
         engine: what decodes training images: "webdataset" (worker processes and timm's transforms, from either format)
             or "ffcv" (FFCV's loader: threads, random crops and flips).
+        decode: where training images are decoded: "cpu", or "nvjpeg": on the GPU, those of tiled shards. Crops and
+            flips are the same, pixels others; nothing else can be done to them there, so RandAugment must be off.
         format: format that the dataset is read from: "tar" (WebDataset shards), "ffcv" (.beton) or "auto": .beton for
             the engine "ffcv" and where there are no shards, else shards. Both give the same images.
         train_split: split that is trained on.
@@ -82,6 +84,7 @@ class DataConfig:
 
     root: str = "datasets/imagenet"
     engine: Literal["webdataset", "ffcv"] = "webdataset"
+    decode: Literal["cpu", "nvjpeg"] = "cpu"
     format: Literal["auto", "tar", "ffcv"] = "auto"
     train_split: str = "train"
     val_split: str = "val"

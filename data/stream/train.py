@@ -76,18 +76,27 @@ class TrainLoader:
         workers, size = self._config.workers, self._config.image_size
         batch_size = self._config.global_batch_size // self._config.lanes * len(self._micro_lanes[0])
         slots = Slots(slot_count(workers), batch_size, size)
-        dataset = _TrainDataset(self._store, self._transform, self._seed, self._config.repeats, slots)
-        batches = results(request_loader(dataset, enumerate(self._requests(start_step, stop_step)), workers))
+        batches = results(
+            request_loader(self._dataset(slots), enumerate(self._requests(start_step, stop_step)), workers)
+        )
         try:
             with prefetching(self._store, self._requests(start_step, stop_step), start_step) as reached:
                 for step in range(start_step, stop_step):
                     reached.value = step
-                    micro_batches: list[Batch] = [unwrap(next(batches)).batch(slots) for _ in self._micro_lanes]
+                    micro_batches: list[Batch] = [
+                        self._finished(unwrap(next(batches)), slots) for _ in self._micro_lanes
+                    ]
                     for batch in micro_batches:
                         self.bad_samples.update(batch.bad)
                     yield micro_batches
         finally:
             del batches  # ends the workers, also while an error's traceback keeps this frame
+
+    def _dataset(self, slots: Slots) -> "TrainDataset":
+        return TrainDataset(self._store, self._transform, self._seed, self._config.repeats, slots)
+
+    def _finished(self, made: "Made", slots: Slots) -> Batch:
+        return made.batch(slots)
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint must hold to resume after `step` optimizer steps; nothing in it depends on the rank."""
@@ -100,6 +109,7 @@ class TrainLoader:
             "block": self._config.block,
             "repeats": self._config.repeats,
             "engine": self._config.engine,
+            "decode": self._config.decode,
             "index_hash": self.index_hash,
             "epoch": step // self.steps_per_epoch,
             "step": step,
@@ -111,7 +121,7 @@ class TrainLoader:
         Raises:
             InputError: something the stream depends on differs.
         """
-        saved = {"block": 0, **saved}  # older ones have none
+        saved = {"block": 0, "decode": "cpu", **saved}  # older ones have none
         for name, here in self.state(saved.get("step", 0)).items():
             if saved.get(name) != here:
                 raise InputError(
@@ -130,7 +140,7 @@ class TrainLoader:
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
     """What a worker says of a micro-batch whose images it has left in the slot of request `number`."""
 
     number: int
@@ -153,23 +163,23 @@ class _Made:
         )
 
 
-class _TrainDataset(Dataset[_Made | InputError]):
+class TrainDataset(Dataset[Made | InputError]):
     """Reads and augments a micro-batch. An `InputError` is returned: raised in a worker, it would lose its one line."""
 
     def __init__(self, store: Store, transform: TrainTransform, seed: int, repeats: int, slots: Slots):
         self._store, self._transform, self._seed, self._repeats, self._slots = store, transform, seed, repeats, slots
 
-    def __getitem__(self, numbered: tuple[int, Request]) -> _Made | InputError:
+    def __getitem__(self, numbered: tuple[int, Request]) -> Made | InputError:
         number, request = numbered
         images = self._slots[number]
         bad: list[BadSample] = []
         indices, labels = [], []
-        last = _LastImage()
+        last = LastImage()
         try:
             with libraries_restored():
                 for offset, drawn in enumerate(self._drawn(request)):
                     index, label = read_or_replace(
-                        partial(self._show, last, request.epoch, drawn, images[offset]),
+                        partial(self._show, last, request.epoch, drawn, images, offset),
                         len(self._store),
                         seed=self._seed,
                         epoch=request.epoch,
@@ -181,15 +191,15 @@ class _TrainDataset(Dataset[_Made | InputError]):
                     labels.append(label)
         except InputError as error:
             return error
-        return _Made(number, request, indices, labels, tuple(bad))
+        return Made(number, request, indices, labels, tuple(bad))
 
-    def _drawn(self, request: Request) -> Iterator["_Drawn"]:
+    def _drawn(self, request: Request) -> Iterator["Drawn"]:
         """Reads and draws for `AHEAD` views at a time: between two images, decoding empties the processor's caches."""
         views = list(zip(request.indices.tolist(), request.repetitions.tolist(), strict=True))
         for first in range(0, len(views), AHEAD):
             yield from [self._draw(request.epoch, *view) for view in views[first : first + AHEAD]]
 
-    def _draw(self, epoch: int, index: int, repetition: int) -> "_Drawn":
+    def _draw(self, epoch: int, index: int, repetition: int) -> "Drawn":
         view = None
         try:
             sample = self._store.read(index)
@@ -198,11 +208,13 @@ class _TrainDataset(Dataset[_Made | InputError]):
                     self._seed_view(epoch, index, repetition)
                     view = self._transform.choose(*size)
         except SampleError as error:
-            return _Drawn(index, repetition, error, None)
-        return _Drawn(index, repetition, sample, view)
+            return Drawn(index, repetition, error, None)
+        return Drawn(index, repetition, sample, view)
 
-    def _show(self, last: "_LastImage", epoch: int, drawn: "_Drawn", seen: torch.Tensor, index: int) -> int:
-        """Leaves in `seen` what is drawn, or the sample that stands in for it; its label."""
+    def _show(
+        self, last: "LastImage", epoch: int, drawn: "Drawn", images: torch.Tensor, offset: int, index: int
+    ) -> int:
+        """Leaves what is drawn at its place among the images, or the sample that stands in for it; its label."""
         sample, view = (drawn.sample, drawn.view) if index == drawn.number else (self._store.read(index), None)
         if isinstance(sample, SampleError):
             raise sample
@@ -211,16 +223,16 @@ class _TrainDataset(Dataset[_Made | InputError]):
             if view is None:
                 self._seed_view(epoch, index, drawn.repetition)
             if pixels is None:
-                self._transform.show(sample.image, seen, view, sample.proven)
+                self._transform.show(sample.image, images[offset], view, sample.proven)
             else:
-                self._transform.show_pixels(pixels, seen, view)
+                self._transform.show_pixels(pixels, images[offset], view)
         return sample.label
 
     def _seed_view(self, epoch: int, index: int, repetition: int) -> None:
         seed_libraries(view_key(self._seed, "augment", epoch, index, repetition))
 
 
-class _Drawn(NamedTuple):
+class Drawn(NamedTuple):
     """A view of a sample; the sample, or why it can't be read; and what is shown of it, if that can be told yet."""
 
     number: int
@@ -229,7 +241,7 @@ class _Drawn(NamedTuple):
     view: View | None
 
 
-class _LastImage:
+class LastImage:
     """Decodes images; the last one only once, as repeated views of it follow each other."""
 
     def __init__(self) -> None:
