@@ -357,7 +357,7 @@ def _with_warnings(plan: Plan, config: Config) -> Plan:
     if plan.cores_per_gpu.low > config.data.workers:
         warnings.append(
             f"data.workers is {config.data.workers} a GPU, but even the slow end needs {plan.cores_per_gpu.low:.0f}:"
-            " the GPUs will wait for images; more workers, tiled shards (convneur prepare tile) or data.engine ffcv help"
+            " the GPUs will wait for images; more workers, or tiled shards (convneur prepare tile), help"
         )
     parts = plan.ranks * plan.accumulation
     if config.data.lanes % parts:
