@@ -5,6 +5,7 @@ folder. Where it can't be had, a warning says so once.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -12,7 +13,8 @@ import shlex
 import shutil
 import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -91,9 +93,27 @@ def _load_or_compile(sources: Sources) -> ctypes.CDLL:
     path = _cache_folder() / f"{sources.name}-{_key(sources)}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix="convneur-") as folder:
-            made = Path(folder) / path.name
-            subprocess.run(sources.command(made), check=True, capture_output=True, text=True, timeout=LONGEST_BUILD)
-            with atomic_write(path) as file:  # other processes may be at it, too
-                file.write(made.read_bytes())
+        with _alone(path.parent):
+            if not path.exists():
+                _compile(sources, path)
     return ctypes.CDLL(str(path))
+
+
+def _compile(sources: Sources, path: Path) -> None:
+    with TemporaryDirectory(prefix="convneur-") as folder:
+        made = Path(folder) / path.name
+        subprocess.run(sources.command(made), check=True, capture_output=True, text=True, timeout=LONGEST_BUILD)
+        with atomic_write(path) as file:  # where there are no locks, other processes may be at it, too
+            file.write(made.read_bytes())
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A block that one process at a time is in: the ranks of a node start together. Not where there are no locks."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

@@ -64,7 +64,7 @@ def test_other_vector_lengths(processor: str, monkeypatch: pytest.MonkeyPatch, t
     assert len(actual) == 5
     for a, e in zip(actual, expected, strict=True):
         assert (a - e).norm() / e.norm() < (1e-13 if a.dtype == torch.float64 else 2e-6)
-    assert [path.suffix for path in (tmp_path / "convneur").iterdir()] == [".so"]
+    assert len([*(tmp_path / "convneur").glob("native-*.so")]) == 1
 
 
 def one_call(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -103,4 +103,4 @@ def test_processes_may_compile_at_once(tmp_path: Path) -> None:
     assert [run.returncode for run in runs] == [0] * 3, [run.stderr for run in runs]
     assert len({run.stdout for run in runs}) == 1
     assert not any("slower" in run.stderr for run in runs)
-    assert len([*tmp_path.glob("convneur/*")]) == 1
+    assert len([*tmp_path.glob("convneur/*.so")]) == 1
