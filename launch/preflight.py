@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convneur.engine.config import checked_steps
+from convneur.launch.imports import importing
 
 if TYPE_CHECKING:
     from convneur.config import Config
@@ -27,13 +28,15 @@ def check_start(config: "Config", world_size: int) -> None:
 
 def check(config: "Config", world_size: int) -> None:
     """Holds a configuration against the data, the ranks and DeepSpeed; InputError where they don't go together."""
-    from convneur.config import deepspeed_config
-    from convneur.data.check import check_data
-    from convneur.engine.section import parse_with_deepspeed
-    from convneur.limits import check_config
-    from convneur.system.world import name_accelerator
+    with importing():
+        from convneur.config import deepspeed_config
+        from convneur.data.check import check_data
+        from convneur.engine.section import parse_with_deepspeed
+        from convneur.limits import check_config
+        from convneur.system.world import name_accelerator
 
-    name_accelerator()
+        name_accelerator()
+        import deepspeed  # noqa: F401
     check_config(config, world_size)
     steps_per_epoch = check_data(
         config.data,

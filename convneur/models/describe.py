@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,6 +105,7 @@ def count(model: nn.Module, images: Tensor, names: Sequence[str] = ()) -> tuple[
     return counter.get_total_flops() // 2, parts
 
 
+@cache
 def describe(config: ModelConfig, image_size: int = 224) -> ModelInfo:
     """Counts a model's parameters and multiply-accumulates on one square image of `image_size` pixels a side.
 
@@ -112,9 +113,9 @@ def describe(config: ModelConfig, image_size: int = 224) -> ModelInfo:
     """
     if image_size < (smallest := family_of(config).smallest_image):
         raise InputError(f"image size is {image_size}, expected at least {smallest} pixels")
-    # Fake tensors are shapes without memory; the meta device fails under the memory's autocast. Attention is written
-    # out in matrix products, because torch 2.11 does not count the CPU's fused one.
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+    # Tensors on the meta device are shapes without memory. Attention is written out in matrix products, which are
+    # counted.
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
         model = build_model(config).eval()
         images = torch.empty(1, config.in_chans, image_size, image_size)
         stages = [info["module"] for info in model.feature_info] if config.family == OWN else []

@@ -9,6 +9,9 @@ from torch import Tensor
 def own_precision(x: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off on x's device, so that arithmetic stays in the precision of the tensors themselves.
 
-    A graph that is being exported knows no autocast, and can't be saved with a switch in it.
+    A graph that is being exported knows no autocast, and can't be saved with a switch in it. Nor does the meta device,
+    which only tells shapes.
     """
-    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or torch.compiler.is_exporting():
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

@@ -141,7 +141,8 @@ def _packages() -> dict[str, str]:
     Not all of sys.path, to which setuptools adds what it carries along. Of two versions the first is imported.
     """
     places = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    return {found.metadata["Name"]: found.version for found in reversed([*metadata.distributions(path=places)])}
+    found = (package.metadata for package in reversed([*metadata.distributions(path=places)]))
+    return {about["Name"]: about["Version"] for about in found}  # a package's own `version` would read it once more
 
 
 def _git(*words: str) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from convneur.data.errors import InputError
 from convneur.launch.flags import add_json
+from convneur.launch.imports import importing
 from convneur.launch.parser import PIXELS, Overrides, Parsers, add_command
 
 
@@ -31,8 +32,9 @@ def add(parsers: Parsers) -> None:
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """`convneur info`: what a model consists of and costs."""
-    from convneur.config import load_config
-    from convneur.models.describe import describe
+    with importing():
+        from convneur.config import load_config
+        from convneur.models.describe import describe
 
     for word in overrides:
         if word.startswith("--") and not word.startswith("--model."):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from convneur.data.errors import InputError
 from convneur.launch.flags import add_config, add_json, add_launch
+from convneur.launch.imports import importing
 from convneur.launch.parser import RANKS, Overrides, Parsers, add_command
 from convneur.launch.preflight import check, check_beginnings, check_start
 from convneur.launch.rank import is_rank, joined_world, keep_lock
@@ -160,11 +161,15 @@ def _repeated(args: argparse.Namespace, overrides: Overrides) -> "Config":
 
 
 def _train_rank(config: "Config", args: argparse.Namespace) -> int:
-    set_determinism(config.run.determinism)
-    with joined_world() as world:
+    with importing():
+        set_determinism(config.run.determinism)
+        from convneur.system.world import name_accelerator
+
+        name_accelerator()
         from convneur.run.resume import agreed_start
         from convneur.train import train
 
+    with joined_world() as world:
         with _agreed_folder(config, args, world) as folder:
             resume = agreed_start(folder, args.begin, world) if args.begin else args.resume
             summary = train(config, world, folder, resume, args.profile)

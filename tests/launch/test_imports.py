@@ -1,0 +1,16 @@
+"""Imports without searches for garbage."""
+
+import gc
+
+import pytest
+
+from convneur.launch.imports import importing
+
+
+def test_no_garbage_is_looked_for_meanwhile_whatever_happens() -> None:
+    imports = importing()
+    imports.__enter__()
+    assert not gc.isenabled()
+    with pytest.raises(ImportError):
+        imports.__exit__(ImportError, ImportError("no such module"), None)
+    assert gc.isenabled()
