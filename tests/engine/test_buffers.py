@@ -1,14 +1,12 @@
 """Persistent buffers: in two ranks, stopped and resumed; and what becomes of each kind by itself."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import run_ranks
 from places import RANKS
 from torch import nn
 
@@ -31,16 +29,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def told(out: Path) -> dict[int, list[dict[str, Any]]]:
     """By ZeRO stage, what each rank found."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*torchrun, str(RANKS / "buffers.py"), str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
-    records = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    said = run_ranks(RANKS / "buffers.py", out)
+    records = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     return {record["stage"]: record["ranks"] for record in records}
 
 

@@ -1,15 +1,13 @@
 """Precisions, ZeRO stages, offloading, recomputation, compilation and optimizers: a few steps of each, for real."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from places import RANKS, SUPPORT
+from forked import run_ranks
+from places import RANKS
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
@@ -30,17 +28,8 @@ Results = dict[str, dict[str, Any]]
 
 
 def run(modes: list[str], timeout: int) -> Results:
-    paths = os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    result = subprocess.run(
-        [*torchrun, str(RANKS / "engine_modes.py"), *modes],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
-    records = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    said = run_ranks(RANKS / "engine_modes.py", *modes, size=1, timeout=timeout)
+    records = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     return {record["mode"]: record for record in records}
 
 

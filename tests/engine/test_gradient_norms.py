@@ -1,12 +1,10 @@
 """Gradient norms, clipping and the scale of float16, on two ranks, against a whole model's float64 gradient."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from forked import run_ranks
 from places import RANKS
 
 LIMIT = 0.5
@@ -23,16 +21,8 @@ MODES = {
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, dict[str, Any]]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*torchrun, str(RANKS / "gradient_norms.py")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-5000:]
-    records = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    said = run_ranks(RANKS / "gradient_norms.py")
+    records = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     return {record["mode"]: record for record in records}
 
 

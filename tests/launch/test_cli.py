@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_run import small_config
+from small_run import BATCH, VARIANT, small_config
 
 from convneur.config import Config, save_config
 from convneur.launch.cli import main
@@ -38,9 +38,9 @@ BAD_LINES = {
     "train": "datasets/imagenet does not exist: write one with `convneur prepare",
     "train --data.root empty": "empty holds no complete dataset (no manifest.json): write one with",
     "train --data.root DIGITS": "model.num_classes is 1000 but DIGITS has 10 classes: set model.num_classes to 10",
-    "train --config digits.yaml --nproc 3": "data.global_batch_size is 128, expected a multiple of 3 (3 ranks",
+    "train --config digits.yaml --nproc 3": f"data.global_batch_size is {BATCH}, expected a multiple of 3 (3 ranks",
     "train --config digits.yaml --nproc 16": "data.lanes 8 is not a multiple of 16 (16 ranks",
-    "train --config digits.yaml --check 3": "data.global_batch_size is 128, expected a multiple of 3 (3 ranks",
+    "train --config digits.yaml --check 3": f"data.global_batch_size is {BATCH}, expected a multiple of 3 (3 ranks",
     "train --config digits.yaml --check 2 --schedule.warmup_epochs 0.99": "rounds to all 11 steps of the run",
     "train --config digits.yaml --nproc 2 --schedule.warmup_epochs 0.99": "rounds to all 11 steps of the run",
     "train --config digits.yaml --check 2 --model.memory.inner_lr 1e9 --model.memory.chunk_length 1": OVERFLOWS,
@@ -208,7 +208,7 @@ def test_saved_configuration_repeats_the_run_in_another_folder(trained: tuple[Pa
     [
         (
             "train --config digits.yaml --model.variant n2 --run.name other --resume runs/small",
-            "has model.variant = n1",
+            f"has model.variant = {VARIANT}",
         ),
         ("eval runs/absent", "no checkpoint in runs/absent"),
         ("eval --launch local runs/small --split nowhere", "nowhere"),

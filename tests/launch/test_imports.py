@@ -2,8 +2,6 @@
 
 import gc
 
-import pytest
-
 from convneur.launch.imports import importing
 
 
@@ -11,6 +9,5 @@ def test_no_garbage_is_looked_for_meanwhile_whatever_happens() -> None:
     imports = importing()
     imports.__enter__()
     assert not gc.isenabled()
-    with pytest.raises(ImportError):
-        imports.__exit__(ImportError, ImportError("no such module"), None)
+    assert not imports.__exit__(ImportError, ImportError("no such module"), None)  # which goes on
     assert gc.isenabled()

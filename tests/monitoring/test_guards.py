@@ -1,15 +1,13 @@
 """Guards: in two ranks of which one goes wrong, and the rules by themselves."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from places import RANKS, SUPPORT
+from forked import run_ranks
+from places import RANKS
 from safetensors.torch import load_file
 from small_run import STEPS
 
@@ -24,8 +22,6 @@ from convneur.records.listing import list_checkpoints
 from convneur.records.metrics import read_metrics
 from convneur.system.world import COLLECTIVE_TIMEOUT, World
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
-
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,11 +31,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def said(digits: Path, out: Path) -> dict[str, str]:
     """What each rank said in each scene."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = ENV | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    command = [*torchrun, str(RANKS / "faults.py"), str(digits), str(out)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    run_ranks(RANKS / "faults.py", digits, out)
     return {path.stem: path.read_text() for path in out.glob("*.txt")}
 
 

@@ -56,7 +56,7 @@ def run(memory: NeuralMemory, implementation: str, qkv: torch.Tensor, dy: torch.
     [
         *((read, 20, 2 * CHUNK + 17, torch.float32) for read in READS),
         *((read, 16, 3 * CHUNK, torch.bfloat16) for read in READS),
-        ("before_update", 40, 2 * CHUNK + 17, torch.float32),
+        ("before_update", 40, CHUNK + 1, torch.float32),
         ("before_update", 32, CHUNK + 1, torch.bfloat16),
         ("before_update", 72, CHUNK + 1, torch.float32),
         ("after_update", 20, 1, torch.float32),

@@ -1,6 +1,5 @@
 """kill -9 in every phase of a save, at random, and disks on which nothing more can be written."""
 
-import multiprocessing
 import os
 import random
 import signal
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import free_port, server
 from kills import (
     PHASES,
     fill,
-    free_port,
     train_alone,
     train_and_die,
     train_on_a_full_disk,
@@ -39,10 +38,7 @@ KILLS = 200
 
 @pytest.fixture(scope="module")
 def processes() -> ForkServerContext:
-    """Processes that needn't import everything anew."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["convneur.train"])
-    return context
+    return server()
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from compared_runs import ENV, assert_same_files, newest, two_ranks
+from compared_runs import ENV, assert_same_files, newest
+from forked import run_ranks
+from places import RANKS, SUPPORT
 from resave import resave
 from safetensors.torch import load_file
-from small_run import STEPS, small_config
+from small_run import BATCH, STEPS, small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from convneur.config import save_config
@@ -30,7 +32,7 @@ RUNS = ["zero0-bf16", "zero1-bf16", "zero2-fp32", "zero3-bf16", "zero3-fp32", "z
 @pytest.fixture(scope="module")
 def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    two_ranks("ranks/zero_stages.py", digits, out)
+    run_ranks(RANKS / "zero_stages.py", digits, out)
     return out
 
 
@@ -48,7 +50,7 @@ def test_stopped_and_resumed_equals_uninterrupted(runs: Path, name: str) -> None
 
 @pytest.mark.slow
 def test_the_other_stages_and_precisions_resume_to_the_bit(digits: Path, tmp_path: Path) -> None:
-    two_ranks("ranks/zero_stages.py", digits, tmp_path, "rest")
+    run_ranks(RANKS / "zero_stages.py", digits, tmp_path, "rest")
     others = "zero0-fp32", "zero1-fp32", "zero2-bf16", "zero1-own", "zero2-own", "zero3-own"
     for name in (*others, "zero0-mup", "zero2-mup", "zero3-mup"):
         test_stopped_and_resumed_equals_uninterrupted(tmp_path, name)
@@ -86,7 +88,7 @@ def converted(runs: Path, digits: Path, world: World, tmp_path_factory: pytest.T
         words += [newest(runs / TRAINED[source]), target, out / f"{source}-{target}"]
     for stage in range(4):
         words += [list_checkpoints(out / f"one-{stage}")[0], 3 - stage, out / f"two-{stage}"]
-    two_ranks("resave.py", digits, *words)
+    run_ranks(SUPPORT / "resave.py", digits, *words)
     return out
 
 
@@ -125,7 +127,7 @@ def test_the_run_learns(runs: Path) -> None:
 def test_a_run_folder_holds_it_all(runs: Path) -> None:
     run = runs / "zero1-bf16-stopped"
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["images"] == STEPS * 128
+    assert summary["images"] == STEPS * BATCH
     assert summary["epochs"] == 1
     assert Path(summary["checkpoint"]) == newest(run)
     assert newest(run).name == f"step-{STEPS:08d}"

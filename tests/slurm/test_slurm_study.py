@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import ENDED, SLURM, Cluster
-from small_run import small_config
+from small_run import BATCH, small_config
 
 from convneur.config import save_config
 from convneur.records.metrics import read_metrics
@@ -28,14 +28,14 @@ JOB = ["--nodes", "1", "--gpus-per-node", "0", "--cpus-per-task", "2"]
 def study(digits: Path, tmp_path: Path) -> StudyConfig:
     """Four runs of a few steps, of which the first is finished; study.yaml holds it."""
     base = small_config(digits, 1, root="runs", name="study", checkpoint_every_steps=2)
-    settings = StudySettings(sizes=["4x1-1-1-1"], unique_images=[512], epochs=[2], seeds=[0, 1])
+    settings = StudySettings(sizes=["4x1-1-1-1"], unique_images=[4 * BATCH], epochs=[2], seeds=[0, 1])
     config = StudyConfig(**vars(base), study=settings)
     save_config(config, tmp_path / "study.yaml")
     first = replace(next(iter(study_runs(config).values())))
     folder = tmp_path / member_folder(first)
     folder.mkdir(parents=True)
     save_config(first, folder / "config.yaml")
-    write_summary(Summary(0.1, None, epochs=2, images=1024, seconds=1, checkpoint="none"), folder)
+    write_summary(Summary(0.1, None, epochs=2, images=8 * BATCH, seconds=1, checkpoint="none"), folder)
     return config
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 from places import CONFIGS
-from small_run import small_config
+from small_run import BATCH, small_config
 
 from convneur.config import save_config
 from convneur.data.errors import InputError
@@ -264,7 +264,7 @@ def test_runs_at_a_time_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_small_study_goes_on_where_it_stopped(digits: Path, tmp_path: Path) -> None:
-    config = study(digits, tmp_path / "runs", sizes=["4x1-1-1-1"], unique_images=[256], seeds=[4])
+    config = study(digits, tmp_path / "runs", sizes=["4x1-1-1-1"], unique_images=[2 * BATCH], seeds=[4])
     save_config(config, tmp_path / "study.yaml")
     words = [sys.executable, "-P", "-m", "convneur.launch", "study", "run", "study.yaml", "--nproc", "1", "--jobs", "2"]
 
@@ -275,7 +275,7 @@ def test_a_small_study_goes_on_where_it_stopped(digits: Path, tmp_path: Path) ->
 
     assert "0 of 2 runs are finished" in run()
     first, second = finished_points(config)
-    assert (first.images, first.place.unique_images, first.device) == (256, 256, "core")
+    assert (first.images, first.place.unique_images, first.device) == (2 * BATCH, 2 * BATCH, "core")
     assert second.params < first.params
     (second.folder / "summary.json").unlink()
     out = run()

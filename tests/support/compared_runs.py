@@ -1,8 +1,6 @@
 """Runs of two ranks, and whether they are equal to the bit."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -14,13 +12,6 @@ from convneur.records.listing import list_checkpoints
 MOMENTS = ["optimizer/exp_avg.safetensors", "optimizer/exp_avg_sq.safetensors"]
 PATHS = [str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)}
-
-
-def two_ranks(script: str, *words: object) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(SUPPORT / script), *map(str, words)]
-    result = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
 
 
 def newest(run: Path) -> Path:

@@ -3,10 +3,11 @@
 import os
 import resource
 import signal
-import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from forked import free_port
 
 from convneur.config import Config
 from convneur.records import checkpoint, upkeep
@@ -80,13 +81,6 @@ def train_on_a_full_disk(config: Config, folder: Path) -> None:
 def train_alone(config: Config, folder: Path) -> None:
     """Resumes a run in a world of one."""
     train_rank(config, folder, 0, 1, free_port())
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-    return port
 
 
 def train_rank(config: Config, folder: Path, rank: int, size: int, port: int, resume: str = "auto") -> None:

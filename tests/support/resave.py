@@ -1,6 +1,6 @@
 """A checkpoint loaded into a fresh engine and saved again, which any fault in either would change.
 
-Run by torchrun: resave.py DIGITS [SOURCE STAGE OUT]...
+Run in ranks: resave.py DIGITS [SOURCE STAGE OUT]...
 """
 
 import sys

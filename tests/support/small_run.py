@@ -10,7 +10,9 @@ from convneur.engine.config import OptimizerConfig, ScheduleConfig
 from convneur.models.convneur.config import MemoryConfig, ModelConfig
 from convneur.records.folder import MANIFEST, OPTIMIZER_FILE, STATE_FILE
 
-STEPS = 11  # 1437 training digits in batches of 128
+VARIANT = "16x2-1-1-1"  # a second block, without a global branch, in the first stage alone
+STEPS, BATCH = 11, 32
+IMAGES = STEPS * BATCH + 13  # digits to train on: the last ones don't fill a batch, and are left out
 
 
 def small_config(
@@ -21,11 +23,14 @@ def small_config(
         run=RunConfig(
             **{"name": "small", "determinism": "strict", "log_every_steps": 1, "checkpoint_every_steps": 4, **run}
         ),
-        model=ModelConfig("n1", num_classes=10, memory=MemoryConfig(chunk_length=16), drop_path=0.3, layer_scale=0.1),
+        model=ModelConfig(
+            VARIANT, num_classes=10, memory=MemoryConfig(chunk_length=16), drop_path=0.3, layer_scale=0.1
+        ),
         data=DataConfig(
             root=str(digits),
             image_size=32,
-            global_batch_size=128,
+            subset=IMAGES,
+            global_batch_size=BATCH,
             lanes=8,
             workers=1,
             eval_crop=1.0,

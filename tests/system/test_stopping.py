@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import small_config
+from small_run import BATCH, small_config
 
 from convneur.config import Config
 from convneur.data.errors import WorkerError
@@ -27,7 +27,7 @@ from convneur.train import train
 def config(digits: Path) -> Config:
     """Two epochs of two steps, with an evaluation after each."""
     config = small_config(digits, 1, checkpoint_every_steps=100, eval_every_epochs=1)
-    data = replace(config.data, workers=0, subset=256, eval_batch_size=64)
+    data = replace(config.data, workers=0, subset=2 * BATCH, eval_batch_size=64)
     return replace(config, data=data, schedule=replace(config.schedule, epochs=2))
 
 

@@ -1,7 +1,6 @@
 """Images that can't be read: replaced in training, left out and counted in evaluation, and too many end the run."""
 
 import io
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from forked import server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -250,7 +250,7 @@ def test_evaluation_counts_valid_and_bad(config: DataConfig, world_size: int) ->
 
 def in_ranks(function: Callable[..., None], *arguments: object) -> None:
     """Runs a function of (rank, *arguments) in two gloo processes: not forked ones, which a group here would go to."""
-    multiprocessing.set_forkserver_preload(["convneur.train"])  # as others do here: a process has one such server
+    server()
     start_processes(function, args=arguments, nprocs=2, start_method="forkserver")
 
 

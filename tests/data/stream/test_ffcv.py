@@ -16,8 +16,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from compared_runs import assert_same_files, newest, two_ranks
+from compared_runs import assert_same_files, newest
+from forked import run_ranks
 from PIL import Image
+from places import RANKS
+from small_run import BATCH
 from small_run import STEPS as STEPS_A_RUN
 
 from convneur.data.config import AugmentConfig, DataConfig
@@ -341,13 +344,13 @@ def test_a_run_in_two_processes_stopped_and_resumed_equals_an_uninterrupted_one(
 ) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
     prepare_digits(folder, "ffcv")
-    two_ranks("ranks/ffcv_runs.py", folder, tmp_path)
+    run_ranks(RANKS / "ffcv_runs.py", folder, tmp_path)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert_same_files(newest(whole), newest(stopped))
     losses = [[r["train/loss"] for r in read_metrics(run) if "train/loss" in r] for run in (whole, stopped)]
     assert losses[0] == losses[1]
     summary = json.loads((whole / "summary.json").read_text())
-    assert summary["images"] == STEPS_A_RUN * 128
+    assert summary["images"] == STEPS_A_RUN * BATCH
     assert summary["top1"] > 0.3  # chance is 0.1
     scores = evaluate_checkpoint(whole, world, data_root=str(digits), split=None, averaged=False)
     assert scores.top1 == summary["top1"]  # by another number of ranks, from shards

@@ -1,4 +1,4 @@
-"""Run by torchrun: a model with buffers of all kinds in one go, and stopped and resumed; prints what was equal as JSON.
+"""Run in ranks: a model with buffers of all kinds in one go, and stopped and resumed; prints what was equal as JSON.
 
 Usage: buffers.py OUT
 """

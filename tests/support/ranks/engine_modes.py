@@ -1,4 +1,4 @@
-"""Run by torchrun: a few steps of a small model in every mode of the engine; prints what happened as JSON.
+"""Run in ranks: a few steps of a small model in every mode of the engine; prints what happened as JSON.
 
 Usage: engine_modes.py [MODE...]
 """

@@ -1,4 +1,4 @@
-"""Run by torchrun: two ranks, of which the second fails in one way after the other.
+"""Run in ranks: two ranks, of which the second fails in one way after the other.
 
 Usage: faults.py DIGITS OUT
 """
@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from small_run import small_config
+from small_run import BATCH, small_config
 from torch import Tensor
 
 from convneur import train
@@ -110,7 +110,7 @@ def make_no_step(config: Config, world: World, folder: Path) -> None:
     """Both steps of a short run are bad."""
     classification.cross_entropy = poison({0, 1}, world)
     try:
-        train.train(replace(config, data=replace(config.data, subset=256)), world, folder)
+        train.train(replace(config, data=replace(config.data, subset=2 * BATCH)), world, folder)
     finally:
         classification.cross_entropy = CROSS_ENTROPY
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: with FFCV's engine, trains a run in one go and another that is stopped and resumed.
+"""Run in ranks: with FFCV's engine, trains a run in one go and another that is stopped and resumed.
 
 Usage: ffcv_runs.py DIGITS OUT
 """

@@ -1,4 +1,4 @@
-"""Run by torchrun: one training step in every precision, ZeRO stage and accumulation; prints norms as JSON.
+"""Run in ranks: one training step in every precision, ZeRO stage and accumulation; prints norms as JSON.
 
 What is printed of each: the norm that is logged, that of the gradient that the optimizer was given (its first moment
 after one step, over 1 - beta1), and the norm of a whole model's float64 gradient of the global batch.

@@ -1,4 +1,4 @@
-"""Run by torchrun: under every ZeRO stage, trains a run in one go and another that is stopped and resumed.
+"""Run in ranks: under every ZeRO stage, trains a run in one go and another that is stopped and resumed.
 
 Usage: zero_stages.py DIGITS OUT [rest]
 """
@@ -47,7 +47,7 @@ def main() -> None:
         if precision == "own":
             config = replace(config, deepspeed={**config.deepspeed, "bf16": {"enabled": True}})
         if precision == "mup":
-            config = replace(config, model=replace(config.model, mup_base="4x2-2-6-2"))
+            config = replace(config, model=replace(config.model, mup_base="4x2-1-1-1"))
         name = f"zero{stage}-{precision}"
         TrainLoader.iterate = stopping
         with suppress(StoppedError):
