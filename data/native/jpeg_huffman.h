@@ -9,6 +9,11 @@
 
 namespace convneur::jpeg {
 
+// Where the zigzag's k-th coefficient lies in a block, row by row.
+constexpr uint8_t NATURAL[64] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
+                                 41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
+                                 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
+
 constexpr int LOOK = 10;                   // bits that are looked up at once
 constexpr int MOST_DC = 11, MOST_AC = 10;  // bits of a value
 
@@ -27,23 +32,26 @@ struct Table {
     };
     Entry entries[1 << LOOK];
     int ends[17], starts[17];  // of codes of so many bits: the last one + 1; what is added for its symbol's place
-    HuffmanCode code;
+    uint8_t code[16 + 256] = {};  // as Header's
+    bool is_set = false;
 
     // False if libjpeg finds the code wrong. Tables stay from image to image while codes do.
-    bool set(const HuffmanCode& wanted, bool dc) {
-        if (code.given && std::memcmp(&code, &wanted, sizeof code) == 0)
+    bool set(const uint8_t* wanted, bool dc) {
+        const int size = 16 + symbols_of(wanted);
+        if (is_set && std::memcmp(code, wanted, size) == 0)
             return true;
-        code.given = false;
+        is_set = false;
+        std::memcpy(code, wanted, size);
         int next = 0, symbol = 0;
         for (int bits = 1; bits <= 16; bits++, next <<= 1) {
             starts[bits] = symbol - next;
-            if (next + wanted.counts[bits] >= 1 << bits && wanted.counts[bits])
+            if (next + code[bits - 1] >= 1 << bits && code[bits - 1])
                 return false;
-            for (int i = 0; i < wanted.counts[bits]; i++, next++, symbol++) {
-                if (dc && wanted.symbols[symbol] > 15)
+            for (int i = 0; i < code[bits - 1]; i++, next++, symbol++) {
+                if (dc && code[16 + symbol] > 15)
                     return false;
                 if (bits <= LOOK)
-                    fill(next << (LOOK - bits), bits, wanted.symbols[symbol], dc);
+                    fill(next << (LOOK - bits), bits, code[16 + symbol], dc);
             }
             ends[bits] = next;
             if (bits == LOOK)
@@ -51,8 +59,7 @@ struct Table {
         }
         for (int i = (1 << LOOK) - 1; i >= 0 && !dc; i--)  // what comes second has been looked at less
             add_second(i);
-        code = wanted;
-        return true;
+        return is_set = true;
     }
 
     // What is at the buffer's top, however long.
@@ -61,7 +68,7 @@ struct Table {
         if (bits == 0) {
             for (bits = LOOK + 1; bits <= 16 && static_cast<int>(buffer >> (64 - bits)) >= ends[bits];)
                 bits++;
-            const int symbol = bits > 16 ? 0xff : code.symbols[starts[bits] + (buffer >> (64 - bits))];
+            const int symbol = bits > 16 ? 0xff : code[16 + starts[bits] + (buffer >> (64 - bits))];
             ahead = dc ? dc_ahead_of(symbol) : ahead_of(symbol);
             of_value = dc || ahead == WRONG ? 0 : symbol & 15;
         }
@@ -129,9 +136,9 @@ constexpr Places PLACES;
 
 // Bits from a segment whose stuffing is gone; reads up to 8 bytes past what is asked for.
 struct Bits {
-    uint64_t buffer = 0;
-    int count = 0;  // valid in the buffer, at its top
-    const uint8_t* next = nullptr;
+    uint64_t buffer;
+    int count;  // valid in the buffer, at its top
+    const uint8_t* next;
 
     void refill() {  // to 56 bits and more
         uint64_t word;
@@ -148,18 +155,26 @@ struct Bits {
         count -= bits;
     }
 
-    // The difference of a first coefficient; k becomes 0, or WRONG.
-    __attribute__((always_inline)) int first(const Table& table, int& k) {
+    ptrdiff_t left(const uint8_t* end) const { return (end - next) * 8 + count; }
+
+    // A block's coefficients; the difference of the first one to `first` is added to that. Returns the last k.
+    __attribute__((always_inline)) int read(const Table& dc, const Table& ac, int& first, int16_t* coefficients) {
         refill();
-        Table::Entry entry = table.entries[buffer >> (64 - LOOK)];
+        Table::Entry entry = dc.entries[buffer >> (64 - LOOK)];
         if (__builtin_expect(entry.bits == 0, 0))
-            entry = table.long_entry(entry, buffer, true);
+            entry = dc.long_entry(entry, buffer, true);
         drop(entry.bits);
         const int of_value = entry.ahead & (WRONG - 1);
-        const int value = Table::extended(buffer, of_value);
+        first += Table::extended(buffer, of_value);
         drop(of_value);
-        k = entry.ahead & WRONG;
-        return value;
+        coefficients[0] = static_cast<int16_t>(first);
+        int k = entry.ahead & WRONG;
+        while (k < 63) {
+            refill();
+            for (int i = 0; i < 4 && k < 63; i++)
+                next_ones(ac, k, coefficients);
+        }
+        return k;
     }
 
     // One or two coefficients, of LOOK bits at most; or one that is longer, and a refill. It needs LOOK bits.
