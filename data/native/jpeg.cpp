@@ -90,6 +90,7 @@ bool decode(const uint8_t* bytes, size_t size, bool proven, const Box& box, uint
     const int width = planes[0].stride, offset = box.left - planes[0].left;
     uint8_t* const chroma[2] = {room_of(rows, 2 * (width + WIDE)), rows.data() + width + WIDE};
     uint8_t rest[3 * WIDE];
+    room_of(sums, width + 2);
     if (header.components == 1)
         std::memset(chroma[0], 128, 2 * (width + WIDE));
     for (int y = box.top; y < box.top + box.height; y++, out += stride) {
@@ -101,8 +102,7 @@ bool decode(const uint8_t* bytes, size_t size, bool proven, const Box& box, uint
             row[c] = plane.at(plane.left, near);
             if (plane.across == 2) {
                 const int count = std::min(plane.stride, (header.width + 1) / 2 - plane.left);
-                doubled(row[c], plane.at(plane.left, far), count, plane.down == 2, room_of(sums, count + 2),
-                        chroma[c - 1]);
+                doubled(row[c], plane.at(plane.left, far), count, plane.down == 2, sums.data(), chroma[c - 1]);
                 row[c] = chroma[c - 1];
             }
         }

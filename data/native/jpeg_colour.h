@@ -44,7 +44,8 @@ inline void colour(const uint8_t* luma, const uint8_t* blue, const uint8_t* red,
     const auto bytes = [](const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); };
     // (x * factor + 2^15) >> 16 is ((2 * x * factor >> 16) + 1) >> 1.
     const auto scaled = [](Row x, int16_t factor) {
-        return ((Row)_mm256_mulhi_epi16((__m256i)(x + x), _mm256_set1_epi16(factor)) + 1) >> 1;
+        const Row high = (Row)_mm256_mulhi_epi16((__m256i)(x + x), _mm256_set1_epi16(factor));
+        return (Row)_mm256_srai_epi16((__m256i)(high + 1), 1);
     };
     __m256i rgb[3][2];
     for (int i = 0; i < 2; i++) {  // 8 of 16 pixels, twice
@@ -57,7 +58,7 @@ inline void colour(const uint8_t* luma, const uint8_t* blue, const uint8_t* red,
         const Half lower = weighted(interleaved<0>(cb, cr), -22554, 18734) + rounding;
         const Half upper = weighted(interleaved<4>(cb, cr), -22554, 18734) + rounding;
         rgb[0][i] = (__m256i)(y + cr + scaled(cr, 26345));  // 1.402 as 1 + 26345 / 2^16
-        rgb[1][i] = (__m256i)(y - cr + saturated(lower >> 16, upper >> 16));
+        rgb[1][i] = (__m256i)(y - cr + saturated(shifted(lower, 16), shifted(upper, 16)));
         rgb[2][i] = (__m256i)(y + cb + cb + scaled(cb, -14942));
     }
     for (int part = 0; part < 3; part++) {

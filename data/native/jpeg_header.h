@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <utility>
+
 
 namespace convneur::jpeg {
 
@@ -26,7 +26,7 @@ struct Header {
     const uint8_t* code[8];         // 4 of DC, 4 of AC: how many codes have 1 to 16 bits, then their symbols
     int interval;                   // MCUs from one restart marker to the next
     int blocks, mcus_across, mcus_down;  // blocks in an MCU
-    bool profile;                   // a colour profile was there
+    int profiles;                   // of colour
     const uint8_t *sos, *scan;      // the marker, and the entropy-coded data
 
     int mcus() const { return mcus_across * mcus_down; }
@@ -42,10 +42,13 @@ inline int symbols_of(const uint8_t* code) {
 inline bool take_frame(Header& header, const uint8_t* data, int length) {
     if (header.components || length < 9 || length != 6 + 3 * data[5] || data[0] != 8 || (data[5] != 1 && data[5] != 3))
         return false;
+    const int sampling = data[7];
+    if (sampling != 0x11 && sampling != 0x21 && sampling != 0x22)
+        return false;
     header.height = data[1] << 8 | data[2];
     header.width = data[3] << 8 | data[4];
     header.components = data[5];
-    const int sampling = data[7], across = data[5] == 1 ? 1 : sampling >> 4, down = data[5] == 1 ? 1 : sampling & 15;
+    const int across = data[5] == 1 ? 1 : sampling >> 4, down = data[5] == 1 ? 1 : sampling & 15;
     for (int c = 0; c < data[5]; c++) {
         const uint8_t* const given = data + 6 + 3 * c;
         if (given[0] != data[6] + c || given[2] > 3 || (c > 0 && given[1] != 0x11))
@@ -56,9 +59,8 @@ inline bool take_frame(Header& header, const uint8_t* data, int length) {
     header.mcus_across = (header.width + 8 * across - 1) / (8 * across);
     header.mcus_down = (header.height + 8 * down - 1) / (8 * down);
     const int narrowest = across == 1 ? 1 : 5;  // libjpeg treats fewer than three samples in a way of their own
-    return (sampling == 0x11 || sampling == 0x21 || sampling == 0x22) && header.height > 0 &&
-           header.width >= narrowest && header.height <= LONGEST_SIDE && header.width <= LONGEST_SIDE &&
-           int64_t{header.height} * header.width <= MOST_PIXELS;
+    return header.height > 0 && header.width >= narrowest && header.height <= LONGEST_SIDE &&
+           header.width <= LONGEST_SIDE && int64_t{header.height} * header.width <= MOST_PIXELS;
 }
 
 inline bool take_quantisers(Header& header, const uint8_t* data, int length) {  // of 8 bits
@@ -115,9 +117,8 @@ inline bool take(Header& header, int marker, const uint8_t* data, int length) {
     case 0xe0:
         return !is("JFIF", 5, 14) || data[5] == 1;  // the version
     case 0xe2:  // a colour profile in one part
-        if (!is("ICC_PROFILE", 12, 14))
-            return true;
-        return !std::exchange(header.profile, true) && data[12] == 1 && data[13] == 1 && length > 14;
+        return !is("ICC_PROFILE", 12, 14) ||
+               (data[12] == 1 && data[13] == 1 && length > 14 && header.profiles++ == 0);
     case 0xee:
         return !is("Adobe", 5, 12) || data[11] == 1;  // YCbCr
     }

@@ -9,11 +9,6 @@
 
 namespace convneur::jpeg {
 
-// Where the zigzag's k-th coefficient lies in a block, row by row.
-constexpr uint8_t NATURAL[64] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
-                                 41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
-                                 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
-
 constexpr int LOOK = 10;                   // bits that are looked up at once
 constexpr int MOST_DC = 11, MOST_AC = 10;  // bits of a value
 
@@ -21,18 +16,27 @@ constexpr int MOST_DC = 11, MOST_AC = 10;  // bits of a value
 // it has the bit of WRONG.
 constexpr int WRONG = 64, END = 129;
 
+// The value of so many bits at the buffer's top.
+inline int extended(uint64_t buffer, int bits) {
+    const int negative = static_cast<int>(buffer >> 63) - 1;
+    return static_cast<int>(buffer >> 1 >> (63 - bits)) - (negative & ((1 << bits) - 1));
+}
+
 struct Table {
-    // Of one or two symbols with their values: the bits of all, and of the first; how far they move k, and the first
-    // does; the last one's value, and the first one's. Where a value is too long, bits is 0, ahead is WRONG, and
-    // one_value has the code's bits and, from bit 8, the value's; it is 0 where the code is too long. A first
-    // coefficient's value isn't looked up: ahead has its bits.
+    // A symbol with its value: their bits; how far they move k; the value. A first coefficient's value isn't looked up:
+    // `ahead` has its bits. What is longer than LOOK has 0 bits, and as its value the least that its code may have.
+    struct Symbol {
+        uint8_t bits = 0, ahead = WRONG;
+        int16_t value = LOOK + 1;
+    };
+    // What LOOK bits begin with: a symbol; and two symbols as if they were one that moves to
+    // the second's place, where that fits in.
     struct Entry {
-        uint8_t bits, one_bits, ahead, one_ahead;
-        int16_t value, one_value;
+        Symbol one, both;
     };
     Entry entries[1 << LOOK];
     int ends[17], starts[17];  // of codes of so many bits: the last one + 1; what is added for its symbol's place
-    uint8_t code[16 + 256] = {};  // as Header's
+    uint8_t code[16 + 256];    // as Header's
     bool is_set = false;
 
     // False if libjpeg finds the code wrong. Tables stay from image to image while codes do.
@@ -45,7 +49,7 @@ struct Table {
         int next = 0, symbol = 0;
         for (int bits = 1; bits <= 16; bits++, next <<= 1) {
             starts[bits] = symbol - next;
-            if (next + code[bits - 1] >= 1 << bits && code[bits - 1])
+            if (code[bits - 1] && next + code[bits - 1] >= 1 << bits)
                 return false;
             for (int i = 0; i < code[bits - 1]; i++, next++, symbol++) {
                 if (dc && code[16 + symbol] > 15)
@@ -55,73 +59,60 @@ struct Table {
             }
             ends[bits] = next;
             if (bits == LOOK)
-                std::fill(entries + next, entries + (1 << LOOK), Entry{0, 0, WRONG, WRONG, 0, 0});
+                std::fill(entries + next, entries + (1 << LOOK), Entry{});
         }
-        for (int i = (1 << LOOK) - 1; i >= 0 && !dc; i--)  // what comes second has been looked at less
-            add_second(i);
+        for (int i = 0; i < 1 << LOOK && !dc; i++) {
+            const Symbol one = entries[i].one, second = entries[i << one.bits & ((1 << LOOK) - 1)].one;
+            const int bits = one.bits + second.bits;
+            if (one.ahead < WRONG && second.ahead != WRONG && bits <= LOOK)
+                entries[i].both = {static_cast<uint8_t>(bits), static_cast<uint8_t>(one.ahead + second.ahead),
+                                   second.value};
+        }
         return is_set = true;
     }
 
     // What is at the buffer's top, however long.
-    __attribute__((noinline)) Entry long_entry(Entry entry, uint64_t buffer, bool dc) const {
-        int bits = entry.one_value & 255, of_value = entry.one_value >> 8, ahead = entry.one_ahead;
-        if (bits == 0) {
-            for (bits = LOOK + 1; bits <= 16 && static_cast<int>(buffer >> (64 - bits)) >= ends[bits];)
-                bits++;
-            const int symbol = bits > 16 ? 0xff : code[16 + starts[bits] + (buffer >> (64 - bits))];
-            ahead = dc ? dc_ahead_of(symbol) : ahead_of(symbol);
-            of_value = dc || ahead == WRONG ? 0 : symbol & 15;
-        }
-        const auto value = static_cast<int16_t>(extended(buffer << bits, of_value));
-        const auto all = static_cast<uint8_t>(bits + of_value);
-        return {all, all, static_cast<uint8_t>(ahead), static_cast<uint8_t>(ahead), value, value};
-    }
-
-    static int extended(uint64_t buffer, int bits) {  // the value of so many bits at the buffer's top
-        const int negative = static_cast<int>(buffer >> 63) - 1;
-        return static_cast<int>(buffer >> 1 >> (63 - bits)) - (negative & ((1 << bits) - 1));
+    __attribute__((noinline)) Symbol long_symbol(Symbol found, uint64_t buffer, bool dc) const {
+        int bits = found.value;
+        while (bits <= 16 && static_cast<int>(buffer >> (64 - bits)) >= ends[bits])
+            bits++;
+        const int symbol = bits > 16 ? 0xff : code[16 + starts[bits] + (buffer >> (64 - bits))];
+        return symbol_of(symbol, bits, buffer << bits, dc);
     }
 
   private:
-    static int dc_ahead_of(int symbol) { return symbol > MOST_DC ? WRONG : symbol; }
-
-    static int ahead_of(int symbol) {
-        const int bits = symbol & 15, run = symbol >> 4;
-        if (bits > MOST_AC || (bits == 0 && run != 0 && run != 15))
-            return WRONG;
-        return symbol == 0 ? END : run + 1;
+    // Of a symbol whose code has so many bits, and the bits that follow it.
+    static Symbol symbol_of(int symbol, int bits, uint64_t buffer, bool dc) {
+        const int size = symbol & 15, run = symbol >> 4;
+        if (dc)
+            return {static_cast<uint8_t>(bits), static_cast<uint8_t>(symbol > MOST_DC ? WRONG : symbol), 0};
+        const bool wrong = size > MOST_AC || (size == 0 && run != 0 && run != 15);
+        return {static_cast<uint8_t>(bits + size), static_cast<uint8_t>(wrong ? WRONG : symbol == 0 ? END : run + 1),
+                static_cast<int16_t>(extended(buffer, size))};
     }
 
     // Sets what begins with a code.
     void fill(int first, int bits, int symbol, bool dc) {
-        const auto ahead = static_cast<uint8_t>(dc ? dc_ahead_of(symbol) : ahead_of(symbol));
-        const int of_value = dc || ahead == WRONG ? 0 : symbol & 15, spare = LOOK - bits - of_value;
-        const auto all = static_cast<uint8_t>(bits + of_value);
+        Symbol one = symbol_of(symbol, bits, 0, dc);
+        const int size = one.bits - bits, spare = LOOK - one.bits;
         if (spare < 0) {
-            const auto lengths = static_cast<int16_t>(bits | of_value << 8);
-            std::fill_n(entries + first, 1 << (LOOK - bits), Entry{0, 0, WRONG, ahead, 0, lengths});
-            return;
+            one = {0, WRONG, static_cast<int16_t>(bits)};
+            std::fill_n(entries + first, 1 << (LOOK - bits), Entry{one, one});
         }
-        for (uint64_t i = 0; i < uint64_t{1} << of_value; i++) {
-            const auto value = static_cast<int16_t>(extended(i << (63 - of_value) << 1, of_value));
-            std::fill_n(entries + first + (i << spare), 1 << spare, Entry{all, all, ahead, ahead, value, value});
+        for (int i = 0; i < 1 << size && spare >= 0; i++) {
+            one.value = static_cast<int16_t>(extended(uint64_t(i) << (63 - size) << 1, size));
+            std::fill_n(entries + first + (i << spare), 1 << spare, Entry{one, one});
         }
-    }
-
-    void add_second(int known) {
-        Entry& entry = entries[known];
-        const Entry& second = entries[known << entry.one_bits & ((1 << LOOK) - 1)];
-        if (entry.one_bits == 0 || entry.one_ahead >= WRONG || second.one_bits == 0 || second.one_ahead == WRONG ||
-            entry.one_bits + second.one_bits > LOOK)
-            return;
-        entry.bits = entry.one_bits + second.one_bits;
-        entry.ahead = entry.one_ahead + second.one_ahead;
-        entry.value = second.one_value;
     }
 };
 
-// Where the k-th coefficient goes: rows are PITCH apart, for two blocks to lie beside each other. What is past the end
-// goes to a row of its own.
+// Where the zigzag's k-th coefficient lies in a block, row by row.
+constexpr uint8_t NATURAL[64] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
+                                 41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
+                                 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
+
+// Where it goes when read: rows are PITCH apart, for two blocks to lie beside each other. What is past the end goes to a
+// row of its own.
 constexpr int PITCH = 16, ROOM = 9 * PITCH;
 
 struct Places {
@@ -140,6 +131,8 @@ struct Bits {
     int count;  // valid in the buffer, at its top
     const uint8_t* next;
 
+    ptrdiff_t left(const uint8_t* end) const { return (end - next) * 8 + count; }
+
     void refill() {  // to 56 bits and more
         uint64_t word;
         std::memcpy(&word, next, 8);
@@ -155,44 +148,43 @@ struct Bits {
         count -= bits;
     }
 
-    ptrdiff_t left(const uint8_t* end) const { return (end - next) * 8 + count; }
-
-    // A block's coefficients; the difference of the first one to `first` is added to that. Returns the last k.
+    // A block's coefficients; the first one is a difference, which is added to `first`. Returns the last k.
     __attribute__((always_inline)) int read(const Table& dc, const Table& ac, int& first, int16_t* coefficients) {
         refill();
-        Table::Entry entry = dc.entries[buffer >> (64 - LOOK)];
-        if (__builtin_expect(entry.bits == 0, 0))
-            entry = dc.long_entry(entry, buffer, true);
-        drop(entry.bits);
-        const int of_value = entry.ahead & (WRONG - 1);
-        first += Table::extended(buffer, of_value);
-        drop(of_value);
+        Table::Symbol symbol = dc.entries[buffer >> (64 - LOOK)].one;
+        if (__builtin_expect(symbol.bits == 0, 0))
+            symbol = dc.long_symbol(symbol, buffer, true);
+        drop(symbol.bits);
+        const int size = symbol.ahead & (WRONG - 1);
+        first += extended(buffer, size);
+        drop(size);
         coefficients[0] = static_cast<int16_t>(first);
-        int k = entry.ahead & WRONG;
+        int k = symbol.ahead & WRONG;
         while (k < 63) {
             refill();
             for (int i = 0; i < 4 && k < 63; i++)
-                next_ones(ac, k, coefficients);
+                read_some(ac, k, coefficients);
         }
         return k;
     }
 
+  private:
     // One or two coefficients, of LOOK bits at most; or one that is longer, and a refill. It needs LOOK bits.
-    __attribute__((always_inline)) void next_ones(const Table& table, int& k, int16_t* coefficients) {
+    __attribute__((always_inline)) void read_some(const Table& table, int& k, int16_t* coefficients) {
         const Table::Entry& entry = table.entries[buffer >> (64 - LOOK)];
-        const int at = k + entry.ahead, one_at = k + entry.one_ahead;
+        const int one_at = k + entry.one.ahead, at = k + entry.both.ahead;
         if (__builtin_expect(at & WRONG, 0)) {
             refill();
-            const Table::Entry one = entry.one_bits ? entry : table.long_entry(entry, buffer, false);
-            drop(one.one_bits);
-            k += one.one_ahead;
-            coefficients[PLACES.of[k]] = one.one_value;
+            const Table::Symbol one = entry.one.bits ? entry.one : table.long_symbol(entry.one, buffer, false);
+            drop(one.bits);
+            k += one.ahead;
+            coefficients[PLACES.of[k]] = one.value;
             refill();
             return;
         }
-        drop(entry.bits);
-        coefficients[PLACES.of[one_at]] = entry.one_value;
-        coefficients[PLACES.of[at]] = entry.value;
+        drop(entry.both.bits);
+        coefficients[PLACES.of[one_at]] = entry.one.value;
+        coefficients[PLACES.of[at]] = entry.both.value;
         k = at;
     }
 };

@@ -24,17 +24,17 @@ inline void half_of_pass(const Row (&in)[8], Half (&out)[8]) {
     const Row two_six = interleaved<FROM>(in[2], in[6]);
     const Row three_four = interleaved<FROM>(in[7] + in[3], in[5] + in[1]);
     const Row seven_one = interleaved<FROM>(in[7], in[1]), five_three = interleaved<FROM>(in[5], in[3]);
-    const Half rounding = Half{} + (1 << (SHIFT - 1));
-    const Half sum = ((Half)interleaved<FROM>(Row{}, in[0] + in[4]) >> 3) + rounding;
-    const Half difference = ((Half)interleaved<FROM>(Row{}, in[0] - in[4]) >> 3) + rounding;
+    const Half rounding = Half{} + (1u << (SHIFT - 1));
+    const Half sum = shifted((Half)interleaved<FROM>(Row{}, in[0] + in[4]), 3) + rounding;
+    const Half difference = shifted((Half)interleaved<FROM>(Row{}, in[0] - in[4]), 3) + rounding;
     const Half even3 = weighted(two_six, 10703, 4433), even2 = weighted(two_six, 4433, -10704);
     const Half z3 = weighted(three_four, -6436, 9633), z4 = weighted(three_four, 9633, 6437);
     const Half odd[4] = {weighted(seven_one, -7373, 4926) + z4, weighted(five_three, -20995, 4177) + z3,
                          weighted(five_three, -4176, -20995) + z4, weighted(seven_one, -4927, -7373) + z3};
     const Half even[4] = {sum + even3, difference + even2, difference - even2, sum - even3};
     for (int i = 0; i < 4; i++) {
-        out[i] = (even[i] + odd[i]) >> SHIFT;
-        out[7 - i] = (even[i] - odd[i]) >> SHIFT;
+        out[i] = shifted(even[i] + odd[i], SHIFT);
+        out[7 - i] = shifted(even[i] - odd[i], SHIFT);
     }
 }
 

@@ -42,42 +42,38 @@ class Tokens {
   public:
     Tokens(const Header& header, int interval) : header_(header), interval_(interval) {}
 
-    void start(int, int) {
-        if (mcus && mcus % interval_ == 0) {
-            std::fill_n(dc_, 3, 0);
-            tokens.push_back({RESTART, 0, 0});
-        }
-        mcus++;
-    }
-
     int16_t* room() {
         std::memset(room_, 0, sizeof room_);
         return room_;
     }
 
-    void take(const Block& block, bool only_first) {
-        const Component& component = header_.component[block.component];
-        add(component.dc, 0, room_[0] - dc_[block.component]);
-        dc_[block.component] = room_[0];
+    void take(int c, int, int) {
+        if (blocks_ && blocks_ % (interval_ * header_.blocks) == 0) {
+            std::fill_n(firsts_, 3, 0);
+            tokens.push_back({RESTART, 0, 0});
+        }
+        blocks_++;
+        const Component& component = header_.component[c];
+        add(component.dc, 0, room_[0] - firsts_[c]);
+        firsts_[c] = room_[0];
         int run = 0;
-        for (int k = 1; k < 64 && !only_first; k++) {
+        for (int k = 1; k < 64; k++) {
             const int value = room_[PLACES.of[k]];
             if (value == 0) {
                 run++;
                 continue;
             }
             for (; run > 15; run -= 16)
-                add(4 + component.ac, 0xf0, 0);
-            add(4 + component.ac, run << 4, value);
+                add(component.ac, 0xf0, 0);
+            add(component.ac, run << 4, value);
             run = 0;
         }
-        if (run || only_first)
-            add(4 + component.ac, 0, 0);
+        if (run)
+            add(component.ac, 0, 0);
     }
 
     std::vector<Token> tokens;
     int64_t counts[8][256] = {};
-    int mcus = 0;
     bool failed = false;  // a value is too large
 
   private:
@@ -92,13 +88,14 @@ class Tokens {
 
     const Header& header_;
     const int interval_;
-    int dc_[3] = {};
+    int64_t blocks_ = 0;
+    int firsts_[3] = {};
     int16_t room_[ROOM];
 };
 
-// The best Huffman code of at most 16 bits for symbols that occur so often: annex K.2 of the standard. A 257th symbol,
+// The best Huffman code, as Header's, of at most 16 bits for symbols that occur so often: annex K.2 of the standard. A 257th symbol,
 // which isn't written, takes the code of all ones.
-HuffmanCode best_code(const int64_t* counts) {
+std::string best_code(const int64_t* counts) {
     int64_t weights[257];
     int sizes[257] = {}, tree[257], of_size[258] = {};
     std::copy_n(counts, 256, weights);
@@ -134,13 +131,11 @@ HuffmanCode best_code(const int64_t* counts) {
     while (!of_size[longest])
         longest--;
     of_size[longest]--;  // the one that isn't written
-    HuffmanCode code = {};
-    int symbols = 0;
-    std::copy_n(of_size + 1, 16, code.counts + 1);
+    std::string code(of_size + 1, of_size + 17);
     for (int size = 1; size <= 257; size++)
         for (int i = 0; i < 256; i++)
             if (sizes[i] == size)
-                code.symbols[symbols++] = static_cast<uint8_t>(i);
+                code += static_cast<char>(i);
     return code;
 }
 
@@ -148,16 +143,15 @@ class Writer {
   public:
     explicit Writer(std::string& out) : out_(out) {}
 
-    void add(int code, const HuffmanCode& huffman) {
-        int symbols = 0, next = 0;
-        for (int size = 1; size <= 16; size++, next <<= 1)
-            for (int i = 0; i < huffman.counts[size]; i++, next++)
-                codes_[code][huffman.symbols[symbols++]] = {static_cast<uint16_t>(next), static_cast<uint8_t>(size)};
-        const int length = 19 + symbols;
+    void add(int code, const std::string& huffman) {
+        size_t symbol = 16;
+        for (int size = 1, next = 0; size <= 16; size++, next <<= 1)
+            for (int i = 0; i < huffman[size - 1]; i++, next++)
+                codes_[code][huffman[symbol++] & 255] = {static_cast<uint16_t>(next), static_cast<uint8_t>(size)};
+        const size_t length = 3 + huffman.size();
         out_ += {'\xff', '\xc4', static_cast<char>(length >> 8), static_cast<char>(length),
                  static_cast<char>(code < 4 ? code : 0x10 | (code - 4))};
-        out_.append(reinterpret_cast<const char*>(huffman.counts) + 1, 16);
-        out_.append(reinterpret_cast<const char*>(huffman.symbols), symbols);
+        out_ += huffman;
     }
 
     void add(const std::vector<Token>& tokens) {
@@ -207,48 +201,31 @@ bool rewrite(const uint8_t* bytes, size_t size, int wanted, std::string& out) {
     Header header = {};
     if (!read_header(bytes, size, header))
         return false;
-    int blocks = 0;  // in an MCU
-    for (int c = 0; c < header.components; c++)
-        blocks += header.component[c].across * header.component[c].down;
-    const auto tables = std::make_unique<Tables>();
-    std::vector<uint8_t> copy(size - header.scan + SLACK);
-    std::vector<Segment> segments;
-    const Needed all = {0, 0, header.mcus_across, header.mcus_down, header.mcus_across};
-    if (!tables->set(header) ||
-        !find_segments(bytes + header.scan, bytes + size, header, nullptr, copy.data(), segments))
-        return false;
-    const int interval = interval_of(header.mcus_across, blocks, wanted);
+    const int interval = interval_of(header.mcus_across, header.blocks, wanted);
     Tokens tokens(header, interval);
     tokens.tokens.reserve(size);  // about what there are
-    Scan scan = {header, *tables, all, segments};
-    Lane<Tokens> lane(scan, tokens);
-    Lane<Tokens>::run(lane);
-    if (scan.failed || tokens.failed || tokens.mcus != header.mcus())
+    if (!read_blocks(header, bytes + size, {0, 0, header.mcus_down, header.mcus_across}, true, tokens) || tokens.failed)
         return false;
 
     out.reserve(size + size / 16);
     out.assign("\xff\xd8", 2);
-    for (size_t at = 2; at < header.sos;) {
-        size_t code = at;
-        while (bytes[code] == 0xff)
-            code++;
-        const size_t next = code + 1 + (bytes[code + 1] << 8 | bytes[code + 2]);
-        if (bytes[code] != 0xc4 && bytes[code] != 0xdd)
-            out.append(reinterpret_cast<const char*>(bytes) + at, next - at);
-        at = next;
+    for (const uint8_t *at = bytes + 2, *next; at < header.sos; at = next) {
+        next = at + 2 + (at[2] << 8 | at[3]);
+        if (at[1] != 0xc4 && at[1] != 0xdd)
+            out.append(at, next);
     }
     out += {'\xff', '\xdd', 0, 4, static_cast<char>(interval >> 8), static_cast<char>(interval)};
     Writer writer(out);
     for (int code = 0; code < 8; code++)
         if (std::any_of(tokens.counts[code], tokens.counts[code] + 256, [](int64_t count) { return count > 0; }))
             writer.add(code, best_code(tokens.counts[code]));
-    out.append(reinterpret_cast<const char*>(bytes) + header.sos, header.scan - header.sos);
+    out.append(header.sos, header.scan);
     writer.add(tokens.tokens);
-    // The scan's end is the marker that is neither a restart nor stuffing; `find_segments` has found it.
-    const uint8_t* end = bytes + header.scan;
-    while (end[0] != 0xff || end[1] == 0 || end[1] == 0xff || (end[1] >= 0xd0 && end[1] <= 0xd7))
+    // The scan's end is the marker that is neither a restart nor stuffing; `read_blocks` has found it.
+    const uint8_t* end = header.scan;
+    while (end[0] != 0xff || end[1] == 0 || (end[1] >= 0xd0 && end[1] <= 0xd7))
         end++;
-    out.append(reinterpret_cast<const char*>(end), bytes + size - end);
+    out.append(end, bytes + size);
     return true;
 }
 

@@ -16,7 +16,7 @@ from convneur.data.views.decode import decode_plain_jpeg
 
 pytestmark = pytest.mark.skipif(library() is None, reason="THERE IS NO C++ COMPILER HERE")
 
-SIZES = [(1, 1), (7, 33), (16, 16), (64, 48), (130, 101)]
+SIZES = [(5, 1), (7, 33), (16, 16), (64, 48), (130, 101)]
 
 
 def picture(width: int, height: int) -> Image.Image:
