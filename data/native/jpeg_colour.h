@@ -9,8 +9,8 @@ namespace convneur::jpeg {
 constexpr int WIDE = 32;  // pixels that are coloured at once
 
 // Doubles a row of samples: each new one is three parts the nearest one and one part its other neighbour, after the
-// same was done with another row, or with the row itself where rows aren't doubled. Past the row's ends, the last samples
-// count. `sums` has room for two more than there are samples, of 4 times their value.
+// same was done with another row, or with the row itself where rows aren't doubled. Past the row's ends, the last
+// samples count. `sums` has room for two more than there are samples, of 4 times their value.
 inline void doubled(const uint8_t* __restrict row, const uint8_t* other, int count, bool rows_too,
                     uint16_t* __restrict sums, uint8_t* __restrict out) {
     for (int i = 0; i < count; i++)

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 
-
 namespace convneur::jpeg {
 
 constexpr int64_t MOST_PIXELS = 178956970;  // as Pillow's MAX_IMAGE_PIXELS
@@ -64,7 +63,7 @@ inline bool take_frame(Header& header, const uint8_t* data, int length) {
 }
 
 inline bool take_quantisers(Header& header, const uint8_t* data, int length) {  // of 8 bits
-    for (; length >= 65 && data[0] < 4 && !std::memchr(data + 1, 0, 64); data += 65, length -= 65)
+    for (; length >= 65 && data[0] < 4; data += 65, length -= 65)
         header.quantiser[data[0]] = data + 1;
     return length == 0;
 }

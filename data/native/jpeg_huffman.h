@@ -111,8 +111,8 @@ constexpr uint8_t NATURAL[64] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25,
                                  41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
                                  30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
-// Where it goes when read: rows are PITCH apart, for two blocks to lie beside each other. What is past the end goes to a
-// row of its own.
+// Where it goes when read: rows are PITCH apart, for two blocks to lie beside each other. What is past the end goes to
+// a row of its own.
 constexpr int PITCH = 16, ROOM = 9 * PITCH;
 
 struct Places {

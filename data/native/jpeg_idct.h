@@ -56,12 +56,21 @@ struct Target {
 
 // Makes samples of two blocks, whose coefficients lie beside each other, 16 in a row.
 inline void idct(const int16_t* coefficients, const Target& one, const Target& other) {
-    Row rows[8];
+    Row rows[8], below = {};
     for (int i = 0; i < 8; i++) {
         std::memcpy(&rows[i], coefficients + 16 * i, sizeof(Row));
+        if (i > 0)
+            below |= rows[i];
         rows[i] *= joined(one.quantiser[i], other.quantiser[i]);
     }
+    const Row first = rows[0] << 2;
     pass<11>(rows);
+    uint64_t parts[4];
+    std::memcpy(parts, &below, sizeof parts);
+    const bool one_is_flat = (parts[0] | parts[1]) == 0, other_is_flat = (parts[2] | parts[3]) == 0;
+    if (__builtin_expect(one_is_flat || other_is_flat, 0))  // libjpeg-turbo doesn't saturate them
+        for (Row& row : rows)
+            row = joined(one_is_flat ? first : row, other_is_flat ? first : row);
     transpose(rows);
     pass<18>(rows);
     transpose(rows);

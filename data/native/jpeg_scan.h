@@ -10,7 +10,6 @@
 namespace convneur::jpeg {
 
 constexpr size_t SLACK = 4096;  // bytes past a segment that may be read: an MCU has 6 * 64 * 26 bits at most
-constexpr int MOST_FIRST = 8191;  // a first coefficient, times its quantiser: 8 times what pixels need
 
 // A rectangle of pixels, or of MCUs.
 struct Box {
@@ -53,14 +52,13 @@ bool read_segment(const Header& header, const Table* tables, Bits bits, const ui
     for (int mcu = first; mcu < stop; mcu++) {
         const int column = mcu % header.mcus_across, row = mcu / header.mcus_across;
         const bool is_wanted = wanted.has(column, row);
-        bool odd = false;
+        int odd = 0;
         for (int c = 0; c < header.components; c++) {
             const Component& component = header.component[c];
-            const int most = MOST_FIRST / header.quantiser[component.quantiser][0];
             for (int i = 0; i < component.across * component.down; i++) {
                 int16_t* const room = is_wanted ? sink.room() : unwanted;
                 const int k = bits.read(tables[component.dc], tables[component.ac], firsts[c], room);
-                odd |= (k & WRONG) | (firsts[c] > most) | (firsts[c] < -most);
+                odd |= (k & WRONG) | ((firsts[c] + 2048) & ~4095);
                 if (is_wanted)
                     sink.take(c, column * component.across + i % component.across,
                               row * component.down + i / component.across);

@@ -1,4 +1,4 @@
-// Vectors of the compiler's, which become registers of any processor, with what two of AVX2's instructions give.
+// Vectors of the compiler's, which become registers of any processor, with what three instructions of AVX2 give.
 
 #pragma once
 

@@ -93,8 +93,8 @@ class Tokens {
     int16_t room_[ROOM];
 };
 
-// The best Huffman code, as Header's, of at most 16 bits for symbols that occur so often: annex K.2 of the standard. A 257th symbol,
-// which isn't written, takes the code of all ones.
+// The best Huffman code, as Header's, of at most 16 bits for symbols that occur so often: annex K.2 of the standard. A
+// 257th symbol, which isn't written, takes the code of all ones.
 std::string best_code(const int64_t* counts) {
     int64_t weights[257];
     int sizes[257] = {}, tree[257], of_size[258] = {};
