@@ -149,7 +149,7 @@ int main(int argc, char** argv) {
         Bytes bytes = seeds[below(random, seeds.size())];
         mutate(bytes, seeds, random);
         counted += try_one(Bytes(bytes), random);  // a copy is exactly as long: what is read past its end is seen
-        if (i % 1000000 == 0)
+        if (i % 100000 == 0)
             std::fprintf(stderr, "%lld of %lld\n", i, inputs);
     }
     std::printf("%lld of %lld taken, seed %s\n", counted, inputs, argv[1]);
