@@ -1,6 +1,7 @@
 """Worker processes that answer requests: their memory for images, their start and their end."""
 
 import atexit
+import gc
 import math
 import signal
 import threading
@@ -62,7 +63,7 @@ def request_loader(
         multiprocessing_context="fork" if workers else None,  # `Slots` are inherited
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         persistent_workers=persistent and workers > 0,
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=_begin,
         generator=torch.Generator(),
     )
 
@@ -93,11 +94,12 @@ def results(loader: DataLoader[T]) -> Iterator[T]:
         yield batch
 
 
-def _ignore_stop_signals(_: int) -> None:
+def _begin(_: int) -> None:
     """Keeps a worker alive when all processes of a job or a terminal are signalled: the rank has a step to finish.
 
     A worker whose rank has ended ends by itself; one whose rank is about to end is killed by `_end_workers`.
     """
+    gc.freeze()  # looking for garbage among what the rank has made would copy all of its memory
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -37,7 +37,8 @@ def complete(command: str) -> list[str]:
         if not action.option_strings:
             words.append("absent")
         elif action.required:
-            words += [action.option_strings[-1], *(action.choices or ["absent"])[:1]]
+            value = "absent" if action.type in (None, Path) else "4"
+            words += [action.option_strings[-1], *(action.choices or [value])[:1]]
     return words
 
 
