@@ -1,8 +1,10 @@
 """What training shows of an image, drawn as timm draws it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import RandAugment, brightness, color, contrast, posterize
@@ -55,7 +57,7 @@ def _noting(part: Callable[..., Any]) -> Callable[[list[Operation]], Any]:
     if isinstance(part, RandAugment):
         for operation in part.ops:
             operation.aug_fn = _noted(operation.aug_fn)
-        return part
+        return part if part.choice_weights is not None else partial(_choose, part)
     assert isinstance(part, ColorJitter), part  # there is nothing else that `AugmentConfig` asks for
 
     def jitter(operations: list[Operation]) -> None:
@@ -66,6 +68,12 @@ def _noting(part: Callable[..., Any]) -> Callable[[list[Operation]], Any]:
                 operations.append(Operation(function, args, {}, encode_operation(function, args, {})))
 
     return jitter
+
+
+def _choose(part: RandAugment, operations: list[Operation]) -> None:
+    """Does as `part` does: `numpy.random.choice` draws by `randint`, and takes 40 microseconds more for it."""
+    for number in np.random.randint(0, len(part.ops), part.num_layers):
+        part.ops[number](operations)
 
 
 def _noted(function: Callable[..., Image.Image]) -> Callable[..., list[Operation]]:
