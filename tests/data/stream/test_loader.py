@@ -216,6 +216,7 @@ def test_state_describes_the_stream_and_not_the_ranks(config: DataConfig) -> Non
             "block": 0,
             "repeats": 1,
             "engine": "webdataset",
+            "decode": "cpu",
             "index_hash": store.index_hash,
         }
     )
