@@ -14,8 +14,7 @@ from convneur.data.files import atomic_write
 from convneur.records.json_files import read_object
 
 # Images a second that a core decodes and augments: docs/data.md, with RandAugment and without.
-PER_CORE = {True: {"bicubic": 157, "fast-bicubic": 197}, False: {"bilinear": 324, "fast-bilinear": 496, "linear": 500}}
-PER_CORE_ELSE = {True: 157, False: 387}
+PER_CORE = {True: 500, False: 600}
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def images_per_core(data: DataConfig) -> tuple[float, str]:
         best = max(made, key=lambda rate: (rate.cpu == cpu_name(), rate.made))
         measured = f"as measured on {best.cpu}, {best.made}, of {best.root}"
         return best.per_core, f"a core decodes {best.per_core:.0f} images a second, {measured}"
-    heavy = bool(data.augment.randaugment)
-    rate = PER_CORE[heavy].get(data.interpolation, PER_CORE_ELSE[heavy])
+    rate = PER_CORE[bool(data.augment.randaugment)]
     return rate, (
         f"a core decodes {rate} images a second, as one of docs/data.md does; convneur bench data {data.root}, with"
         " this configuration, measures one of yours"

@@ -31,7 +31,7 @@ def test_a_measurement_is_what_plan_reckons_with(tmp_path: Path, capsys: pytest.
     per_core, how = images_per_core(config.data)
     assert per_core == measured["per_core"]
     assert f"as measured on {rates.cpu_name()}" in how
-    assert images_per_core(replace(config.data, image_size=64))[0] == PER_CORE[True][config.data.interpolation]
+    assert images_per_core(replace(config.data, image_size=64))[0] == PER_CORE[True]
 
 
 def test_the_newest_on_such_a_processor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
