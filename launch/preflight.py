@@ -36,7 +36,6 @@ def check(config: "Config", world_size: int) -> None:
         from convneur.system.world import name_accelerator
 
         name_accelerator()
-        import deepspeed  # noqa: F401
     check_config(config, world_size)
     steps_per_epoch = check_data(
         config.data,
@@ -45,7 +44,8 @@ def check(config: "Config", world_size: int) -> None:
         accumulation=config.train.accumulation,
     )
     checked_steps(config.schedule, steps_per_epoch)
-    parse_with_deepspeed(deepspeed_config(config, world_size))
+    with importing():  # DeepSpeed
+        parse_with_deepspeed(deepspeed_config(config, world_size))
 
 
 def check_beginnings(configs: "Sequence[Config]", begin: str) -> None:
