@@ -57,7 +57,7 @@ def test_top_level_and_type_marker(wheel: Path) -> None:
         for path in (ROOT / folder / "native").iterdir()
         if path.is_file()
     }
-    assert len(sources) == 5
+    assert {"convneur/ops/native/memory.cpp", "convneur/data/native/view.cpp"} <= sources
     assert {"convneur/py.typed", *sources} <= {*names}
     assert any(name.endswith("/LICENSE") for name in names)
 
