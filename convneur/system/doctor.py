@@ -145,16 +145,13 @@ def _examine_gpu(index: int) -> Finding:
 
 def examine_input() -> Finding:
     """Compiles the input path unless it has been, and compares it with the libraries whose pixels it is to have."""
-    from convneur.data.native import library
+    from convneur.data.native import lack
     from convneur.data.native.operations import augments_as_timm
     from convneur.data.native.view import can_show
 
     cost = "images are decoded and augmented several times slower, to the same bits"
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        if library() is None:
-            reason = str(said[-1].message).partition(": ")[2] if said else "it could not be compiled before"
-            return Finding("data", "native input path", "missing", None, f"{cost}: {reason}")
+    if reason := lack():
+        return Finding("data", "native input path", "missing", None, f"{cost}: {reason}")
     others = [f"data.interpolation {name}" for name in ("bicubic", "bilinear", "area") if not can_show(name)]
     others += [] if augments_as_timm() else ["RandAugment"]
     if others:

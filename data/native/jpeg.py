@@ -1,27 +1,9 @@
 """Baseline JPEGs decoded in C++ to the bits of libjpeg-turbo, and no more of them than a crop needs."""
 
-import ctypes
-from functools import cache
-
 import numpy as np
 
-from convneur.data.native import library
+from convneur.data import native
 from convneur.data.native.pixels import Box
-
-
-def bind(compiled: ctypes.CDLL) -> ctypes.CDLL:
-    """Tells a library's function what it takes."""
-    number = ctypes.c_int
-    size, stride = ctypes.c_size_t, ctypes.c_ssize_t
-    compiled.convneur_jpeg_decode.argtypes = [ctypes.c_char_p, size, *[number] * 5, ctypes.c_void_p, stride]
-    return compiled
-
-
-@cache
-def bound() -> ctypes.CDLL | None:
-    """The input path's library; None, after a warning, where it can't be had."""
-    compiled = library()
-    return bind(compiled) if compiled else None
 
 
 def decode_jpeg(image: bytes, proven: bool, box: Box, out: np.ndarray) -> bool:
@@ -43,7 +25,7 @@ def decode_jpeg(image: bytes, proven: bool, box: Box, out: np.ndarray) -> bool:
     """
     if out.shape != (box.height, box.width, 3) or out.dtype != np.uint8 or (out.size and out.strides[1:] != (3, 1)):
         raise ValueError(f"out of shape {out.shape}, {out.dtype}: expected uint8 of {box.height, box.width, 3}")
-    compiled = bound()
+    compiled = native.library()
     if compiled is None:
         return False
     refused: int = compiled.convneur_jpeg_decode(image, len(image), proven, *box, out.ctypes.data, out.strides[0])

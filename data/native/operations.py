@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import auto_augment as timm
 from torchvision.transforms import functional as torchvision
 
-from convneur.data.native import pixels
+from convneur.data import native
 
 Operation = tuple[float, ...]
 """What is done, as `operations.h` numbers it, and its arguments: eight numbers."""
@@ -107,7 +107,7 @@ def operate(image: np.ndarray, operations: Sequence[Operation]) -> bool:
         MemoryError: there isn't room for a copy of the image.
         ValueError: the image is of another kind.
     """
-    compiled = pixels.bound()
+    compiled = native.library()
     assert compiled, "needs the compiled library"
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.flags.c_contiguous:
         raise ValueError(
@@ -136,7 +136,7 @@ EXAMPLES: list[tuple[Function, tuple[float, ...]]] = [
 @cache
 def augments_as_timm() -> bool:
     """Whether there is a library, and timm's functions with the installed Pillow change images to its bits."""
-    if not pixels.bound():
+    if not native.library():
         return False
     noise = np.random.default_rng(0).integers(0, 256, (19, 19, 3), dtype=np.uint8)
     moved = [example for example in EXAMPLES if example[0] is timm.rotate or example[0] in SHIFTS]

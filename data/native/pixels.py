@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from convneur.data.native import library
+from convneur.data import native
 
 Filter = Literal["bilinear", "bicubic", "area"]
 """How is resized: as Pillow does, antialiased, or as OpenCV does with INTER_AREA."""
@@ -28,23 +28,6 @@ class Box(NamedTuple):
     left: int
     height: int
     width: int
-
-
-def bind(compiled: ctypes.CDLL) -> ctypes.CDLL:
-    """Tells a library's functions what they take."""
-    number, pointer = ctypes.c_int, ctypes.c_void_p
-    compiled.convneur_resize_part.argtypes = [pointer, ctypes.c_ssize_t, number * 4, *[number] * 11, pointer]
-    compiled.convneur_resize_support.argtypes = [*[number] * 9, number * 4]
-    compiled.convneur_resize_support.restype = None
-    compiled.convneur_operate.argtypes = [pointer, number, number, pointer, number]
-    return compiled
-
-
-@cache
-def bound() -> ctypes.CDLL | None:
-    """The input path's library; None, after a warning, where it can't be had."""
-    compiled = library()
-    return bind(compiled) if compiled else None
 
 
 def resize(
@@ -79,7 +62,7 @@ def resize(
         ValueError: a side is shorter than a pixel or longer than 65536, the window doesn't lie within the resized
             image, or the part doesn't have what it is made of.
     """
-    compiled = bound()
+    compiled = native.library()
     assert compiled, "needs the compiled library"
     held, (rows, columns) = part or (Box(0, 0, *pixels.shape[:2]), pixels.shape[:2])
     window = window or Box(0, 0, height, width)
@@ -107,7 +90,7 @@ def resize_support(rows: int, columns: int, height: int, width: int, how: Filter
     Raises:
         ValueError: as `resize`.
     """
-    compiled = bound()
+    compiled = native.library()
     assert compiled, "needs the compiled library"
     box = (ctypes.c_int * 4)()
     compiled.convneur_resize_support(rows, columns, FILTERS[how], height, width, *window, box)
@@ -135,7 +118,7 @@ SHAPES = [(61, 40, 24, 24), (40, 97, 24, 24), (90, 25, 24, 24), (20, 33, 24, 24)
 
 
 def _agrees(filters: tuple[Filter, ...], reference: Callable[[np.ndarray, int, int, Filter], np.ndarray]) -> bool:
-    if not bound():
+    if not native.library():
         return False
     noise = np.random.default_rng(0).integers(0, 256, (97, 97, 3), dtype=np.uint8)
     for rows, columns, height, width in SHAPES:

@@ -1,10 +1,8 @@
 """JPEGs rewritten without loss, with restart markers, so that parts of them can be decoded alone."""
 
-import ctypes
-
 import numpy as np
 
-from convneur.data.native import library
+from convneur.data import native
 
 
 def tile_jpeg(image: bytes, mcus: int) -> bytes | None:
@@ -22,16 +20,13 @@ def tile_jpeg(image: bytes, mcus: int) -> bytes | None:
     Returns:
         The new file; None where it isn't taken: progressive, CMYK, damaged, no JPEG at all.
     """
-    native = library()
-    if native is None:
+    compiled = native.library()
+    if compiled is None:
         return None
-    native.tile_jpeg.restype = ctypes.c_int64
     most = len(image) + len(image) // 4 + 4096
     while True:
         room = np.empty(most, np.uint8)
-        size = native.tile_jpeg(
-            image, ctypes.c_int64(len(image)), mcus, room.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(most)
-        )
+        size: int = compiled.tile_jpeg(image, len(image), mcus, room.ctypes.data, most)
         if size <= most:
             return None if size < 0 else room[:size].tobytes()
         most = size

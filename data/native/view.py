@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from convneur.data import native
 from convneur.data.native.operations import Operation
-from convneur.data.native.pixels import FILTERS, Filter, bound, resizes_as_opencv, resizes_as_pillow
+from convneur.data.native.pixels import FILTERS, Filter, resizes_as_opencv, resizes_as_pillow
 
 NUMBERS = ctypes.c_int * 12
 
@@ -36,13 +37,11 @@ def show_jpeg(
     Returns:
         Whether it is done; else the file is odd, or no baseline JPEG, and the libraries may judge it.
     """
-    library = bound()
-    assert library
+    compiled = native.library()
+    assert compiled, "needs the compiled library"
     numbers = NUMBERS(*view, FILTERS[how], size)
-    length, count = ctypes.c_size_t(len(image)), len(operations)
-    done: int = library.convneur_show_jpeg(
-        image, length, proven, numbers, _flat(operations), count, ctypes.c_void_p(seen)
-    )
+    flat, count = _flat(operations), len(operations)
+    done: int = compiled.convneur_show_jpeg(image, len(image), proven, numbers, flat, count, seen)
     return done == 0
 
 
@@ -50,18 +49,15 @@ def show_pixels(
     pixels: np.ndarray, view: Sequence[int], how: Filter, size: int, operations: Sequence[Operation], seen: int
 ) -> bool:
     """Shows a view of an image that is decoded already, (height, width, 3) uint8; see `show_jpeg`."""
-    library = bound()
-    assert library
+    compiled = native.library()
+    assert compiled, "needs the compiled library"
     top, left, height, width = view[:4]
     inside = 0 <= top < top + height <= pixels.shape[0] and 0 <= left < left + width <= pixels.shape[1]
     if not inside or pixels.strides[1:] != (3, 1):
         return False
-    first = ctypes.c_void_p(pixels[top:, left:].ctypes.data)
-    numbers = NUMBERS(*view, FILTERS[how], size)
-    stride = ctypes.c_ssize_t(pixels.strides[0])
-    done: int = library.convneur_show_pixels(
-        first, stride, numbers, _flat(operations), len(operations), ctypes.c_void_p(seen)
-    )
+    first, stride = pixels[top:, left:].ctypes.data, pixels.strides[0]
+    numbers, flat, count = NUMBERS(*view, FILTERS[how], size), _flat(operations), len(operations)
+    done: int = compiled.convneur_show_pixels(first, stride, numbers, flat, count, seen)
     return done == 0
 
 

@@ -1,7 +1,6 @@
 """JPEGs rewritten with restart markers, without loss, and proved so one by one; and shards of them."""
 
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from convneur.data.format.tiled import (
     TILED,
     originals_path,
 )
-from convneur.data.native import library
+from convneur.data.native import lack
 from convneur.data.native.tile import tile_jpeg
 from convneur.data.views.decode import decode_plain_jpeg, plain_jpeg_size
 
@@ -42,11 +41,8 @@ class Stored(NamedTuple):
 
 def require_tiling(mcus: int) -> None:
     """Compiles what tiles JPEGs; raises InputError where that can't be done."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if library() is None:
-            reason = str(caught[0].message).partition(": ")[2] if caught else "it can't be used here"
-            raise InputError(f"--tiles {mcus} needs a C++ compiler: {reason}")
+    if reason := lack():
+        raise InputError(f"--tiles {mcus} needs a C++ compiler: {reason}")
 
 
 def tile(image: bytes, mcus: int) -> Stored:

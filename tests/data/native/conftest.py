@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from convneur.data.native import SOURCES, pixels
+from convneur.data import native
 
 FLAGS = {"x86-64": "sse2", "x86-64-v2": "ssse3", "haswell": "avx2", "skylake-avx512": "avx512bw"}
 """What -march names, and a flag of the processors that run it."""
-
-PARTS = ["affine", "area", "blur", "jpeg", "operations", "passes", "resize", "tones", "weights"]
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +23,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CD
         if march not in built:
             made = folder / f"{march}.so"
             flags = ["-O1", "-ffp-contract=off", f"-march={march}", "-Wall", "-Wextra", "-Werror"]
-            files = [path for path in SOURCES.files if path.stem in PARTS]
-            command = SOURCES._replace(files=files, flags=flags).command(made)
+            command = native.SOURCES._replace(flags=flags).command(made)
             subprocess.run(command, check=True, capture_output=True)
-            built[march] = pixels.bind(ctypes.CDLL(str(made)))
+            built[march] = native.bind(ctypes.CDLL(str(made)))
         return built[march]
 
     return compiled
@@ -45,4 +42,4 @@ def each_build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, 
     if platform.machine() != "x86_64" or not cpuinfo.exists() or FLAGS[request.param] not in cpuinfo.read_text():
         pytest.skip(f"this processor isn't {request.param}")
     made = build(request.param)
-    monkeypatch.setattr(pixels, "bound", lambda: made)
+    monkeypatch.setattr(native, "library", lambda: made)

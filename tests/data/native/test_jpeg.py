@@ -4,7 +4,6 @@ import io
 import os
 import random
 import subprocess
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
@@ -20,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from places import ROOT
 
-from convneur.data.native import SOURCES, jpeg
+from convneur.data import native
+from convneur.data.native import SOURCES
 from convneur.data.native.jpeg import decode_jpeg
 from convneur.data.native.pixels import Box
 from convneur.data.prepare.synthetic import SyntheticImages
@@ -75,13 +75,10 @@ def assert_right(image: bytes, crops: int = 3) -> None:
             assert np.array_equal(made, wanted), (pixels.shape, box, proven)
 
 
-@pytest.fixture(params=["native", "x86-64", pytest.param("x86-64-v2", marks=pytest.mark.slow), "haswell"])
-def each_build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, build: Callable) -> None:
-    """Each of the libraries in turn."""
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random rectangles for each of the libraries."""
     random.seed(0)
-    if request.param != "native":
-        made = jpeg.bind(build(request.param))
-        monkeypatch.setattr(jpeg, "bound", lambda: made)
 
 
 @pytest.mark.usefixtures("each_build")
@@ -209,8 +206,7 @@ def test_rectangles_outside_the_image_are_not_taken() -> None:
 
 
 def test_no_image_is_taken_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jpeg, "library", lambda: None)
-    monkeypatch.setattr(jpeg, "bound", jpeg.bound.__wrapped__)
+    monkeypatch.setattr(native, "library", lambda: None)
     assert decoded(PLAIN, Box(0, 0, 4, 4)) is None
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from places import SLURM
 from refusals import input_error
 
+from convneur.data import native
 from convneur.data.config import AugmentConfig, DataConfig
 from convneur.data.errors import SampleError
 from convneur.data.format.index import read_index
@@ -376,7 +377,7 @@ def test_without_a_compiler_it_is_one_line(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tiling, "library", SOURCES.load)  # which hasn't been asked yet
+    monkeypatch.setattr(native, "library", SOURCES.load)  # which hasn't been asked yet
     assert main(["prepare", "tile", str(source), "--out", str(tmp_path / "x"), "--tiles", "4"]) == 2
     assert capsys.readouterr().err == (
         "convneur: error: --tiles 4 needs a C++ compiler: there is no C++ compiler 'no-such-compiler'; install g++ "
